@@ -1,0 +1,231 @@
+"""The agent that answers questions about products (paper, section 4.1): actions, and how its prompts are written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from agile.policies.scripted import ScriptedPolicy
+from agile.tokens import END, ActionCodec
+from agile.types import (
+    Action,
+    ActionSpec,
+    Advice,
+    AgentSpec,
+    Fn,
+    Item,
+    Memory,
+    MemoryItem,
+    MemoryKind,
+    Retrieved,
+    Scope,
+)
+
+SEARCH = "SearchProduct"
+_DECISIONS = (SEARCH, Fn.SEEK_ADVICE, Fn.PREDICT_ANSWER)
+
+SPEC = AgentSpec(
+    "product_qa",
+    (
+        ActionSpec(Fn.GET_QUESTION, "Read the user's question.", (Fn.RETRIEVE_MEMORY,)),
+        ActionSpec(Fn.RETRIEVE_MEMORY, "Look up similar questions and knowledge.", _DECISIONS),
+        ActionSpec(SEARCH, "Find products by SQL.", (Fn.PREDICT_ANSWER, Fn.SEEK_ADVICE, SEARCH), takes_argument=True),
+        ActionSpec(Fn.SEEK_ADVICE, "Ask a human expert, at a price.", (Fn.REFLECTION,)),
+        ActionSpec(Fn.REFLECTION, "Say what the advice teaches in general.", (Fn.UPDATE_MEMORY,), takes_argument=True),
+        ActionSpec(Fn.UPDATE_MEMORY, "Remember the answer and the knowledge.", (Fn.PREDICT_ANSWER,)),
+        ActionSpec(Fn.PREDICT_ANSWER, "Give the short answer.", (Fn.SUBMIT_ANSWER,), takes_argument=True),
+        ActionSpec(Fn.SUBMIT_ANSWER, "Hand the answer to the user.", (Fn.CLEAR_CONTEXT,)),
+        ActionSpec(Fn.CLEAR_CONTEXT, "Start an empty context.", (Fn.GET_QUESTION,)),
+    ),
+)
+
+NO_KNOWLEDGE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class ProductQAAgent:
+    """Shows metadata, memory with similarities, and counts of similar questions.
+
+    Similarities are shown to the nearest 0.05, so that a small vocabulary covers them.
+
+    Attributes:
+        product_k: Entries of this product's history to show.
+        group_k: Entries of the whole group's history to show, with a mark whether they are of this product.
+        knowledge_k: Entries of the group's knowledge to show.
+        show_schema: Whether the table's columns stand in the prompt.
+        similar: Cosine from which a question counts as similar (paper: 0.46).
+    """
+
+    product_k: int = 1
+    group_k: int = 0
+    knowledge_k: int = 1
+    show_schema: bool = True
+    similar: float = 0.46
+    spec: AgentSpec = SPEC
+
+    def question(self, item: Item, progress: float) -> str:
+        lines = [f"round {int(progress * 10)}"]
+        if self.show_schema:
+            lines.append(f"table {item.group} columns: " + " ".join(item.context["columns"]))
+        lines += [f"{name}: {value}" for name, value in item.context["metadata"].items() if value is not None]
+        lines.append(f"question: {item.question}")
+        return "\n".join(lines) + "\n"
+
+    def query(self, item: Item) -> str:
+        """What knowledge is looked up by: the question and what is known of the product."""
+        values = [str(v) for k, v in item.context["metadata"].items() if v is not None and k != "title"]
+        return " ".join([item.question, *values])
+
+    def embedded_texts(self, item: Item) -> list[str]:
+        """All texts that a session about `item` may embed, as far as they are known before it is played."""
+        return [item.question, self.query(item), *([item.context["knowledge"]] if item.context["knowledge"] else [])]
+
+    def corpus(self, items: Sequence[Item]) -> list[str]:
+        """Texts that hold every word that sessions about `items` can show or should say, to train a tokenizer on."""
+        texts = [f"round {i} similar {i}" for i in range(10)]
+        texts += [f"history {i / 20:.2f} knowledge {-i / 20:.2f}" for i in range(21)]
+        texts += ["same other -> expert: answer: columns: none , |"]
+        texts += ["no advice ( timeout refused failed )", "error : expected one of did not end takes no argument"]
+        for item in items:
+            texts.append(self.question(item, 0.0))
+            texts += [str(item.context[key]) for key in ("sql", "knowledge", "long_answer")]
+            texts += item.answer if isinstance(item.answer, list) else [str(item.answer)]
+        return texts
+
+    def recall(self, item: Item, memory: Memory) -> tuple[list[Retrieved], str]:
+        of_product = Scope(MemoryKind.HISTORY, item.group, item.product)
+        of_group = Scope(MemoryKind.HISTORY, item.group)
+        knowledge = Scope(MemoryKind.KNOWLEDGE, item.group)
+        entries = memory.retrieve(item.question, self.product_k, of_product)
+        shown = {e.item.id for e in entries}
+        entries += [
+            e
+            for e in memory.retrieve(item.question, self.group_k + self.product_k, of_group)
+            if e.item.id not in shown
+        ][: self.group_k]
+        entries += memory.retrieve(self.query(item), self.knowledge_k, knowledge)
+        lines = [self._entry(e, item) for e in entries]
+        lines.append(f"similar {min(9, memory.count_similar(item.question, self.similar, of_group))}")
+        return entries, "\n".join(lines) + "\n"
+
+    @staticmethod
+    def _entry(entry: Retrieved, item: Item) -> str:
+        similarity = f"{round(entry.similarity * 20) / 20:.2f}"
+        if entry.item.kind is MemoryKind.KNOWLEDGE:
+            return f"knowledge {similarity} {entry.item.text}"
+        whose = "same" if entry.item.product == item.product else "other"
+        return f"history {similarity} {whose} {entry.item.text}"
+
+    def advice(self, advice: Advice) -> str:
+        if not advice.answered:
+            return f"no advice ( {advice.status} )\n"
+        return f"expert: {advice.explanation or advice.answer}\nanswer: {advice.answer}\n"
+
+    def remember(self, item: Item, session_id: str, advice: Advice | None, reflection: str) -> list[MemoryItem]:
+        if advice is None or not advice.answered:
+            return []
+        return self.lesson(item, session_id, advice.answer, reflection, origin="advice")
+
+    @staticmethod
+    def lesson(item: Item, session_id: str, answer: str, knowledge: str, origin: str) -> list[MemoryItem]:
+        """The history entry of an answered question, and the knowledge entry unless there is none."""
+        history = MemoryItem(
+            MemoryKind.HISTORY,
+            key=item.question,
+            text=f"{item.question} -> {answer}",
+            answer=answer,
+            group=item.group,
+            product=item.product,
+            session_id=session_id,
+            origin=origin,
+        )
+        if not knowledge or knowledge == NO_KNOWLEDGE:
+            return [history]
+        return [
+            history,
+            MemoryItem(
+                MemoryKind.KNOWLEDGE,
+                key=knowledge,
+                text=knowledge,
+                group=item.group,
+                session_id=session_id,
+                origin="reflection" if origin == "advice" else origin,
+            ),
+        ]
+
+
+class Teacher:
+    """Labels sessions by the paper's rule: gold SQL on search; the gold answer if what is in sight settles the
+    question or a judge calls it answerable; otherwise advice, and the gold knowledge as reflection.
+
+    Args:
+        codec: Of the executor that writes the sessions.
+        agent: Tells what is in sight.
+        judge_yes: How often the judge lets a question pass that nothing in sight settles. A judge that never errs
+            would leave RL nothing to explore.
+    """
+
+    def __init__(self, codec: ActionCodec, agent: ProductQAAgent, judge_yes: float):
+        self.codec = codec
+        self.agent = agent
+        self.judge_yes = judge_yes
+
+    def policy(self, item: Item, memory: Memory, rng: np.random.Generator) -> ScriptedPolicy:
+        """A policy for one session about `item` with this memory."""
+        entries, _ = self.agent.recall(item, memory)
+        answerable = in_sight(item, entries) or bool(rng.random() < self.judge_yes)
+
+        def decide(context: str) -> Action:
+            if context.rstrip().endswith(f"[{Fn.REFLECTION}]"):
+                return Action(Fn.REFLECTION, str(item.context.get("knowledge") or NO_KNOWLEDGE))
+            if item.context["sql"]:
+                if f"[{SEARCH}]" not in context:
+                    return Action(SEARCH, item.context["sql"])
+                return Action(Fn.PREDICT_ANSWER, context.rsplit(END, 1)[-1].strip())
+            if answerable or f"[{Fn.SEEK_ADVICE}]" in context:
+                return Action(Fn.PREDICT_ANSWER, str(item.answer))
+            return Action(Fn.SEEK_ADVICE)
+
+        return ScriptedPolicy(self.codec, decide)
+
+
+def in_sight(item: Item, entries: Sequence[Retrieved]) -> bool:
+    """Whether metadata or one of the retrieved entries settles the question."""
+    if _shown(item):
+        return True
+    knowledge = item.context.get("knowledge")
+    return any(
+        (e.item.kind is MemoryKind.KNOWLEDGE and e.item.text == knowledge)
+        or (e.item.kind is MemoryKind.HISTORY and e.item.product == item.product and e.item.key == item.question)
+        for e in entries
+    )
+
+
+def _shown(item: Item) -> bool:
+    """Whether the metadata settle the question; only MiniShop says so, by an empty `settled_by`."""
+    return item.context.get("settled_by") == ""
+
+
+def random_memory(item: Item, others: Sequence[Item], rng: np.random.Generator) -> list[MemoryItem]:
+    """What the agent may have learned before: the paper's randomised initial memory.
+
+    Each of the other questions of the stream was asked with a probability that is itself drawn, and those that settle
+    `item` (the same question of the same product, or the same knowledge) are kept or omitted together by a coin.
+    """
+    knowledge = item.context.get("knowledge")
+    keep_matching, share = rng.random() < 0.5, rng.random()
+    items: list[MemoryItem] = []
+    known: set[str] = set()
+    for other in others:
+        if other is item or other.context["sql"] or _shown(other):
+            continue
+        same = other.product == item.product and other.question == item.question
+        matching = same or (bool(knowledge) and other.context.get("knowledge") == knowledge)
+        if not (keep_matching if matching else rng.random() < share):
+            continue
+        lesson = str(other.context.get("knowledge") or "")
+        items += ProductQAAgent.lesson(other, "", str(other.answer), "" if lesson in known else lesson, "initial")
+        known.add(lesson)
+    return items

@@ -1,0 +1,165 @@
+"""Wiring: from a config to the objects of a run. The only module of the core that knows concrete agents and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from agile.advice import AdviceDesk, DatasetAdvisor
+from agile.agents.product_qa import ProductQAAgent, Teacher, random_memory
+from agile.baselines import BaselineRun, run_baselines
+from agile.batching import Row, session_rows
+from agile.config import RunConfig
+from agile.errors import AgileError
+from agile.executor import Executor, Limits
+from agile.imitation import imitation_sessions
+from agile.memory.encoders import CachedEncoder, make_encoder
+from agile.memory.store import SqliteMemory
+from agile.model import load_lm, small_llama
+from agile.tasks.minishop import MiniShopSpec, write_minishop
+from agile.tasks.productqa import ProductQA
+from agile.tokens import ActionCodec, add_action_tokens, build_tokenizer
+from agile.tools.sql import SqlSearch
+from agile.types import Advisor, Memory, Stream
+
+BASELINES_SEEING_ALL = ("oracle",)
+
+
+@dataclass
+class Setup:
+    """What a config describes, made when first used.
+
+    Args:
+        config: The checked config.
+        data: Folder of the task's files; MiniShop's worlds are written there if it is missing.
+    """
+
+    config: RunConfig
+    data: Path
+
+    @classmethod
+    def of(cls, config: RunConfig, out: Path) -> Setup:
+        return cls(config, config.task.data if config.task.data is not None else out / "minishop")
+
+    @cached_property
+    def task(self) -> ProductQA:
+        task = self.config.task
+        if task.name == "minishop" and task.data is None and not self.data.exists():
+            spec = MiniShopSpec(task.num_train_worlds, task.num_test_worlds, task.num_questions)
+            write_minishop(self.data, spec, self.config.seed)
+        return ProductQA(self.data, task.advice_price, task.train_groups, task.test_groups, task.max_items)
+
+    @cached_property
+    def agent(self) -> ProductQAAgent:
+        return ProductQAAgent(**self.config.agent.model_dump())
+
+    @cached_property
+    def encoder(self) -> CachedEncoder:
+        return make_encoder(self.config.memory.encoder, self.config.memory.cache)
+
+    def embed(self, streams: Sequence[Stream]) -> None:
+        """Embed all that these streams can look up, in batches, before sessions ask for it one by one."""
+        items = [item for stream in streams for item in stream.items]
+        texts = [text for item in items for text in self.agent.embedded_texts(item)]
+        self.encoder.encode(list(dict.fromkeys(texts)))
+
+    def memory(self, stream: Stream | None = None) -> Memory:
+        return SqliteMemory(self.encoder)
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    def tokenizer(self, saved: Path | None = None) -> PreTrainedTokenizerFast:
+        """The tokenizer saved with a model, the one of `model.path`, or a small one trained on the train streams."""
+        model = self.config.model
+        source = saved or (Path(model.path) if model.path else None)
+        if source is None:
+            texts = self.agent.corpus([item for stream in self.task.streams("train") for item in stream.items])
+            return build_tokenizer(model.tokenizer, texts, self.agent.spec, model.vocab_size)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(source), padding_side="left")
+        except (OSError, ValueError) as error:
+            raise AgileError(f"Cannot load a tokenizer from {source}: {error}") from None
+        if saved is None:
+            add_action_tokens(tokenizer, self.agent.spec)
+            if tokenizer.pad_token_id is None:
+                tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def language_model(self, tokenizer: PreTrainedTokenizerFast, saved: Path | None = None) -> PreTrainedModel:
+        """The model saved at a checkpoint, the one of `model.path`, or a small Llama with random weights."""
+        model = self.config.model
+        if saved is not None:
+            return load_lm(str(saved), tokenizer)
+        if model.path is not None:
+            return load_lm(model.path, tokenizer)
+        return small_llama(
+            tokenizer,
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_heads=model.num_heads,
+            max_tokens=self.config.rollout.max_context_tokens,
+            seed=self.config.seed,
+        )
+
+    def executor(self, tokenizer: PreTrainedTokenizerFast, advisor: Advisor | None = None) -> Executor:
+        rollout = self.config.rollout
+        return Executor(
+            self.agent,
+            ActionCodec(tokenizer, self.agent.spec),
+            {"SearchProduct": SqlSearch(self.task.database)},
+            AdviceDesk(advisor or DatasetAdvisor(), self.config.task.advice_price),
+            self.task.score,
+            Limits(
+                max_turns=rollout.max_turns,
+                max_session_tokens=rollout.max_session_tokens,
+                max_context_tokens=rollout.max_context_tokens,
+                max_action_tokens=rollout.max_action_tokens,
+                max_invalid_actions=rollout.max_invalid_actions,
+            ),
+        )
+
+    def imitation_rows(self, executor: Executor) -> list[Row]:
+        """What imitation learns from: the teacher's sessions on the train streams."""
+        sft = self.config.sft
+        teacher = Teacher(executor.codec, self.agent, sft.judge_yes)
+        sessions = imitation_sessions(
+            executor,
+            self.task.streams("train"),
+            teach=teacher.policy,
+            initial_memory=random_memory,
+            new_memory=self.memory,
+            sessions_per_item=sft.sessions_per_item,
+            seed=self.config.seed,
+        )
+        if not sessions:
+            raise AgileError(
+                "No imitation session was completed; most likely none fits the limits. Raise rollout.max_context_tokens "
+                f"({self.config.rollout.max_context_tokens}) or rollout.max_action_tokens "
+                f"({self.config.rollout.max_action_tokens}), or lower agent.product_k, group_k, knowledge_k."
+            )
+        return [row for session in sessions for row in session_rows(session)]
+
+    def baselines(self, price: float | None = None) -> dict[str, BaselineRun]:
+        return run_baselines(
+            self.config.evaluate.baselines,
+            self.task.streams("train"),
+            self.task.streams("test"),
+            self.config.task.advice_price if price is None else price,
+            self.encoder,
+            self.task,
+        )
+
+    def question_similarities(self) -> Callable[[str], np.ndarray]:
+        """For each train stream the cosine of every pair of its questions, (n, n)."""
+        streams = {s.id: s for s in self.task.streams("train")}
+
+        def similarities(stream_id: str) -> np.ndarray:
+            vectors = self.encoder.encode([item.question for item in streams[stream_id].items])
+            return vectors @ vectors.T
+
+        return similarities

@@ -1,0 +1,220 @@
+"""What a run can be told: YAML files, `a.b=value` on the command line, and checks that name the nearest right key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from agile.errors import AgileError
+
+Price = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskConfig(_Config):
+    name: Literal["minishop", "productqa"] = Field("minishop", description="Generated worlds, or official files.")
+    data: Path | None = Field(None, description="Folder of ProductQA's files (productqa only).")
+    advice_price: Price = Field(0.3, description="What one piece of advice costs, in units of a right answer.")
+    train_groups: tuple[str, ...] | None = Field(None, description="Train groups to use; all by default.")
+    test_groups: tuple[str, ...] | None = Field(None, description="Test groups to use; all by default.")
+    max_items: Count | None = Field(None, description="Questions to use of each group, from its start.")
+    num_train_worlds: Count = Field(64, description="MiniShop: worlds to train on.")
+    num_test_worlds: Count = Field(32, description="MiniShop: unseen worlds to test on.")
+    num_questions: Count = Field(40, description="MiniShop: questions of a world.")
+
+    @model_validator(mode="after")
+    def _data_is_given(self) -> TaskConfig:
+        if self.name == "productqa" and self.data is None:
+            raise ValueError("task.data is missing: give the folder of ProductQA's files, task.data=DIR")
+        return self
+
+
+class AgentConfig(_Config):
+    product_k: int = Field(1, ge=0, description="Entries of the product's own history in the prompt.")
+    group_k: int = Field(0, ge=0, description="Entries of the whole group's history in the prompt.")
+    knowledge_k: int = Field(1, ge=0, description="Entries of the group's knowledge in the prompt.")
+    show_schema: bool = Field(False, description="Whether the prompt lists the table's columns.")
+
+
+class MemoryConfig(_Config):
+    encoder: str = Field("all-MiniLM-L6-v2", description="Sentence-transformers name or path, or `hashing`.")
+    cache: Path | None = Field(None, description="SQLite file that keeps embeddings between runs.")
+
+
+class ModelConfig(_Config):
+    """A model of one's own (`path`), or a small Llama from scratch."""
+
+    path: str | None = Field(None, description="Hugging Face folder or name; None trains a small Llama from scratch.")
+    tokenizer: Literal["word", "bpe"] = Field("word", description="Tokenizer to train for a model from scratch.")
+    vocab_size: Count = Field(4096, description="Largest vocabulary of that tokenizer.")
+    num_layers: Count = 2
+    hidden_size: Count = 128
+    num_heads: Count = 4
+
+
+class RolloutConfig(_Config):
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature of training rollouts.")
+    max_batch_size: Count = Field(256, description="Most sessions in one generate.")
+    max_turns: Count = 8
+    max_context_tokens: Count = 512
+    max_session_tokens: Count = 1024
+    max_action_tokens: Count = 32
+    max_invalid_actions: int = Field(1, ge=0, description="Bad actions answered with an error before a session ends.")
+    max_failed: Share = Field(0.5, description="Share of failed sessions above which a run stops.")
+
+
+class OptimizerConfig(_Config):
+    lr: float = Field(gt=0)
+    batch_size: Count = Field(description="Sequences per optimizer step.")
+    micro_batch_size: Count = Field(description="Sequences per forward pass; divides batch_size.")
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _divides(self) -> OptimizerConfig:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        return self
+
+
+class SFTConfig(OptimizerConfig):
+    lr: float = Field(4e-3, gt=0)
+    batch_size: Count = 64
+    micro_batch_size: Count = 64
+    num_steps: int = Field(2000, ge=0, description="Optimizer steps.")
+    checkpoint_every: Count = Field(500, description="Optimizer steps between checkpoints.")
+    sessions_per_item: Count = Field(4, description="Imitation sessions of each question, with different memories.")
+    judge_yes: Share = Field(0.15, description="How often the answerability judge lets a question that nothing in "
+                             "sight answers be answered: what gives RL something to explore.")
+    warmup_steps: int = Field(100, ge=0)
+
+
+class PPOConfig(OptimizerConfig):
+    lr: float = Field(3e-4, gt=0)
+    batch_size: Count = 512
+    micro_batch_size: Count = 256
+    num_iterations: int = Field(20, ge=0, description="Rounds of collecting and learning.")
+    streams_per_iteration: Count = Field(48, description="Streams played in each.")
+    num_epochs: Count = 2
+    gamma: Share = Field(1.0, description="Discount inside a session.")
+    lam: Share = Field(1.0, description="GAE lambda inside a session.")
+    gamma_session: Share = Field(0.0, description="Discount from a session to the next of its stream.")
+    lam_session: Share = Field(0.0, description="GAE lambda across sessions.")
+    credit: Literal["none", "utility", "chain"] = Field("none", description="Credit through memory.")
+    utility_beta: float = Field(0.1, ge=0)
+    utility_similarity: float = Field(0.46, description="Cosine from which questions count as similar.")
+    clip: float = Field(0.2, gt=0)
+    value_clip: float = Field(0.5, gt=0)
+    value_coef: float = Field(0.5, ge=0)
+    kl_coef: float = Field(0.01, ge=0)
+    entropy_coef: float = Field(0.0, ge=0)
+    max_importance_weight: float = Field(2.0, gt=0, description="Truncates the rollout-trainer correction.")
+    value_warmup_iterations: int = Field(1, ge=0, description="First iterations that train the critic alone.")
+    checkpoint_every: Count = Field(5, description="Iterations between checkpoints.")
+
+    @model_validator(mode="after")
+    def _chain_needs_sessions(self) -> PPOConfig:
+        if self.credit == "chain" and self.gamma_session == 0:
+            raise ValueError("credit=chain carries value from session to session and needs ppo.gamma_session > 0")
+        return self
+
+
+class EvaluateConfig(_Config):
+    baselines: tuple[Literal["always_ask", "never_ask", "router", "recall", "oracle"], ...] = (
+        "always_ask", "never_ask", "router", "recall", "oracle",
+    )
+    agents: tuple[Literal["sft", "ppo"], ...] = ("sft", "ppo")
+    checkpoint: Path | None = Field(None, description="Run folder whose agents `agile bench` scores.")
+    prices: tuple[Price, ...] = Field((), description="Further prices at which the baselines are scored.")
+    notes: tuple[str, ...] = Field((), description="Sentences that the report carries.")
+
+
+class DemoConfig(_Config):
+    shuffle_rewards: bool = Field(False, description="Control: gives every session another session's reward.")
+
+
+class RunConfig(_Config):
+    """Everything a run can be told."""
+
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch.")
+    task: TaskConfig = TaskConfig()
+    agent: AgentConfig = AgentConfig()
+    memory: MemoryConfig = MemoryConfig()
+    model: ModelConfig = ModelConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    sft: SFTConfig = SFTConfig()
+    ppo: PPOConfig = PPOConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    demo: DemoConfig = DemoConfig()
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `a.b=value` overrides and check the result.
+
+    Raises:
+        AgileError: The file is missing or not YAML, a key is unknown (with the nearest right one), a value is wrong.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.safe_load(path.read_text())
+        except OSError as error:
+            raise AgileError(f"Cannot read the config {path}: {error.strerror}. Give a YAML file of configs/.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise AgileError(f"{path} is not YAML: {error}") from None
+        if not isinstance(loaded, dict | None):
+            raise AgileError(f"{path} holds a {type(loaded).__name__}, expected a mapping of sections (task:, ppo:, ...).")
+        values = loaded or {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise AgileError(f"{override!r} is not of the form a.b=value, for example ppo.lr=1e-4.")
+        _set(values, key.split("."), yaml.safe_load(text), override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise AgileError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+        if not isinstance(values, dict):
+            raise AgileError(f"{override!r}: {key} is a value, not a section.")
+    # YAML 1.1 reads 1e-4 as text
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    values[keys[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    location = [str(p) for p in error["loc"]]
+    name = ".".join(location)
+    if error["type"] != "extra_forbidden":
+        given = error.get("input")
+        shown = "" if isinstance(given, dict) else f" (given: {given!r})"
+        return f"{name or 'config'}: {error['msg'].removeprefix('Value error, ')}{shown}"
+    section: Any = RunConfig
+    for key in location[:-1]:
+        section = section.model_fields[key].annotation
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    hint = f"Did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"Known keys: {', '.join(known)}."
+    return f"Unknown config key {name}. {hint}"

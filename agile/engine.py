@@ -1,0 +1,109 @@
+"""DeepSpeed as the engine: one process here, the same calls under a launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agile.errors import AgileError
+
+
+def _single_process_environment() -> None:
+    """DeepSpeed reads its place in the world from the environment; without a launcher there is one process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+class Engine:
+    """A module under DeepSpeed with AdamW, clipping and a learning-rate schedule.
+
+    Args:
+        module: What is trained.
+        schedule: Factor on `lr` at each optimizer step, from 0.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        schedule: Callable[[int], float] = lambda step: 1.0,
+    ):
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        _single_process_environment()
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+        self._engine, self.optimizer, _, self._scheduler = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "gradient_clipping": max_grad_norm,
+                "zero_optimization": {"stage": 0},
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 10**9,
+            },
+        )
+
+    @property
+    def module(self) -> Any:
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine.device)
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def forward(self, *args: Tensor) -> Any:
+        return self._engine(*(a.to(self.device) for a in args))
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients; `last` marks the last micro-batch before `step`. Losses are summed, not averaged."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """One optimizer step; returns the gradient norm before clipping."""
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def save(self, folder: Path, tag: str) -> None:
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Restore weights, optimizer and schedule.
+
+        Raises:
+            AgileError: The checkpoint is of another shape or cannot be read.
+        """
+        try:
+            path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise AgileError(
+                f"The checkpoint {folder / tag} does not fit this model: {str(error).splitlines()[0]} "
+                "Use the model and tokenizer sections it was made with (config.yaml of its run)."
+            ) from None
+        if path is None:
+            raise AgileError(f"There is no checkpoint {tag} in {folder}. Name a folder that `agile train` wrote.")

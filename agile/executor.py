@@ -1,0 +1,290 @@
+"""The executor: reads the actions of an LLM and routes each to memory, a tool, reflection or an expert.
+
+Token in, token out. What the LLM sampled stays as it was sampled; what it is shown is tokenised once, when it is
+appended. Nothing that an LLM emits can raise out of `Executor.run`: a bad action is answered with an error, a bad
+session ends with a status.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from agile.advice import AdviceDesk
+from agile.errors import AgileError
+from agile.seeding import derive_seed
+from agile.tokens import ActionCodec
+from agile.types import (
+    Action,
+    Advice,
+    Agent,
+    Completion,
+    Fn,
+    Item,
+    Memory,
+    Observation,
+    Policy,
+    Reward,
+    Score,
+    Segment,
+    SegmentEnd,
+    Session,
+    SessionStatus,
+    Source,
+    Span,
+    Tool,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What ends a session early.
+
+    Attributes:
+        max_turns: Calls of the policy.
+        max_session_tokens: Tokens of all segments together.
+        max_context_tokens: Tokens of one segment, what is about to be sampled included.
+        max_action_tokens: Tokens of one action.
+        max_invalid_actions: Malformed or illegal actions that are answered with an error; one more ends the session.
+        max_seconds: Wall-clock time; None for no limit (a limit makes a run depend on the machine).
+    """
+
+    max_turns: int = 16
+    max_session_tokens: int = 4096
+    max_context_tokens: int = 2048
+    max_action_tokens: int = 128
+    max_invalid_actions: int = 2
+    max_seconds: float | None = None
+
+
+class _StageError(Exception):
+    """Something outside the LLM failed; the message names the stage."""
+
+
+class _Truncated(Exception):
+    pass
+
+
+class _TooManyInvalid(Exception):
+    pass
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    """Every failure of a collaborator passes here and gets the name of its stage."""
+    try:
+        yield
+    except AgileError:
+        raise
+    except Exception as error:
+        raise _StageError(f"{name}: {type(error).__name__}: {error}") from error
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A session while it runs."""
+
+    item: Item
+    memory: Memory
+    policy: Policy
+    id: str
+    seed: int
+    progress: float
+    started: float
+    spans: list[Span] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    steps: list[Observation] = field(default_factory=list)
+    retrieved: list[tuple[int, float]] = field(default_factory=list)
+    written: list[int] = field(default_factory=list)
+    advice: Advice | None = None
+    reflection: str = ""
+    prediction: str | None = None
+    answer: str | None = None
+    turns: int = 0
+    invalid: int = 0
+
+    def context(self) -> list[int]:
+        return [i for span in self.spans for i in span.token_ids]
+
+    def num_tokens(self) -> int:
+        closed = sum(len(span.token_ids) for segment in self.segments for span in segment.spans)
+        return closed + sum(len(span.token_ids) for span in self.spans)
+
+    def close(self, end: SegmentEnd) -> None:
+        self.segments.append(Segment(tuple(self.spans), end))
+        self.spans = []
+
+
+class Executor:
+    """Runs sessions of one agent.
+
+    Args:
+        agent: What is shown to the LLM, and the table of its actions.
+        codec: Its tokenizer.
+        tools: The tools its spec names.
+        desk: Where `[SeekAdvice]` goes.
+        score: The task's reward of a finished session.
+        limits: What ends a session early.
+
+    Raises:
+        AgileError: The spec names an action that is neither the executor's nor a tool's.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        codec: ActionCodec,
+        tools: Mapping[str, Tool],
+        desk: AdviceDesk,
+        score: Score,
+        limits: Limits | None = None,
+    ):
+        for action in agent.spec.actions:
+            if action.name not in Fn.ALL and action.name not in tools:
+                raise AgileError(
+                    f"Agent {agent.spec.name} has an action [{action.name}] but no tool of that name (tools: "
+                    f"{sorted(tools) or 'none'}). Pass a Tool named {action.name!r} or remove the action."
+                )
+        self.agent = agent
+        self.codec = codec
+        self.tools = tools
+        self.desk = desk
+        self.score = score
+        self.limits = limits or Limits()
+
+    async def run(
+        self, policy: Policy, item: Item, memory: Memory, *, stream_id: str, index: int, progress: float, seed: int
+    ) -> Session:
+        """Play one session to its end, whatever happens in it."""
+        draft = _Draft(item, memory, policy, f"{stream_id}/{index}", seed, progress, time.monotonic())
+        error = ""
+        try:
+            await self._play(draft)
+            status, end = SessionStatus.COMPLETED, SegmentEnd.TERMINATED
+        except _Truncated as reason:
+            status, end, error = SessionStatus.TRUNCATED, SegmentEnd.TRUNCATED, str(reason)
+        except _TooManyInvalid as reason:
+            status, end, error = SessionStatus.INVALID_ACTION, SegmentEnd.TERMINATED, str(reason)
+        except _StageError as reason:
+            status, end, error = SessionStatus.FAILED, SegmentEnd.TRUNCATED, str(reason)
+        draft.close(end)
+        session = Session(
+            id=draft.id,
+            stream_id=stream_id,
+            index=index,
+            item_id=item.id,
+            kind=item.kind,
+            seed=seed,
+            segments=tuple(draft.segments),
+            steps=tuple(draft.steps),
+            retrieved=tuple(draft.retrieved),
+            written=tuple(draft.written),
+            advice=draft.advice,
+            answer=draft.answer,
+            status=status,
+            error=error,
+        )
+        try:
+            reward = self.score(item, session)
+        except Exception as reason:  # a task that cannot score an answer must not take the other sessions with it
+            error = f"task: {type(reason).__name__}: {reason}"
+            return replace(session, status=SessionStatus.FAILED, error=error, reward=Reward({"failed": 0.0}))
+        return replace(session, reward=reward)
+
+    async def _play(self, draft: _Draft) -> None:
+        legal: tuple[str, ...] = (self.agent.spec.first.name,)
+        while True:
+            action = await self._next_action(draft, legal)
+            await self._perform(draft, action)
+            if action.name == Fn.SUBMIT_ANSWER:
+                return
+            legal = self.agent.spec.legal_after(action.name)
+            if draft.advice is not None:  # an expert is asked at most once a session
+                legal = tuple(n for n in legal if n != Fn.SEEK_ADVICE) or legal
+
+    async def _next_action(self, draft: _Draft, legal: tuple[str, ...]) -> Action:
+        """The only legal action, written here, or the one that the LLM chooses; errors give it further tries."""
+        forced = legal[0] if len(legal) == 1 else None
+        if forced is not None:
+            draft.spans.append(Span(Source.EXECUTOR, (self.codec.action_ids[forced],)))
+            if not self.agent.spec[forced].takes_argument:
+                return Action(forced)
+        while True:
+            completion = await self._sample(draft, legal, forced)
+            parsed = self.codec.parse(completion.token_ids, legal, forced)
+            if isinstance(parsed, Action):
+                return parsed
+            draft.invalid += 1
+            text = f"error : {parsed}"
+            draft.steps.append(Observation(Action(forced or "?"), Source.EXECUTOR, text, ok=False))
+            if draft.invalid > self.limits.max_invalid_actions:
+                raise _TooManyInvalid(f"{draft.invalid} invalid actions, the last: {parsed}")
+            again = () if forced is None else (self.codec.action_ids[forced],)
+            draft.spans.append(Span(Source.EXECUTOR, self.codec.encode(text) + again))
+
+    async def _sample(self, draft: _Draft, legal: tuple[str, ...], forced: str | None) -> Completion:
+        context = draft.context()
+        room = min(
+            self.limits.max_action_tokens,
+            self.limits.max_context_tokens - len(context),
+            self.limits.max_session_tokens - draft.num_tokens(),
+        )
+        if draft.turns >= self.limits.max_turns:
+            raise _Truncated(f"{draft.turns} turns, the limit")
+        if room < 1:
+            raise _Truncated(f"{draft.num_tokens()} tokens, {len(context)} of them in context, the limit")
+        if self.limits.max_seconds is not None and time.monotonic() - draft.started > self.limits.max_seconds:
+            raise _Truncated(f"{self.limits.max_seconds} s, the limit")
+        stop = {self.codec.end_id}
+        if forced is None:
+            stop |= {self.codec.action_ids[n] for n in legal if not self.agent.spec[n].takes_argument}
+        with _stage("policy"):
+            completion = await draft.policy.complete(
+                context, max_tokens=room, stop=stop, seed=derive_seed(draft.seed, draft.turns)
+            )
+        draft.turns += 1
+        draft.spans.append(
+            Span(Source.LLM, completion.token_ids, completion.logprobs, policy_version=completion.policy_version)
+        )
+        return completion
+
+    async def _perform(self, draft: _Draft, action: Action) -> None:
+        """Route one action and append what it brought back."""
+        source, text, ok = Source.EXECUTOR, "", True
+        match action.name:
+            case Fn.GET_QUESTION:
+                with _stage("agent"):
+                    source, text = Source.TASK, self.agent.question(draft.item, draft.progress)
+            case Fn.RETRIEVE_MEMORY:
+                with _stage("memory"):
+                    entries, text = self.agent.recall(draft.item, draft.memory)
+                source = Source.MEMORY
+                draft.retrieved += [(e.item.id, e.similarity) for e in entries]
+            case Fn.SEEK_ADVICE:
+                draft.advice = await self.desk.seek(draft.id, draft.item, action.argument)
+                with _stage("agent"):
+                    source, text, ok = Source.ADVISOR, self.agent.advice(draft.advice), draft.advice.answered
+            case Fn.REFLECTION:
+                draft.reflection = action.argument
+            case Fn.UPDATE_MEMORY:
+                with _stage("memory"):
+                    items = self.agent.remember(draft.item, draft.id, draft.advice, draft.reflection)
+                    draft.written += draft.memory.write(items)
+            case Fn.PREDICT_ANSWER:
+                draft.prediction = action.argument
+            case Fn.SUBMIT_ANSWER:
+                draft.answer = draft.prediction
+            case Fn.CLEAR_CONTEXT:
+                draft.close(SegmentEnd.CONTEXT_CLEARED)
+            case name:
+                source = Source.TOOL
+                try:
+                    result = await self.tools[name](action.argument, draft.item)
+                    text, ok = result.text, result.ok
+                except Exception as error:  # a tool that raises is answered like one that reports an error
+                    text, ok = f"error : {type(error).__name__}: {error}", False
+        draft.steps.append(Observation(action, source, text, ok))
+        if text:
+            draft.spans.append(Span(source, self.codec.encode(text)))

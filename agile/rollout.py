@@ -1,0 +1,73 @@
+"""`collect`: plays streams concurrently, the sessions of each in order, and logs every session as it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from agile.errors import AgileError
+from agile.executor import Executor
+from agile.seeding import derive_seed
+from agile.types import Item, Memory, Policy, Session, Stream, Trajectory
+
+MemoryFor = Callable[[Stream], Memory]
+PolicyFor = Callable[[Item, Memory], Policy]
+
+
+async def collect(
+    executor: Executor,
+    policy: Policy,
+    streams: Sequence[Stream],
+    memory_for: MemoryFor,
+    *,
+    seed: int,
+    policy_for: PolicyFor | None = None,
+    on_session: Callable[[Session], None] | None = None,
+    max_failed: float = 0.5,
+) -> list[Trajectory]:
+    """Play every stream once and return the trajectories in the order of `streams`.
+
+    A session's seed derives from `seed`, its stream and its place there, so results do not depend on who runs beside it.
+
+    Args:
+        memory_for: Gives each stream its memory.
+        policy_for: Gives each session a policy of its own in place of `policy` (a teacher that knows the answer).
+        on_session: Called with each session when it ends.
+        max_failed: Share of failed sessions above which the run stops (looked at after at least 20 sessions).
+
+    Raises:
+        AgileError: More than `max_failed` of the sessions failed; the message holds the last error.
+    """
+    finished = failed = 0
+
+    async def play(stream: Stream) -> Trajectory:
+        nonlocal finished, failed
+        memory, sessions = memory_for(stream), []
+        for index, item in enumerate(stream.items):
+            session = await executor.run(
+                policy if policy_for is None else policy_for(item, memory),
+                item,
+                memory,
+                stream_id=stream.id,
+                index=index,
+                progress=index / len(stream.items),
+                seed=derive_seed(seed, stream.id, index),
+            )
+            sessions.append(session)
+            if on_session is not None:
+                on_session(session)
+            finished += 1
+            failed += session.failed
+            if finished >= 20 and failed > max_failed * finished:
+                raise AgileError(
+                    f"{failed} of {finished} sessions failed, more than the allowed share of {max_failed}. "
+                    f"The last one: {session.id}, {session.status}: {session.error}"
+                )
+        return Trajectory(stream.id, tuple(sessions))
+
+    tasks = [asyncio.ensure_future(play(s)) for s in streams]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()

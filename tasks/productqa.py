@@ -1,0 +1,257 @@
+"""ProductQA (arXiv 2405.14751): the official files, its streams and its scoring rules.
+
+A folder holds `product_qa.db` and `<split>/<group>/{schema.json,metadata.json,qa.jsonl}`; MiniShop writes the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sqlite3
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from agile.errors import AgileError
+from agile.tools.sql import SqlSearch
+from agile.types import Item, Reward, Session, Stream
+
+DATABASE = "product_qa.db"
+SEARCH_ACTION = "SearchProduct"
+TYPES = ("search_qa", "fact_qa", "reasoning_qa")
+
+
+def is_correct(item: Item, answer: str | None, used_search: bool) -> bool:
+    """Whether an answer is right by the official short-answer rules (the data set's `eval.py`).
+
+    A search question (its gold answer is a list) is right if both sets of product ids are empty, or if the predicted
+    one is not empty and within the gold set; ids are parted by commas or white space, `none` is the empty set. Any
+    other answer must equal the gold one, letter case and white space folded, and must not come from a search.
+
+    >>> search = Item("1", "Which are red?", ["B01", "B02"], "search")
+    >>> is_correct(search, "B02", True), is_correct(search, "B02, B03", True), is_correct(search, "none", True)
+    (True, False, False)
+    >>> is_correct(Item("2", "Is it red?", "Yes", "fact"), " yes", False)
+    True
+    """
+    if answer is None:
+        return False
+    if isinstance(item.answer, list):
+        predicted = set() if _fold(answer) == "none" else set(re.findall(r"[^\s,]+", answer))
+        return predicted <= set(item.answer) if predicted else not item.answer
+    return not used_search and _fold(answer) == _fold(item.answer)
+
+
+class ProductQA:
+    """Questions about the products of a shop, one stream per product group, in file order.
+
+    Args:
+        data: Folder of the official layout.
+        price: What an expert's answer costs, in units of a correct answer.
+        train_groups, test_groups: Groups to read of that split, in this order; none named means all, sorted by name.
+        max_items: Read only the first so many questions of each group.
+
+    Attributes:
+        search: The tool that the gold SQL is written for.
+
+    Raises:
+        AgileError: A folder, file, line or field is missing or malformed; the message names it, what was expected
+            and what was found. Splits are read when first asked for.
+    """
+
+    def __init__(
+        self,
+        data: Path,
+        price: float,
+        train_groups: Sequence[str] | None = None,
+        test_groups: Sequence[str] | None = None,
+        max_items: int | None = None,
+    ) -> None:
+        if max_items is not None and max_items < 1:
+            raise AgileError(f"ProductQA: max_items is {max_items}; expected at least 1, or nothing for all questions.")
+        self.data, self.price, self.max_items = Path(data), price, max_items
+        self.database = self.data / DATABASE
+        self._groups = {"train": train_groups, "test": test_groups}
+        self._streams: dict[str, tuple[Stream, ...]] = {}
+        self.search = SqlSearch(self.database)
+        with closing(sqlite3.connect(f"{self.database.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            self._tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+
+    def streams(self, split: str) -> Sequence[Stream]:
+        """The groups of `train`, `test` or any other folder of the data set, read once."""
+        if split not in self._streams:
+            folder = self.data / split
+            names = self._groups.get(split) or _folders(folder)
+            self._streams[split] = tuple(self._read(folder, name) for name in names)
+        return self._streams[split]
+
+    def _read(self, folder: Path, group: str) -> Stream:
+        if not (folder / group).is_dir():
+            near = difflib.get_close_matches(group, found := _folders(folder), 1) or found[:1]
+            raise AgileError(f"{folder / group}: no such product group; did you mean {near[0]!r}? There are {found}.")
+        if group not in self._tables:
+            raise AgileError(
+                f"{self.database}: expected a table {group!r} for the products of {folder / group}, found none "
+                f"among its {len(self._tables)}. Database and questions must be of one release."
+            )
+        return Stream(group, _read_group(folder / group, self.max_items))
+
+    def score(self, item: Item, session: Session) -> Reward:
+        """1 for a right answer or one that an expert gave, 0 for a wrong one or a failed session; advice costs."""
+        right = session.advised or is_correct(item, session.answer, session.called(SEARCH_ACTION))
+        components = {"correct": float(right and not session.failed)}
+        if session.advised:
+            components["advice"] = -self.price
+        return Reward(components)
+
+    @staticmethod
+    def is_correct(item: Item, answer: str | None, used_search: bool) -> bool:
+        """See the function of this name."""
+        return is_correct(item, answer, used_search)
+
+    def tool_answer(self, item: Item) -> str | None:
+        """What the search tool answers to a search question's gold SQL.
+
+        None for other questions, and where the gold SQL fails (`ORDER BY recharge_time ASE`, in 48 train questions).
+        """
+        if not isinstance(item.answer, list):
+            return None
+        result = self.search.search(item.context["sql"], item.group)
+        return result.text if result.ok else None
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _folders(folder: Path) -> list[str]:
+    """Names of the groups of a split, sorted."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    if not names:
+        raise AgileError(
+            f"{folder}: expected a folder with one folder per product group, found "
+            f"{'an empty one' if folder.is_dir() else 'none'}. Set task.data to the folder that holds it."
+        )
+    return names
+
+
+def _read_group(folder: Path, max_items: int | None) -> tuple[Item, ...]:
+    schema = _read_table(folder / "schema.json", "feature")
+    metadata = _read_table(folder / "metadata.json", "product")
+    products: dict[str, dict[str, str]] = {}
+    for asin, features in metadata.items():
+        where = f"{folder / 'metadata.json'}, product {asin!r}"
+        _field(features, "title", str, where)
+        for name, value in features.items():
+            if value is not None and not isinstance(value, str):
+                raise _wrong(where, name, "text or null", value)
+        products[asin] = {name: value for name, value in features.items() if value is not None}
+    path = folder / "qa.jsonl"
+    items: list[Item] = []
+    first_line: dict[str, int] = {}
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if len(items) == max_items:
+            break
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        item = _parse(_json(line, where), folder.name, schema, products, where)
+        if (earlier := first_line.setdefault(item.id, number)) != number:
+            raise _wrong(where, "id", f"an id that is not yet used (line {earlier} has it)", item.id.split("/", 1)[1])
+        items.append(item)
+    if not items:
+        raise AgileError(f"{path}: expected one question a line, found an empty file. Copy it again from the release.")
+    return tuple(items)
+
+
+def _parse(
+    row: Any, group: str, schema: Mapping[str, Any], products: Mapping[str, Mapping[str, str]], where: str
+) -> Item:
+    """One line of qa.jsonl; features that the shop does not know (null) are left out of the metadata."""
+    if not isinstance(row, dict):
+        raise AgileError(f"{where}: expected a JSON object, found {_show(row)}.")
+    row_id, asin, question, long_answer, row_type = (
+        _field(row, name, str, where) for name in ("id", "asin", "question", "long_answer", "type")
+    )
+    if row_type not in TYPES:
+        raise _wrong(where, "type", f"one of {', '.join(TYPES)}", row_type)
+    if asin not in products:
+        raise _wrong(where, "asin", f"a product of metadata.json ({len(products)} products)", asin)
+    extra = row.get("extra_data")
+    if extra is None:
+        extra = {}
+    elif not isinstance(extra, dict):
+        raise _wrong(where, "extra_data", "an object or null", extra)
+    answer: str | list[str]
+    if row_type == "search_qa":
+        answer = [
+            _field(gold, "asin", str, f"{where}, short_answer {i}")
+            for i, gold in enumerate(_field(row, "short_answer", list, where))
+        ]
+        _field(extra, "sql", str, f"{where}, extra_data")
+    else:
+        answer = _field(row, "short_answer", str, where)
+        if row_type == "reasoning_qa":
+            _field(extra, "knowledge", str, f"{where}, extra_data")
+    context = {
+        "sql": "",
+        "knowledge": "",
+        **extra,
+        "long_answer": long_answer,
+        "title": products[asin]["title"],
+        "metadata": products[asin],
+        "schema": schema,
+    }
+    kind = _field({"kind": row_type.removesuffix("_qa"), **extra}, "kind", str, f"{where}, extra_data")
+    return Item(f"{group}/{row_id}", question, answer, kind, group, asin, context)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise AgileError(f"{path}: no such file; a product group is schema.json, metadata.json and qa.jsonl.") from None
+    except OSError as error:
+        raise AgileError(f"{path}: cannot be read ({error.strerror}); expected a readable file.") from None
+
+
+def _json(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise AgileError(
+            f"{where}: expected JSON in UTF-8, found {_show(data.decode(errors='replace'))} ({error})."
+        ) from None
+
+
+def _read_table(path: Path, noun: str) -> dict[str, dict[str, Any]]:
+    """A JSON file with one object per feature or product."""
+    table = _json(_read(path), str(path))
+    if not isinstance(table, dict) or not table:
+        raise AgileError(f"{path}: expected a JSON object with one object per {noun}, found {_show(table)}.")
+    for name, entry in table.items():
+        if not isinstance(entry, dict):
+            raise _wrong(str(path), name, "an object", entry)
+    return table
+
+
+def _field(row: Any, name: str, kind: type, where: str) -> Any:
+    noun = "text" if kind is str else "a list"
+    if not isinstance(row, dict):
+        raise AgileError(f"{where}: expected an object with the field {name!r}, found {_show(row)}.")
+    if name not in row:
+        raise AgileError(f"{where}, field {name!r}: expected {noun}, found no such field among {sorted(row)}.")
+    if not isinstance(row[name], kind):
+        raise _wrong(where, name, noun, row[name])
+    return row[name]
+
+
+def _wrong(where: str, name: str, expected: str, found: Any) -> AgileError:
+    return AgileError(f"{where}, field {name!r}: expected {expected}, found {_show(found)}.")
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,27 @@
+"""What every test shares: a quiet, offline, single-threaded process and the folder of real data."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before anything imports torch or transformers: two workers of pytest-xdist would otherwise fight over the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+settings.register_profile("agile", deadline=None)  # a busy machine is not a failure
+settings.load_profile("agile")
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real data that AGILE_DATA names; without it the test is skipped."""
+    folder = os.environ.get("AGILE_DATA")
+    if not folder:
+        pytest.skip("needs real data: set AGILE_DATA to the folder that holds productqa/")
+    if not Path(folder, "productqa").is_dir():
+        pytest.fail(f"AGILE_DATA={folder} holds no folder productqa/; name one that does, or unset it.")
+    return Path(folder)

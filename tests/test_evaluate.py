@@ -1,0 +1,171 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agile.evaluate import Outcome, by_stream, outcomes, paired_difference, summarise
+from agile.types import Advice, AdviceStatus, Reward, Session, SessionStatus, Trajectory
+
+
+def outcome(
+    stream: str, position: int, correct: bool, advised: bool = False, length: int = 4, kind: str = "k"
+) -> Outcome:
+    return Outcome(f"{stream}/{position}", stream, position, length, kind, correct, advised)
+
+
+def table(scores: np.ndarray, name: str = "s") -> list[Outcome]:
+    """Outcomes of streams that nobody advised, from right or wrong, shape (streams, questions)."""
+    return [
+        outcome(f"{name}{s}", i, bool(right), length=scores.shape[1])
+        for s, row in enumerate(scores)
+        for i, right in enumerate(row)
+    ]
+
+
+def session(index: int, reward: Reward | None, advised: bool = False, failed: bool = False) -> Session:
+    advice = Advice("a", status=AdviceStatus.ANSWERED if advised else AdviceStatus.TIMEOUT)
+    status = SessionStatus.TRUNCATED if failed else SessionStatus.COMPLETED
+    return Session(f"s/{index}", "s", index, f"i{index}", "k", 0, (), (), (), (), advice, "a", status, "", reward)
+
+
+def test_outcomes_follow_reward_advice_and_failure() -> None:
+    right, wrong = Reward({"correct": 1.0, "credit": -5.0}), Reward({"correct": 0.0, "credit": 5.0})
+    sessions = (
+        session(0, right),
+        session(1, wrong),
+        session(2, wrong, advised=True),
+        session(3, wrong, advised=True, failed=True),
+        session(4, wrong, failed=True),
+    )
+    results = outcomes([Trajectory("s", sessions)])
+    assert [o.correct for o in results] == [True, False, True, False, False]
+    assert [o.advised for o in results] == [False, False, True, True, False]
+    assert [o.failed for o in results] == [False, False, False, True, True]
+    assert [(o.item_id, o.position, o.length) for o in results] == [(f"i{i}", i, 5) for i in range(5)]
+    with pytest.raises(ValueError, match=r"Session s/0 has no reward"):
+        outcomes([Trajectory("s", (session(0, None),))])
+
+
+def test_summary_in_closed_form() -> None:
+    results = [
+        outcome("a", 0, True, advised=True, kind="fact"),
+        outcome("a", 1, True, advised=True, kind="fact"),
+        outcome("a", 2, False, kind="fact"),
+        outcome("a", 3, True, kind="search"),
+    ]
+    whole = summarise(results, 0.3, bins=2)
+    assert (whole["accuracy"], whole["advice_rate"], whole["n"], whole["failed"]) == (0.75, 0.5, 4, 0)
+    assert whole["score"] == pytest.approx(0.6)
+    assert whole["by_type"]["search"] == {"accuracy": 1.0, "advice_rate": 0.0, "score": 1.0, "n": 1}
+    assert whole["by_type"]["fact"]["score"] == pytest.approx(2 / 3 - 0.3 * 2 / 3)
+    first, last = whole["by_position"]
+    assert (first["from"], first["to"], first["advice_rate"], first["n"]) == (0.0, 0.5, 1.0, 2)
+    assert (last["from"], last["to"], last["advice_rate"], last["accuracy"]) == (0.5, 1.0, 0.0, 0.5)
+    assert json.loads(json.dumps(whole)) == whole
+
+
+def test_macro_weighs_streams_alike() -> None:
+    long = [outcome("long", i, False, advised=i < 6, length=12) for i in range(12)]
+    short = [outcome("short", i, True, length=2) for i in range(2)]
+    assert summarise(long + short, 0.3)["accuracy"] == pytest.approx(2 / 14)
+    macro = summarise(long + short, 0.3, macro=True)
+    groups = [summarise(group, 0.3) for group in by_stream(long + short).values()]
+    for key in ("accuracy", "advice_rate", "score"):
+        assert macro[key] == pytest.approx(np.mean([group[key] for group in groups]))
+    assert macro["by_type"]["k"]["accuracy"] == pytest.approx(0.5)
+    assert macro["score_ci"][0] <= macro["score"] <= macro["score_ci"][1]
+
+
+@given(
+    rows=st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 2)), min_size=1, max_size=40),
+    price=st.floats(0, 1),
+)
+def test_score_is_the_mean_reward_and_parts_add_up(rows: list[tuple[bool, bool, int]], price: float) -> None:
+    results = [outcome("s", i, r, a, len(rows), str(kind)) for i, (r, a, kind) in enumerate(rows)]
+    whole = summarise(results, price, num_resamples=50)
+    assert whole["score"] == pytest.approx(np.mean([r - price * a for r, a, _ in rows]))
+    quarters = summarise(results, price, bins=4, num_resamples=50)["by_position"]
+    for parts in (whole["by_position"], quarters, list(whole["by_type"].values())):
+        assert sum(part["n"] for part in parts) == len(rows)
+        assert sum(part["n"] * part["score"] for part in parts) / len(rows) == pytest.approx(whole["score"])
+    for quarter in quarters:  # is made of eighths
+        eighths = [e for e in whole["by_position"] if quarter["from"] <= e["from"] < quarter["to"]]
+        assert sum(e["n"] * e["advice_rate"] for e in eighths) == pytest.approx(quarter["n"] * quarter["advice_rate"])
+
+
+def test_interval_resamples_whole_streams() -> None:
+    """Within streams all is equal: 16 streams are worth 16 questions, however long they are."""
+    rights = np.repeat(np.arange(16)[:, None] % 2, 50, axis=1)
+    low, high = summarise(table(rights), 0.3)["score_ci"]
+    assert (low, high) == pytest.approx((0.25, 0.75), abs=0.07)  # 1.96 * .5 / sqrt(16)
+    singles = summarise(table(rights.reshape(-1, 1)), 0.3)["score_ci"]
+    assert high - low > 5 * (singles[1] - singles[0])
+
+
+def test_interval_depends_on_the_seed_alone() -> None:
+    results = table(np.random.default_rng(0).random((12, 10)) < 0.5)
+    first, same, other = (summarise(results, 0.3, seed=seed)["score_ci"] for seed in (0, 0, 1))
+    assert first == same != other
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    for streams, questions, spread in ((20, 12, 0.3), (2, 120, 0.0)):
+        covered = 0
+        for _ in range(150):
+            chance = np.clip(0.6 + spread * rng.uniform(-1, 1, (streams, 1)), 0, 1)
+            results = table(rng.random((streams, questions)) < chance)
+            low, high = summarise(results, 0.3, num_resamples=300)["score_ci"]
+            covered += low <= 0.6 <= high
+        assert 0.88 <= covered / 150 <= 0.99, f"{streams} streams: covered {covered} of 150"
+
+
+def test_paired_difference_in_closed_form() -> None:
+    rng = np.random.default_rng(0)
+    rights = rng.random((12, 10)) < 0.5
+    a, b = table(rights), table(np.zeros_like(rights))
+    same = paired_difference(a, a[::-1], 0.3)
+    assert same == {"difference": 0.0, "ci": [0.0, 0.0], "p": 1.0}
+    better = paired_difference(a, b, 0.3)
+    assert better["difference"] == pytest.approx(rights.mean())
+    assert 0 < better["ci"][0] < better["difference"] < better["ci"][1]
+    assert better["p"] == pytest.approx(1 / 2001)
+    worse = paired_difference(b, a, 0.3)
+    assert worse["difference"] == -better["difference"]
+    assert worse["ci"] == pytest.approx([-q for q in better["ci"][::-1]])
+
+
+def test_pairing_removes_what_both_sides_share() -> None:
+    """`b` is `a` with advice on every question of odd position: the difference is the same in every stream."""
+    rights = np.repeat(np.arange(12)[:, None] % 2, 10, axis=1)
+    a = table(rights)
+    b = [outcome(o.stream_id, o.position, o.correct, o.position % 2 == 1, o.length) for o in a]
+    paired = paired_difference(a, b, 0.3)
+    assert (paired["difference"], *paired["ci"]) == pytest.approx((0.15, 0.15, 0.15))
+    assert np.subtract(*summarise(a, 0.3)["score_ci"][::-1]) > 0.3
+
+
+def test_paired_test_rejects_equals_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    rejected = found = 0
+    for _ in range(150):
+        skill = rng.uniform(0.3, 0.9, (20, 1))
+        a, b, c = (table(rng.random((20, 10)) < skill + gain) for gain in (0, 0, 0.25))
+        rejected += paired_difference(a, b, 0.3, num_resamples=300)["p"] < 0.05
+        found += paired_difference(c, a, 0.3, num_resamples=300)["p"] < 0.05
+    assert 0.01 <= rejected / 150 <= 0.11, f"rejected {rejected} of 150"
+    assert found / 150 > 0.95, f"found {found} of 150"
+
+
+def test_paired_difference_refuses_other_questions() -> None:
+    a = [outcome("s", i, True) for i in range(4)]
+    with pytest.raises(ValueError, match=r"2 questions were answered by one side only, for example \('s', 's/3'\)"):
+        paired_difference(a, [*a[:3], outcome("s", 9, True)], 0.3)
+    with pytest.raises(ValueError, match="expected each once"):
+        paired_difference([a[0], a[0]], [a[0], a[0]], 0.3)
+    with pytest.raises(ValueError, match="expected each once"):
+        paired_difference([], [], 0.3)
+    with pytest.raises(ValueError, match="No outcomes"):
+        summarise([], 0.3)

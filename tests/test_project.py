@@ -1,0 +1,179 @@
+"""What no other test would notice: packaging, the type checker's sight, the direction of imports, stray paths."""
+
+import ast
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import mypy.main
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+LINKED = ("agents", "configs", "memory", "tasks", "tools")
+
+
+def package_files(pattern: str) -> set[str]:
+    """Files of the package below the root, `agile/memory/store.py` (glob does not follow links below the top)."""
+    folders = [ROOT / "agile", *(ROOT / "agile" / name for name in LINKED)]
+    found = (f for d in folders for f in d.glob(f"**/{pattern}") if "__pycache__" not in f.parts)
+    return {f.relative_to(ROOT).as_posix() for f in found}
+
+
+MODULES = {f.removesuffix("/__init__.py").removesuffix(".py").replace("/", "."): f for f in package_files("*.py")}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Packaging
+
+
+@pytest.fixture
+def metadata(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The arguments that setup.py gives to `setup`."""
+    arguments: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", arguments.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    return arguments
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_module_and_runs_elsewhere(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # a copy, so that an old build/ can hide nothing
+    for name in ("agile", *LINKED):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("agile/")}
+    data = package_files("*.yaml") | package_files("*.j2") | {"agile/py.typed"}
+    assert held == set(MODULES.values()) | data
+
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    helped = subprocess.run(
+        [sys.executable, site / "bin" / "agile", "--help"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "demo" in helped.stdout
+
+
+def test_every_import_is_declared(metadata: dict[str, Any]) -> None:
+    declared = {canonicalize_name(Requirement(r).name) for r in metadata["install_requires"]}
+    distributions = packages_distributions()
+    for module, path in MODULES.items():
+        for name in sorted({i.split(".")[0] for i in imports(path)} - sys.stdlib_module_names - {"agile"}):
+            known = {canonicalize_name(d) for d in distributions.get(name, [name])}
+            assert known & declared, f"{module} imports {name}: add it to CORE in setup.py."
+
+
+def test_constraints_pin_every_requirement_inside_its_range(metadata: dict[str, Any]) -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for text in metadata["install_requires"] + metadata["extras_require"]["dev"]:
+        requirement = Requirement(text)
+        name = canonicalize_name(requirement.name)
+        assert name in pins, f"{text} is not pinned in constraints.txt."
+        assert requirement.specifier.contains(pins[name]), f"{name}=={pins[name]} is outside {text}."
+
+
+def test_type_checker_sees_every_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    sources, _ = mypy.main.process_options([])
+    assert {s.module for s in sources if s.module.split(".")[0] == "agile"} == set(MODULES)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Dependencies point one way (docs/design.md, section 1)
+
+NOUNS = ("agile.types", "agile.errors", "agile.seeding")
+# What modules may import of the project besides themselves. A module that is not listed wires the others together.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "agile.types": (),
+    "agile.errors": (),
+    "agile.seeding": (),
+    "agile.tokens": NOUNS,
+    "agile.memory": NOUNS,
+    "agile.tools": NOUNS,
+    "agile.advice": NOUNS,
+    "agile.policies": (*NOUNS, "agile.tokens"),
+    "agile.executor": (*NOUNS, "agile.tokens", "agile.advice"),
+    "agile.rollout": (*NOUNS, "agile.executor"),
+    "agile.agents": (*NOUNS, "agile.tokens", "agile.policies"),
+    "agile.tasks": (*NOUNS, "agile.tools"),
+    "agile.credit": NOUNS,
+    "agile.losses": NOUNS,
+    "agile.batching": NOUNS,
+    "agile.engine": (*NOUNS, "agile.losses", "agile.batching"),
+    "agile.train": (*NOUNS, "agile.credit", "agile.losses", "agile.batching", "agile.engine"),
+}
+
+
+def imports(path: str) -> Iterator[str]:
+    """Names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # `from agile import executor` names a module only together with what it imports.
+            yield from ([f"agile.{a.name}" for a in node.names] if node.module == "agile" else [node.module or "."])
+
+
+def inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_dependencies_point_one_way(package: str) -> None:
+    members = [module for module in MODULES if inside(module, package)]
+    assert members, f"{package} is gone: take it out of MAY_IMPORT."
+    allowed = (package, *MAY_IMPORT[package])
+    for module in members:
+        for name in imports(MODULES[module]):
+            if inside(name, "agile"):
+                assert any(inside(name, a) for a in allowed), f"{module} imports {name}; it may import {allowed}."
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files that a person opens
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.name)
+def test_config_opens_with_its_command_and_hardware(path: Path) -> None:
+    opening = re.match(r"(#.*\n)*", path.read_text(encoding="utf-8"))
+    assert opening
+    assert re.search(rf"agile (demo\b|\w+ configs/{path.name}\b)", opening[0]), f"{path.name}: no command on top"
+    assert re.search(r"\b(CPU|GPU|cores?)\b", opening[0]), f"{path.name}: the opening comment names no hardware"
+
+
+def test_no_path_of_one_machine() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    machine_path = re.compile(r"(?<![\w.)\]])/(?:home|root|work|Users|mnt)/\w+")
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        if path.is_file() and not path.is_symlink():
+            found = machine_path.search(path.read_text(encoding="utf-8", errors="ignore"))
+            assert not found, f"{name} holds a path of one machine: {found and found[0]}"

@@ -1,0 +1,394 @@
+"""The report of a run: what is written is what was measured, and the page is whole, safe and the same every time."""
+
+import errno
+import io
+import json
+import math
+import os
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from agile.errors import AgileError
+from agile.plots import _apart, draw_all, looks_of
+from agile.report import render_html, render_table, save_plots, write_report
+
+PRICE = 0.3
+AGENTS = {  # accuracy and advice rate, at the start and at the end of the stream
+    "ppo": ((0.95, 0.955), (0.52, 0.21)),
+    "sft": ((0.91, 0.925), (0.47, 0.28)),
+    "oracle": ((0.975, 0.985), (0.40, 0.13)),
+    "recall": ((0.95, 0.93), (0.62, 0.34)),
+    "router": ((1.0, 1.0), (0.78, 0.79)),
+    "always_ask": ((1.0, 1.0), (1.0, 1.0)),
+    "never_ask": ((0.62, 0.63), (0.0, 0.0)),
+}
+KINDS = {"metadata": 0.1, "history": 0.4, "category": 0.35, "search": -0.35, "skewed prior": 0.05}
+
+
+def summary(accuracy: float, advice_rate: float, n: int, price: float = PRICE) -> dict[str, Any]:
+    accuracy, advice_rate = min(1.0, accuracy), min(1.0, max(0.0, advice_rate))
+    return {"accuracy": accuracy, "advice_rate": advice_rate, "score": accuracy - price * advice_rate, "n": n}
+
+
+def made_up_agent(accuracy: tuple[float, float], advice: tuple[float, float], salt: int) -> dict[str, Any]:
+    """Rates that move from the first to the second, most of the way early, with a little deterministic noise."""
+    parts = []
+    for k in range(10):
+        share = 1 - math.exp(-k / 3)
+        noise = 0.012 * math.sin(5 * k + salt) if 0 < advice[0] < 1 else 0
+        right, asks = (start + share * (end - start) + noise for start, end in (accuracy, advice))
+        parts.append({"from": k / 10, "to": (k + 1) / 10, **summary(right, asks, 240)})
+    mean = [sum(part[key] for part in parts) / len(parts) for key in ("accuracy", "advice_rate")]
+    whole = summary(mean[0], mean[1], 2400)
+    by_type = {}
+    for kind, extra in KINDS.items():
+        fixed = mean[1] in (0, 1)
+        by_type[kind] = summary(mean[0] - extra / 9, mean[1] + (0 if fixed else extra), n=480)
+    interval = [whole["score"] - 0.011, whole["score"] + 0.01]
+    return {**whole, "score_ci": interval, "failed": 3 * (salt < 2), "by_type": by_type, "by_position": parts}
+
+
+def made_up_report() -> dict[str, Any]:
+    """A report with every key that the page knows."""
+    agents = {name: made_up_agent(*ends, salt=k) for k, (name, ends) in enumerate(AGENTS.items())}
+    swept = {
+        f"{c:g}": {
+            n: summary(a["accuracy"], a["advice_rate"], 2400, c) for n, a in agents.items() if n not in ("ppo", "sft")
+        }
+        for c in (0.1, 0.2, 0.3, 0.4, 0.5)
+    }
+    sft = [{"step": 20 * k, "loss": 0.9 * math.exp(-k / 14) + 0.05 + 0.01 * math.sin(k)} for k in range(60)]
+    ppo: list[dict[str, Any]] = []
+    for k in range(25):
+        accuracy, rate = (
+            0.9 + 0.05 * (1 - math.exp(-k / 8)) + 0.004 * math.sin(3 * k),
+            0.36 - 0.06 * (1 - math.exp(-k / 10)),
+        )
+        row = {"iteration": k, "accuracy": accuracy, "advice_rate": rate, "score": accuracy - PRICE * rate}
+        rest = {
+            "kl": 0.03 * (1 - math.exp(-k / 6)),
+            "entropy": 0.3 - 0.005 * k,
+            "explained_variance": 0.7 - 0.7 / (k + 1),
+        }
+        ppo.append(row | rest)
+    difference = agents["ppo"]["score"] - agents["sft"]["score"]
+    return {
+        "task": "minishop",
+        "advice_price": PRICE,
+        "agents": agents,
+        "seconds": {"worlds": 2.1, "imitation": 182.4, "ppo": 301.0, "evaluation": 74.2},
+        "comparisons": [
+            {
+                "a": "ppo",
+                "b": "sft",
+                "difference": difference,
+                "ci": [difference - 0.01, difference + 0.01],
+                "p": 0.0005,
+            },
+            {"a": "ppo", "b": "recall", "difference": 0.052, "ci": [0.041, 0.063], "p": 0.0005},
+        ],
+        "training": [*sft, *ppo],
+        "prices": swept,
+        "groups": {"camera_cases": swept, "leggings": swept},
+        "details": {
+            "recall": {
+                "scope": "group",
+                "threshold": 0.85,
+                "sweep": [
+                    {
+                        "scope": scope,
+                        "threshold": t,
+                        "accuracy": 0.9 + t / 20,
+                        "advice_rate": t / 2,
+                        "score": 0.9 - t / 10,
+                    }
+                    for scope in ("product", "group")
+                    for t in (0.75, 0.8, 0.85, 0.9)
+                ],
+            },
+            "thresholds": "chosen on the test streams themselves, which favours recall",
+        },
+        "notes": ["A tiny model trained from scratch in minutes on two cores."],
+        "examples": [
+            {
+                "title": "Question 3 of a stream: not known yet, so it asks, and writes down why",
+                "spans": [
+                    ("executor", "[GetQuestion]"),
+                    ("task", "round 5 %\nproduct: kettle brand: arvo color: red\nquestion: does it whistle ?"),
+                    ("executor", "[RetrieveMemory]"),
+                    ("memory", "0.41 other product: does it fold ? no"),
+                    ("llm", "[SeekAdvice]"),
+                    ("advisor", "yes. kettles of steel whistle."),
+                    ("executor", "[Reflection]"),
+                    ("llm", "kettles of steel whistle"),
+                    ("executor", "[UpdateMemory]\n"),
+                    ("executor", "[PredictAnswer]"),
+                    ("llm", "yes"),
+                ],
+            },
+            [
+                ("task", "question: which is the cheapest red kettle ?"),
+                ("llm", "[SearchProduct] SELECT name FROM products WHERE color = 'red' ORDER BY price LIMIT 1"),
+                ("tool", "arvo-7"),
+                ("llm", "[PredictAnswer] arvo-7"),
+            ],
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with everything written."""
+    out = tmp_path_factory.mktemp("run") / "new"
+    write_report(made_up_report(), out)
+    save_plots(made_up_report(), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of the words alone: drawing is what takes the time."""
+    monkeypatch.setattr("agile.report.draw_all", lambda *_: {})
+
+
+def bare_report(**more: Any) -> dict[str, Any]:
+    """The least that a report can hold: no plots but the frontier, so it is quick to draw."""
+    agents = {"router": summary(1.0, 0.7, 100), "oracle": summary(1.0, 0.2, 100)}
+    return {"task": "minishop", "advice_price": PRICE, "agents": agents, "seconds": 1.5, **more}
+
+
+class Elements(HTMLParser):
+    """Start tags with their attributes, ids, and the tags left open."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.starts: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.starts.append((tag, dict(attrs)))
+        if tag not in ("meta", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.starts.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def printed(report: dict[str, Any]) -> str:
+    console = Console(width=110, record=True, file=io.StringIO(), force_terminal=True)
+    render_table(report, console)
+    return console.export_text(styles=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+def test_json_holds_the_report_and_nothing_is_left_behind(folder: Path) -> None:
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(made_up_report()))
+    assert sorted(f.name for f in folder.iterdir()) == ["report.html", "report.json", "report.png"]
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    report = bare_report(training=[{"iteration": 0, "score": math.nan}, {"iteration": 1, "score": np.float32(0.5)}])
+    report["agents"]["sft"] = {"accuracy": math.nan, "advice_rate": None, "score": math.inf, "n": np.int64(0)}
+    write_report(report, tmp_path)
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["agents"]["sft"] == {
+        "accuracy": None,
+        "advice_rate": None,
+        "score": None,
+        "n": 0,
+    }
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r">\s*(nan|inf|None)\b", page)
+    assert "SFT" in printed(report)
+
+
+def test_a_report_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "report.json").write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(AgileError, match=r"report\.json: No space left on device; .*out=DIR"):
+        write_report(bare_report(), tmp_path)
+    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("report.json", "old")]
+
+
+def test_a_file_in_place_of_the_folder_is_an_error_for_users(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(AgileError, match="Cannot write"):
+        write_report(bare_report(), tmp_path / "run")
+
+
+def test_figures_survive_a_fault_in_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agile.report.draw_all", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(bare_report(), tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["task"] == "minishop"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def test_page_is_well_formed_and_its_ids_are_unique(page: str) -> None:
+    elements = Elements(page)
+    assert elements.open == []
+    ids = [attrs["id"] for _, attrs in elements.starts if "id" in attrs]
+    assert len(set(ids)) == len(ids)
+    refers = re.findall(r'(?:href="#|url\(#)([^")]+)', page)
+    assert refers and set(refers) <= set(ids)
+
+
+def test_page_loads_nothing(page: str) -> None:
+    allowed = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"\w+://[^\s\"'<>)]*", page)) <= allowed
+    for tag, attrs in Elements(page).starts:
+        assert tag not in ("script", "link", "img", "iframe", "object", "embed")
+        assert all(
+            (value or "").startswith("#") for name, value in attrs.items() if name in ("src", "href", "xlink:href")
+        )
+        assert not any(name.startswith("on") for name in attrs)
+    assert "@import" not in page
+
+
+def test_page_shows_every_agent_every_plot_and_the_headline(page: str) -> None:
+    for label in ("PPO", "SFT", "oracle", "recall", "router", "always ask", "never ask"):
+        assert page.count(label) >= 4
+    assert (
+        "After PPO the agent scores 0.859; it asks on 52\xa0% of questions at the start of a stream and 24\xa0%" in page
+    )
+    assert page.count("<svg") == 10
+    assert "0.848\N{EN DASH}0.869" in page
+    variables = set(re.findall(r"(--[\w-]+):", page))
+    assert set(re.findall(r"var\((--[\w-]+)\)", page)) <= variables
+
+
+def test_agents_look_the_same_in_every_plot() -> None:
+    few, many = looks_of(["mine", "ppo"]), looks_of(["ppo", "other", "sft"])
+    assert few["ppo"] == many["ppo"]
+    looks = looks_of([*AGENTS, "mine", "other"])
+    assert len({look.color for look in looks.values()}) == len({look.marker for look in looks.values()}) == len(looks)
+    assert [n for n, look in looks.items() if look.learned] == ["ppo", "sft", "mine", "other"]
+
+
+def test_same_report_same_bytes(tmp_path: Path) -> None:
+    agents = {name: made_up_agent(*AGENTS[name], salt=0) for name in ("ppo", "router")}
+    for run in ("a", "b"):
+        write_report(bare_report() | {"agents": agents}, tmp_path / run)
+        save_plots(bare_report() | {"agents": agents}, tmp_path / run)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+HOSTILE = '<script>alert("x")</script> & $x_{1 </svg> {{ 7 * 7 }} [bold]'
+
+
+def test_whatever_sessions_and_names_say_is_shown_as_text(tmp_path: Path) -> None:
+    agent = summary(0.5, 0.1, 10) | {"by_type": {HOSTILE: summary(0.5, 0.1, 10)}}
+    report = bare_report(notes=[HOSTILE], details={HOSTILE: {HOSTILE: HOSTILE}}, groups={HOSTILE: {HOSTILE: agent}})
+    report |= {"task": HOSTILE, "examples": [[("llm", HOSTILE), ("tool", "\ud800")]], "seconds": {HOSTILE: 1}}
+    report["agents"][HOSTILE] = agent
+    write_report(report, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; &amp; $x_{1 &lt;/svg&gt; {{ 7 * 7 }} [bold]" in page
+    assert Elements(page).open == []
+    assert HOSTILE in printed(report | {"task": "t"}).replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "missing", [*made_up_report().keys() - {"task", "advice_price", "agents"}, "by_position", "all"]
+)
+@pytest.mark.usefixtures("no_plots")
+def test_what_is_missing_is_left_out(missing: str) -> None:
+    report = made_up_report()
+    report.pop(missing, None)
+    if missing == "by_position":
+        for agent in report["agents"].values():
+            del agent["by_position"]
+        assert "it asks on 32\xa0% of questions." in render_html(report)
+    if missing == "all":
+        report = {key: report[key] for key in ("task", "advice_price", "agents")}
+    page = render_html(report)
+    assert Elements(page).open == []
+    assert ("word for word" in page) == ("examples" in report)
+    assert ("Other prices" in page) == ("prices" in report or "groups" in report)
+    assert ("Differences in score" in page) == ("comparisons" in report)
+    assert "Training" not in page and "What the agents do" not in page  # no plots, no headings for them
+
+
+@pytest.mark.parametrize(
+    ("agents", "headline"),
+    [
+        ({}, "No agent was scored."),
+        ({"ppo": {"score": None}}, "No agent was scored."),
+        ({"sft": summary(0.9, 0.5, 10), "oracle": summary(1, 0, 10)}, "After imitation the agent scores 0.750"),
+        ({"router": summary(1, 0.5, 10), "oracle": summary(1, 0, 10)}, "The best of the agents, router, scores 0.850"),
+    ],
+)
+@pytest.mark.usefixtures("no_plots")
+def test_headline_speaks_of_the_agent_that_was_trained(agents: dict[str, Any], headline: str) -> None:
+    assert headline in render_html(bare_report() | {"agents": agents})
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_neighbouring_spans_of_one_writer_are_joined() -> None:
+    spans = [("task", "is it "), ("task", "red ?"), ("llm", " \n"), ("llm", "[SeekAdvice]")]
+    page = render_html(bare_report(examples=[spans]))
+    assert re.findall(r"<code>(.*?)</code>", page) == ["is it red ?", "[SeekAdvice]"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Plots and the terminal
+
+
+def test_plots_follow_from_the_data() -> None:
+    report = bare_report(training=[{"iteration": k, "kl": k / 10} for k in range(3)])
+    assert list(draw_all(report, looks_of(report["agents"]), {})) == ["frontier", "kl"]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_labels_stand_apart_in_the_order_of_their_lines(values: list[float]) -> None:
+    gap = 0.08
+    placed = _apart(values, gap, 0.02, 0.97)
+    assert all(0.02 - 1e-9 <= place <= 0.97 + 1e-9 for place in placed)
+    ranked = [place for _, _, place in sorted(zip(values, range(len(values)), placed, strict=True))]
+    assert all(high - low >= gap - 1e-9 for low, high in pairwise(ranked))
+
+
+def test_labels_with_room_stay_where_they_are() -> None:
+    assert _apart([0.9, 0.1, 0.5], 0.08, 0, 1) == [0.9, 0.1, 0.5]
+
+
+def test_table_ranks_by_score_and_dims_what_does_not_learn() -> None:
+    lines = printed(made_up_report()).splitlines()
+    rows = [line for line in lines if "2,400" in line]
+    order = ["oracle", "PPO", "SFT", "recall", "router", "always ask", "never ask"]
+    assert [next(label for label in order if label in row) for row in rows] == order
+    for row, label in zip(rows, order, strict=True):
+        assert ("\x1b[1m" in row, "\x1b[2m" in row) == ((True, False) if label in ("PPO", "SFT") else (False, True))
+    assert "PPO against SFT: +0.042 (+0.032 to +0.052)" in "\n".join(lines)
