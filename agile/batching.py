@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from agile.types import Session
@@ -14,15 +15,26 @@ from agile.types import Session
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One segment as the trainer sees it: arrays of shape (T,)."""
+    """One segment as the trainer sees it.
 
-    token_ids: np.ndarray
-    action_mask: np.ndarray
-    logprobs: np.ndarray
+    Attributes:
+        token_ids: (T,).
+        action_mask: (T,), true where the LLM sampled the token.
+        logprobs: (A,), rollout log-probabilities of the A action tokens.
+    """
+
+    token_ids: NDArray[np.int64]
+    action_mask: NDArray[np.bool_]
+    logprobs: NDArray[np.float32]
 
     @property
     def num_actions(self) -> int:
-        return int(self.action_mask.sum())
+        return len(self.logprobs)
+
+    @property
+    def action_ids(self) -> NDArray[np.int64]:
+        """(A,), the ids of the action tokens."""
+        return self.token_ids[self.action_mask]
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -32,32 +44,44 @@ def session_rows(session: Session) -> list[Row]:
     """The segments of a session, in order, without those that hold no sampled token."""
     rows = []
     for segment in session.segments:
-        row = Row(
-            np.array(segment.token_ids, dtype=np.int64),
-            np.array(segment.action_mask, dtype=bool),
-            np.array(segment.logprobs, dtype=np.float32),
-        )
+        mask = np.array(segment.action_mask, dtype=bool)
+        row = Row(np.array(segment.token_ids, dtype=np.int64), mask, np.array(segment.logprobs, dtype=np.float32)[mask])
         if row.num_actions:
             rows.append(row)
     return rows
 
 
-def pad(arrays: Sequence[np.ndarray], value: float = 0) -> Tensor:
-    """Arrays of shape (T_i, ) as one tensor (B, max T), padded on the right."""
-    out = np.full((len(arrays), max(len(a) for a in arrays)), value, dtype=arrays[0].dtype)
-    for row, array in zip(out, arrays, strict=True):
-        row[: len(array)] = array
-    return torch.from_numpy(out)
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows as tensors: (B, T), padded on the right, and (N,) for all their action tokens, row by row."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    action_mask: Tensor
+    action_ids: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What `ActorCritic.forward` takes."""
+        return self.input_ids, self.attention_mask, self.action_mask
 
 
-def attention_mask(arrays: Sequence[np.ndarray]) -> Tensor:
-    """1 where `pad` put a token, 0 where it put padding: (B, max T)."""
-    return pad([np.ones(len(a), dtype=np.int64) for a in arrays])
+def make_batch(rows: Sequence[Row], device: torch.device) -> Batch:
+    """Pad rows into one batch."""
+    shape = len(rows), max(len(r) for r in rows)
+    input_ids, attention_mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    action_mask = np.zeros(shape, bool)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row)] = row.token_ids
+        attention_mask[i, : len(row)] = 1
+        action_mask[i, : len(row)] = row.action_mask
+    arrays = input_ids, attention_mask, action_mask, np.concatenate([r.action_ids for r in rows])
+    return Batch(*(torch.from_numpy(a).to(device) for a in arrays))
 
 
 def minibatches(
     lengths: Sequence[int], batch_size: int, micro_batch_size: int, rng: np.random.Generator
-) -> Iterator[list[np.ndarray]]:
+) -> Iterator[list[NDArray[np.int64]]]:
     """Shuffled optimizer batches of row numbers, each cut into micro-batches of similar length (less padding)."""
     order = rng.permutation(len(lengths))
     for start in range(0, len(order), batch_size):

@@ -27,7 +27,9 @@ errors = Console(stderr=True)
 Config = Annotated[Path, typer.Argument(help="YAML file, see configs/.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="a.b=value changes the config; out=DIR is the run folder (default under runs/).", metavar="[a.b=value]..."),
+    typer.Argument(
+        help="a.b=value changes the config; out=DIR is the run folder (default under runs/).", metavar="[a.b=value]..."
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")]
 

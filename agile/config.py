@@ -95,8 +95,11 @@ class SFTConfig(OptimizerConfig):
     num_steps: int = Field(2000, ge=0, description="Optimizer steps.")
     checkpoint_every: Count = Field(500, description="Optimizer steps between checkpoints.")
     sessions_per_item: Count = Field(4, description="Imitation sessions of each question, with different memories.")
-    judge_yes: Share = Field(0.15, description="How often the answerability judge lets a question that nothing in "
-                             "sight answers be answered: what gives RL something to explore.")
+    judge_yes: Share = Field(
+        0.15,
+        description="How often the answerability judge lets a question that nothing in "
+        "sight answers be answered: what gives RL something to explore.",
+    )
     warmup_steps: int = Field(100, ge=0)
 
 
@@ -132,7 +135,11 @@ class PPOConfig(OptimizerConfig):
 
 class EvaluateConfig(_Config):
     baselines: tuple[Literal["always_ask", "never_ask", "router", "recall", "oracle"], ...] = (
-        "always_ask", "never_ask", "router", "recall", "oracle",
+        "always_ask",
+        "never_ask",
+        "router",
+        "recall",
+        "oracle",
     )
     agents: tuple[Literal["sft", "ppo"], ...] = ("sft", "ppo")
     checkpoint: Path | None = Field(None, description="Run folder whose agents `agile bench` scores.")
@@ -171,11 +178,15 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         try:
             loaded = yaml.safe_load(path.read_text())
         except OSError as error:
-            raise AgileError(f"Cannot read the config {path}: {error.strerror}. Give a YAML file of configs/.") from None
+            raise AgileError(
+                f"Cannot read the config {path}: {error.strerror}. Give a YAML file of configs/."
+            ) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise AgileError(f"{path} is not YAML: {error}") from None
         if not isinstance(loaded, dict | None):
-            raise AgileError(f"{path} holds a {type(loaded).__name__}, expected a mapping of sections (task:, ppo:, ...).")
+            raise AgileError(
+                f"{path} holds a {type(loaded).__name__}, expected a mapping of sections (task:, ppo:, ...)."
+            )
         values = loaded or {}
     for override in overrides:
         key, equals, text = override.partition("=")

@@ -45,7 +45,7 @@ class Limits:
     Attributes:
         max_turns: Calls of the policy.
         max_session_tokens: Tokens of all segments together.
-        max_context_tokens: Tokens of one segment, what is about to be sampled included.
+        max_context_tokens: Tokens of one segment. What would not fit is not shown, and the session ends.
         max_action_tokens: Tokens of one action.
         max_invalid_actions: Malformed or illegal actions that are answered with an error; one more ends the session.
         max_seconds: Wall-clock time; None for no limit (a limit makes a run depend on the machine).
@@ -108,9 +108,12 @@ class _Draft:
     def context(self) -> list[int]:
         return [i for span in self.spans for i in span.token_ids]
 
+    def num_context_tokens(self) -> int:
+        return sum(len(span.token_ids) for span in self.spans)
+
     def num_tokens(self) -> int:
         closed = sum(len(span.token_ids) for segment in self.segments for span in segment.spans)
-        return closed + sum(len(span.token_ids) for span in self.spans)
+        return closed + self.num_context_tokens()
 
     def close(self, end: SegmentEnd) -> None:
         self.segments.append(Segment(tuple(self.spans), end))
@@ -129,7 +132,8 @@ class Executor:
         limits: What ends a session early.
 
     Raises:
-        AgileError: The spec names an action that is neither the executor's nor a tool's.
+        AgileError: The spec names an action that is neither the executor's nor a tool's, or lets the LLM choose what
+            opens the empty context after `[ClearContext]`.
     """
 
     def __init__(
@@ -146,6 +150,11 @@ class Executor:
                 raise AgileError(
                     f"Agent {agent.spec.name} has an action [{action.name}] but no tool of that name (tools: "
                     f"{sorted(tools) or 'none'}). Pass a Tool named {action.name!r} or remove the action."
+                )
+            if action.name == Fn.CLEAR_CONTEXT and len(action.followed_by) != 1:
+                raise AgileError(
+                    f"Agent {agent.spec.name}: [{action.name}] may be followed by any of {list(action.followed_by)}, but "
+                    "an empty context is nothing that an LLM can continue. Let exactly one action follow it."
                 )
         self.agent = agent
         self.codec = codec
@@ -208,12 +217,13 @@ class Executor:
         """The only legal action, written here, or the one that the LLM chooses; errors give it further tries."""
         forced = legal[0] if len(legal) == 1 else None
         if forced is not None:
-            draft.spans.append(Span(Source.EXECUTOR, (self.codec.action_ids[forced],)))
+            self._show(draft, Source.EXECUTOR, (self.codec.action_ids[forced],))
             if not self.agent.spec[forced].takes_argument:
                 return Action(forced)
         while True:
             completion = await self._sample(draft, legal, forced)
-            parsed = self.codec.parse(completion.token_ids, legal, forced)
+            with _stage("policy"):  # no tokenizer decodes a negative id
+                parsed = self.codec.parse(completion.token_ids, legal, forced)
             if isinstance(parsed, Action):
                 return parsed
             draft.invalid += 1
@@ -222,7 +232,14 @@ class Executor:
             if draft.invalid > self.limits.max_invalid_actions:
                 raise _TooManyInvalid(f"{draft.invalid} invalid actions, the last: {parsed}")
             again = () if forced is None else (self.codec.action_ids[forced],)
-            draft.spans.append(Span(Source.EXECUTOR, self.codec.encode(text) + again))
+            self._show(draft, Source.EXECUTOR, self.codec.encode(text) + again)
+
+    def _show(self, draft: _Draft, source: Source, token_ids: tuple[int, ...]) -> None:
+        """Append observed tokens, if they fit."""
+        context, total = draft.num_context_tokens() + len(token_ids), draft.num_tokens() + len(token_ids)
+        if context > self.limits.max_context_tokens or total > self.limits.max_session_tokens:
+            raise _Truncated(f"{total} tokens, {context} of them in context, do not fit the limit")
+        draft.spans.append(Span(source, token_ids))
 
     async def _sample(self, draft: _Draft, legal: tuple[str, ...], forced: str | None) -> Completion:
         context = draft.context()
@@ -244,10 +261,11 @@ class Executor:
             completion = await draft.policy.complete(
                 context, max_tokens=room, stop=stop, seed=derive_seed(draft.seed, draft.turns)
             )
+            if len(completion.token_ids) > room:
+                raise ValueError(f"sampled {len(completion.token_ids)} tokens, expected at most {room}")
+            sampled = Span(Source.LLM, completion.token_ids, completion.logprobs, completion.policy_version)
         draft.turns += 1
-        draft.spans.append(
-            Span(Source.LLM, completion.token_ids, completion.logprobs, policy_version=completion.policy_version)
-        )
+        draft.spans.append(sampled)
         return completion
 
     async def _perform(self, draft: _Draft, action: Action) -> None:
@@ -282,9 +300,11 @@ class Executor:
                 source = Source.TOOL
                 try:
                     result = await self.tools[name](action.argument, draft.item)
-                    text, ok = result.text, result.ok
+                    text, ok = str(result.text), result.ok
                 except Exception as error:  # a tool that raises is answered like one that reports an error
                     text, ok = f"error : {type(error).__name__}: {error}", False
         draft.steps.append(Observation(action, source, text, ok))
-        if text:
-            draft.spans.append(Span(source, self.codec.encode(text)))
+        with _stage("agent"):
+            token_ids = self.codec.encode(text)
+        if token_ids:
+            self._show(draft, source, token_ids)

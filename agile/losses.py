@@ -1,7 +1,8 @@
 """Loss functions: pure, and indifferent to padding, batch order and how micro-batches are cut.
 
-Every tensor is (B, T), rows are segments, and entry t belongs to *token* t: the distribution, the value and the entropy
-that produced it come from the model's output at t - 1. Only action tokens, those that the LLM sampled, count.
+Tensors have one entry per token, in any one shape: (B, T) padded, or (N,) for the action tokens alone. The distribution,
+the value and the entropy of a token are those of the state before it; who calls aligns them. Only action tokens, those
+that the LLM sampled, count.
 """
 
 from __future__ import annotations
@@ -10,14 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Logits of the distribution that was sampled from, without those after the last token."""
+    """Logits of the distribution that was sampled from."""
     if temperature <= 0:
         raise ValueError(f"temperature {temperature}: expected > 0; greedy samples have no logprobs to learn from.")
-    logits = logits[:, :-1]
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()  # sums over a vocabulary lose too much in half precision
     return logits if temperature == 1 else logits / temperature
@@ -29,30 +28,28 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, temperature: float = 1.0) 
     Autograd keeps the logits that were summed, scaled or in float32 where that had to be, but no softmax.
 
     Args:
-        logits: (B, T, V), as the model returns them: row t predicts token t + 1.
-        token_ids: (B, T), int64.
+        logits: (..., V), those that predict each token.
+        token_ids: (...), int64.
         temperature: That of the rollout.
 
     Returns:
-        (B, T), float32 or wider: entry t is log p(token t | tokens before t); entry 0, which has no prefix, is 0.
+        (...), float32 or wider.
     """
     logits = _scaled(logits, temperature)
-    chosen = logits.gather(-1, token_ids[:, 1:, None]).squeeze(-1)
-    return pad(chosen - logits.logsumexp(-1), (1, 0))
+    return logits.gather(-1, token_ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropy (nats) over the whole vocabulary of the distribution that produced each token.
 
-    Args and alignment as in `token_logprobs`; finite logits only. Autograd keeps a (B, T, V) softmax, so call it
-    without gradients when there is no entropy bonus.
+    Args as in `token_logprobs`; finite logits only. Autograd keeps a (..., V) softmax, so call it without gradients
+    when there is no entropy bonus.
 
     Returns:
-        (B, T): entry t in [0, log V]; entry 0 is 0.
+        (...), in [0, log V].
     """
     logits = _scaled(logits, temperature)
-    mean_logit = (logits.softmax(-1) * logits).sum(-1)
-    return pad(logits.logsumexp(-1) - mean_logit, (1, 0))
+    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +111,12 @@ def ppo_loss(
     stands there, NaN and infinity included. Source: Schulman et al., arXiv 1707.06347, Eq. 7.
 
     Args:
-        logprobs, values, entropy: (B, T), of the model in training.
-        old_logprobs, old_values: (B, T), recomputed by the trainer before the first update.
-        rollout_logprobs: (B, T), as sampled; None if the trainer's own model sampled (w = 1).
-        ref_logprobs: (B, T), of the reference policy; None for no KL term.
-        advantages, returns: (B, T).
-        action_mask: (B, T), bool.
+        logprobs, values, entropy: (...), of the model in training.
+        old_logprobs, old_values: (...), recomputed by the trainer before the first update.
+        rollout_logprobs: (...), as sampled; None if the trainer's own model sampled (w = 1).
+        ref_logprobs: (...), of the reference policy; None for no KL term.
+        advantages, returns: (...).
+        action_mask: (...), bool.
         num_tokens: Action tokens of the whole optimizer batch, so that losses of its micro-batches add up. If the
             engine averages gradients over N ranks or accumulation steps, this number divided by N.
 
@@ -167,7 +164,7 @@ def sft_loss(logprobs: Tensor, action_mask: Tensor, *, num_tokens: float) -> Ten
     """Negative log-likelihood (nats) of the action tokens, divided by `num_tokens` as in `ppo_loss`.
 
     Args:
-        logprobs, action_mask: (B, T).
+        logprobs, action_mask: (...).
 
     Returns:
         A scalar whose gradient is exactly 0 at masked positions.
@@ -179,7 +176,7 @@ def _keep(x: Tensor, mask: Tensor) -> Tensor:
     """`x` with 0 where masked. Not a product: 0 * NaN is NaN, in the gradient too."""
     if x.shape != mask.shape:
         raise ValueError(
-            f"Tensor of shape {tuple(x.shape)}, action_mask of {tuple(mask.shape)}; expected (B, T) for both."
+            f"Tensor of shape {tuple(x.shape)}, action_mask of {tuple(mask.shape)}; expected (...) for both."
         )
     return torch.where(mask, x, 0.0)
 

@@ -13,23 +13,47 @@ class ActorCritic(nn.Module):
     """A causal LM and a value head that reads its last hidden state.
 
     The head does not send gradients into the trunk: a value loss there was seen to disturb what imitation had learned.
+
+    Raises:
+        AgileError: The LM's logits are not its output embedding applied to its last hidden state.
     """
 
     def __init__(self, lm: PreTrainedModel):
         super().__init__()
         self.lm = lm
-        size = lm.config.hidden_size
+        size = lm.config.get_text_config().hidden_size
         self.value_head = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, 1))
         nn.init.zeros_(self.value_head[2].weight)
         nn.init.zeros_(self.value_head[2].bias)
+        with torch.no_grad():
+            probe = torch.zeros(1, 2, dtype=torch.long, device=lm.device)
+            expected = lm(input_ids=probe).logits
+            found = lm.get_output_embeddings()(lm.base_model(input_ids=probe).last_hidden_state)
+        if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
+            raise AgileError(
+                f"{type(lm).__name__} does more to its last hidden state than its output embedding does (a cap or a "
+                "scale on logits); such models cannot be trained here. Choose one like Llama, Qwen or Mistral."
+            )
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `(B, T, V)` and values `(B, T)`, both of the position after each token."""
-        output = self.lm(
-            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False
-        )
-        hidden = output.hidden_states[-1].detach()
-        return output.logits, self.value_head(hidden.to(self.value_head[0].weight.dtype)).squeeze(-1)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, action_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the model says before each action token; logits are computed there and nowhere else.
+
+        Args:
+            input_ids, attention_mask, action_mask: (B, T), padded on the right; the first token is no action.
+
+        Returns:
+            Logits (N, V) and values (N,) of the states before the batch's N action tokens, row by row; and the values
+            (B,) of the states after each row's last token.
+        """
+        hidden = self.lm.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        hidden = hidden.last_hidden_state  # (B, T, H)
+        before = hidden[:, :-1][action_mask[:, 1:]]  # (N, H)
+        last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1]
+        return self.lm.get_output_embeddings()(before), self._value(before), self._value(last)
+
+    def _value(self, hidden: Tensor) -> Tensor:
+        weight = self.value_head[0].weight
+        return self.value_head(hidden.detach().to(weight.dtype)).squeeze(-1).float()
 
 
 def small_llama(

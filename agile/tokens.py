@@ -17,7 +17,7 @@ END, PAD, UNK = "<end>", "<pad>", "<unk>"
 class ActionCodec:
     """A tokenizer together with the actions of an agent.
 
-    Observed text is encoded as plain text: a user who types `[SubmitAnswer]` never produces the action token.
+    Observed text is encoded as plain text: a user who types `[SubmitAnswer]` or `<end>` never produces such a token.
 
     Raises:
         AgileError: The tokenizer lacks an action token or an end token.
@@ -43,10 +43,16 @@ class ActionCodec:
         self._names = {i: n for n, i in self.action_ids.items()}
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.encode_special_tokens = True
+        # A model of whole words holds the names of special tokens as words: nothing but their ids tells them apart.
+        unk = tokenizer.unk_token_id
+        self._reserved = ({*tokenizer.all_special_ids} - {unk}) | {self.end_id, *self._names}
+        self._plain = () if unk is None or unk in self._reserved else (int(unk),)
         self.encode = lru_cache(maxsize=65536)(self._encode)
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        text = text.encode("utf-8", "replace").decode()  # lone surrogates, of JSON or a terminal, have no tokens
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        return tuple(i for token in ids for i in (self._plain if token in self._reserved else (token,)))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids, action and end tokens included."""
@@ -76,16 +82,16 @@ class ActionCodec:
         if forced is None:
             name = self.name_of(ids[0]) if ids else None
             if name is None or name not in legal:
-                return "expected one of " + " ".join(f"[{n}]" for n in legal)
+                return "expected one of " + " ".join(legal)
             ids = ids[1:]
         else:
             name = forced
         if not self.spec[name].takes_argument:
-            return Action(name) if not ids else f"[{name}] takes no argument"
+            return Action(name) if not ids else f"{name} takes no argument"
         if not ids or ids[-1] != self.end_id:
-            return f"[{name}] did not end"
+            return f"{name} did not end"
         if any(i in self._names or i == self.end_id for i in ids[:-1]):
-            return f"[{name}] holds another action"
+            return f"{name} holds another action"
         return Action(name, self.decode(ids[:-1]).strip())
 
 

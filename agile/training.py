@@ -55,7 +55,10 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description:>10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
 

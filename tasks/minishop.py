@@ -65,12 +65,22 @@ def write_minishop(out: Path, spec: MiniShopSpec, seed: int) -> None:
     """Write train and test worlds below `out`; the same spec and seed write the same files.
 
     Raises:
-        AgileError: `out` exists and holds something else, or the shares do not add up to 1.
+        AgileError: `out` exists and holds something else or cannot be written, or the shares do not add up to 1.
     """
-    if abs(sum(spec.kinds().values()) - 1) > 1e-6:
-        raise AgileError(f"MiniShop: the shares of question kinds {spec.kinds()} must add up to 1.")
-    if out.exists() and any(out.iterdir()):
-        raise AgileError(f"{out} is not empty. Choose another folder for MiniShop's worlds, or remove it first.")
+    shares = spec.kinds()
+    if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
+        raise AgileError(f"MiniShop: the shares of question kinds {shares} must be at least 0 and add up to 1.")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise AgileError(f"{out} is not an empty folder. Choose another one for MiniShop's worlds, or remove it first.")
+    try:
+        _write_worlds(out, spec, seed)
+    except OSError as error:
+        raise AgileError(
+            f"Cannot write MiniShop's worlds to {out}: {error.strerror or error}. Free space or choose another folder."
+        ) from error
+
+
+def _write_worlds(out: Path, spec: MiniShopSpec, seed: int) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -129,9 +139,10 @@ def _questions(
     # some things are asked again and again, others once
     facts_by_rank = [str(f) for f in rng.permutation(BALANCED_FACTS)]
     popularity = _zipf(len(visible))
+    shares = np.array(list(spec.kinds().values()))
     rows = []
     for number in range(spec.num_questions):
-        kind = str(rng.choice(list(spec.kinds()), p=list(spec.kinds().values())))
+        kind = str(rng.choice(list(spec.kinds()), p=shares / shares.sum()))
         asin = str(rng.choice(visible, p=popularity))
         match kind:
             case "search":

@@ -43,7 +43,7 @@ LIMITS = {
 MAX_USES = 8  # of the table, and of SELECT: the planner runs outside the deadline, and its time grows with both
 MAX_RESULT_CHARS = 2000
 INLINE_S = 0.01
-PROGRESS_OPCODES = 100  # between two looks at the clock: microseconds, or a dozen slow function calls
+PROGRESS_OPCODES = 200  # between two looks at the clock: microseconds, or a dozen slow function calls
 
 _QUOTED = re.compile(r"""'[^']*'|"[^"]*"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?(?:\*/|\Z)""", re.DOTALL)
 _SQL_TYPE = re.compile(r"[A-Za-z]+( ?\(\d+(, ?\d+)?\))?")
@@ -63,13 +63,13 @@ class QueryTimeout(QueryError):
 
 @dataclass(slots=True)
 class _Table:
-    """An open connection that sees one table; `deadline` is in seconds of `time.monotonic`."""
+    """An open connection that sees one table; `deadline` is in seconds of `time.thread_time`."""
 
     connection: sqlite3.Connection
     deadline: float = 0.0
 
     def late(self) -> bool:
-        return time.monotonic() > self.deadline
+        return time.thread_time() > self.deadline
 
 
 class SqlSearch:
@@ -82,7 +82,7 @@ class SqlSearch:
     Args:
         database: SQLite file with one table per group; opened read-only.
         name: The action that calls this tool.
-        timeout_s: Seconds that one statement may run.
+        timeout_s: Seconds of the processor that one statement may take; a busy machine cuts no honest one short.
         max_rows: Further rows are left out.
 
     Raises:
@@ -145,7 +145,7 @@ class SqlSearch:
         _check(sql, group)
         try:
             table = self._table(group)
-            table.deadline = time.monotonic() + timeout_s
+            table.deadline = time.thread_time() + timeout_s
             with closing(table.connection.execute(sql)) as cursor:
                 return cursor.fetchmany(self.max_rows)
         except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError, MemoryError) as error:

@@ -93,6 +93,7 @@ class HFPolicy:
                 await asyncio.sleep(0)
                 quiet = quiet + 1 if len(self._pending) == seen else 0
                 seen = len(self._pending)
+            self._pending = [r for r in self._pending if not r.future.done()]  # without those of cancelled sessions
             # equal lengths together: less padding, and the same batches whatever order the requests came in
             self._pending.sort(key=lambda r: (len(r.prompt_ids), r.seed))
             batch, self._pending = self._pending[: self.max_batch_size], self._pending[self.max_batch_size :]
@@ -134,25 +135,29 @@ class HFPolicy:
         processors = LogitsProcessorList()
         if self.temperature > 0:
             processors.append(_GumbelNoise(seeds, self.temperature, device))
-        was_training = self.model.training
+        # generate() fills what its config leaves open (end tokens, repetition penalty, ...) from the model's own.
+        was_training, own_config = self.model.training, self.model.generation_config
         self.model.eval()
-        output = self.model.generate(
-            input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            generation_config=GenerationConfig(
-                max_new_tokens=max(max_tokens),
-                do_sample=False,
-                pad_token_id=self.pad_id,
-                eos_token_id=None,
-                output_logits=True,
-                return_dict_in_generate=True,
-            ),
-            logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList(
-                [_StopPerRow(stop_rows.to(device), torch.tensor(max_tokens, device=device), length)]
-            ),
-        )
-        self.model.train(was_training)
+        self.model.generation_config = GenerationConfig()
+        try:
+            output = self.model.generate(
+                input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                generation_config=GenerationConfig(
+                    max_new_tokens=max(max_tokens),
+                    do_sample=False,
+                    pad_token_id=self.pad_id,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                ),
+                logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList(
+                    [_StopPerRow(stop_rows.to(device), torch.tensor(max_tokens, device=device), length)]
+                ),
+            )
+        finally:
+            self.model.generation_config = own_config
+            self.model.train(was_training)
         sampled = output.sequences[:, length:]  # (B, T)
         logits = torch.stack(output.logits, dim=1).float()  # (B, T, V)
         logprobs = (logits / (self.temperature or 1.0)).log_softmax(-1).gather(-1, sampled[..., None]).squeeze(-1)

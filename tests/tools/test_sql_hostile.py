@@ -264,12 +264,12 @@ def test_there_are_at_least_500_hostile_statements() -> None:
 @pytest.mark.parametrize("family", REFUSED)
 def test_hostile_statements_are_refused(tool: SqlSearch, family: str) -> None:
     for sql in REFUSED[family]:
-        started = time.monotonic()
+        started = time.thread_time()  # of the processor: a busy machine is no hang
         result = tool.search(sql, "pans")
-        seconds = time.monotonic() - started
+        seconds = time.thread_time() - started
         assert not result.ok, (sql[:200], result.text)
         assert result.text.startswith("error : ") and "\n" not in result.text and len(result.text) < 300
-        assert seconds < tool.timeout_s + 0.5, (sql[:200], seconds)  # room for a busy machine
+        assert seconds < tool.timeout_s + 0.2, (sql[:200], seconds)
     assert tool.search("SELECT product_id FROM pans LIMIT 1", "pans").text == "B01"
 
 
