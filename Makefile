@@ -32,7 +32,8 @@ clean: ## remove .venv, caches and builds; runs/ stays
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # `.unfinished` marks a build that was interrupted: pip may have left half a package, so the next one starts afresh.
-# Debian's Python has no ensurepip, hence the way round it through the Python's own pip.
+# Debian's Python may lack ensurepip, hence the way round it through the Python's own pip. Without --no-compile, half of
+# the time would go into bytecode of modules that nothing imports.
 .venv/.installed: setup.py constraints.txt
 	@set -e; \
 	if [ -e .venv/.unfinished ] || ! $(PYTHON) -m pip --version >/dev/null 2>&1; then \
@@ -50,6 +51,6 @@ clean: ## remove .venv, caches and builds; runs/ stays
 	fi; \
 	rm -f $@; touch .venv/.unfinished; \
 	echo "Installing into .venv (once; about 500 MB to download, a few minutes) ..."; \
-	$(PYTHON) -m pip install -qq --retries 1 -c constraints.txt --no-deps --extra-index-url "$(TORCH_INDEX)" torch; \
-	$(PYTHON) -m pip install --quiet -c constraints.txt -e ".[dev]"; \
+	$(PYTHON) -m pip install -qq --no-compile --retries 1 -c constraints.txt --no-deps --extra-index-url "$(TORCH_INDEX)" torch; \
+	$(PYTHON) -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"; \
 	mv .venv/.unfinished $@

@@ -100,12 +100,10 @@ class ProductQAAgent:
         of_group = Scope(MemoryKind.HISTORY, item.group)
         knowledge = Scope(MemoryKind.KNOWLEDGE, item.group)
         entries = memory.retrieve(item.question, self.product_k, of_product)
-        shown = {e.item.id for e in entries}
-        entries += [
-            e
-            for e in memory.retrieve(item.question, self.group_k + self.product_k, of_group)
-            if e.item.id not in shown
-        ][: self.group_k]
+        if self.group_k:
+            shown = {e.item.id for e in entries}
+            others = memory.retrieve(item.question, self.group_k + self.product_k, of_group)
+            entries += [e for e in others if e.item.id not in shown][: self.group_k]
         entries += memory.retrieve(self.query(item), self.knowledge_k, knowledge)
         lines = [self._entry(e, item) for e in entries]
         lines.append(f"similar {min(9, memory.count_similar(item.question, self.similar, of_group))}")

@@ -24,7 +24,6 @@ from agile.model import load_lm, small_llama
 from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
 from agile.tokens import ActionCodec, add_action_tokens, build_tokenizer
-from agile.tools.sql import SqlSearch
 from agile.types import Advisor, Memory, Stream
 
 BASELINES_SEEING_ALL = ("oracle",)
@@ -111,7 +110,7 @@ class Setup:
         return Executor(
             self.agent,
             ActionCodec(tokenizer, self.agent.spec),
-            {"SearchProduct": SqlSearch(self.task.database)},
+            {"SearchProduct": self.task.search},
             AdviceDesk(advisor or DatasetAdvisor(), self.config.task.advice_price),
             self.task.score,
             Limits(

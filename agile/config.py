@@ -105,8 +105,9 @@ class SFTConfig(OptimizerConfig):
 
 class PPOConfig(OptimizerConfig):
     lr: float = Field(3e-4, gt=0)
-    batch_size: Count = 512
-    micro_batch_size: Count = 256
+    value_lr: float = Field(3e-3, gt=0, description="Learning rate of the value head.")
+    batch_size: Count = 64
+    micro_batch_size: Count = 64
     num_iterations: int = Field(20, ge=0, description="Rounds of collecting and learning.")
     streams_per_iteration: Count = Field(48, description="Streams played in each.")
     num_epochs: Count = 2
@@ -123,7 +124,7 @@ class PPOConfig(OptimizerConfig):
     kl_coef: float = Field(0.01, ge=0)
     entropy_coef: float = Field(0.0, ge=0)
     max_importance_weight: float = Field(2.0, gt=0, description="Truncates the rollout-trainer correction.")
-    value_warmup_iterations: int = Field(1, ge=0, description="First iterations that train the critic alone.")
+    value_warmup_epochs: int = Field(6, ge=0, description="Epochs of the first iteration, which trains the critic alone.")
     checkpoint_every: Count = Field(5, description="Iterations between checkpoints.")
 
     @model_validator(mode="after")

@@ -30,6 +30,7 @@ class Engine:
 
     Args:
         module: What is trained.
+        groups: Parameter groups of AdamW with learning rates of their own; all parameters at `lr` by default.
         schedule: Factor on `lr` at each optimizer step, from 0.
     """
 
@@ -38,6 +39,7 @@ class Engine:
         module: nn.Module,
         *,
         lr: float,
+        groups: list[dict[str, Any]] | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
@@ -48,7 +50,7 @@ class Engine:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(groups or module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
         self._engine, self.optimizer, _, self._scheduler = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -85,9 +87,10 @@ class Engine:
 
     def step(self) -> float:
         """One optimizer step; returns the gradient norm before clipping."""
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return norm
 
     def save(self, folder: Path, tag: str) -> None:
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)

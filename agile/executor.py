@@ -153,8 +153,8 @@ class Executor:
                 )
             if action.name == Fn.CLEAR_CONTEXT and len(action.followed_by) != 1:
                 raise AgileError(
-                    f"Agent {agent.spec.name}: [{action.name}] may be followed by any of {list(action.followed_by)}, but "
-                    "an empty context is nothing that an LLM can continue. Let exactly one action follow it."
+                    f"Agent {agent.spec.name}: [{action.name}] may be followed by any of {list(action.followed_by)}, "
+                    "but an LLM has nothing to continue in an empty context. Let exactly one action follow it."
                 )
         self.agent = agent
         self.codec = codec

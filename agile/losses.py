@@ -78,8 +78,9 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
         k3 = exp(ref - logp) - (ref - logp) - 1
 
-    Its *gradient*, in expectation over the policy, is that of KL(reference || policy). Source: Schulman,
-    "Approximating KL divergence" (2020).
+    An estimate to look at, not a loss: its gradient, in expectation over the policy, is that of KL(reference || policy),
+    and one token that the policy has all but given up can outweigh all others. Source: Schulman, "Approximating KL
+    divergence" (2020).
     """
     difference = ref_logprobs - logprobs
     return torch.expm1(difference) - difference
@@ -105,7 +106,10 @@ def ppo_loss(
         rho    = exp(logp - logp_old)                       w = min(exp(logp_old - logp_rollout), C)
         policy = -min(rho * A, clip(rho, 1 - eps, 1 + eps) * A) * w
         value  = 0.5 * max((V - R)^2, (clip(V, V_old - eps_v, V_old + eps_v) - R)^2)
-        loss   = sum(policy + c_v * value + c_kl * k3(logp, ref) - c_H * entropy) / num_tokens
+        kl     = 0.5 * (logp - ref)^2
+        loss   = sum(policy + c_v * value + c_kl * kl - c_H * entropy) / num_tokens
+
+    The square is the loss whose gradient, in expectation over the policy, is that of KL(policy || reference).
 
     Gradients flow through `logprobs`, `values` and `entropy` alone, and are exactly 0 at masked positions whatever
     stands there, NaN and infinity included. Source: Schulman et al., arXiv 1707.06347, Eq. 7.
@@ -122,7 +126,7 @@ def ppo_loss(
 
     Returns:
         The scalar loss, and detached **sums** over this call's action tokens (they add up over micro-batches too):
-        `policy`, `value`, `kl`, `entropy`, `ratio` (rho), `approx_kl` (k3 of KL(old policy || policy)),
+        `policy`, `value`, `kl` (k3 of KL(old policy || reference)), `entropy`, `ratio` (rho), `approx_kl` (k3 of KL(old policy || policy)),
         `clip_fraction` (tokens whose policy gradient the clip removed) and `rollout_ratio` (exp(logp_old -
         logp_rollout) before the cap).
 
@@ -145,12 +149,12 @@ def ppo_loss(
     clipped_values = values.clamp(old_values - c.value_clip, old_values + c.value_clip)
     value = 0.5 * torch.maximum((values - returns).square(), (clipped_values - returns).square())
 
-    kl = k3(logprobs, ref)
+    kl = 0.5 * (logprobs - ref).square()
     loss = policy + c.value_coef * value + c.kl_coef * kl - c.entropy_coef * entropy
     metrics = {
         "policy": policy,
         "value": value,
-        "kl": kl,
+        "kl": torch.zeros_like(ref) if ref_logprobs is None else k3(old_logprobs, ref),
         "entropy": entropy,
         "ratio": ratio,
         "approx_kl": k3(old_logprobs, logprobs),

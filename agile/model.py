@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -50,6 +52,13 @@ class ActorCritic(nn.Module):
         before = hidden[:, :-1][action_mask[:, 1:]]  # (N, H)
         last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1]
         return self.lm.get_output_embeddings()(before), self._value(before), self._value(last)
+
+    def parameter_groups(self, value_lr: float) -> list[dict[str, Any]]:
+        """The LM's parameters, and the value head's with a learning rate of its own."""
+        return [
+            {"params": list(self.lm.parameters())},
+            {"params": list(self.value_head.parameters()), "lr": value_lr},
+        ]
 
     def _value(self, hidden: Tensor) -> Tensor:
         weight = self.value_head[0].weight

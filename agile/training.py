@@ -103,7 +103,13 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
     reference = None
     if ppo.kl_coef:
         reference = ActorCritic(copy.deepcopy(model.lm)).requires_grad_(False).eval()
-    engine = Engine(model, lr=ppo.lr, weight_decay=ppo.weight_decay, max_grad_norm=ppo.max_grad_norm)
+    engine = Engine(
+        model,
+        lr=ppo.lr,
+        groups=model.parameter_groups(ppo.value_lr),
+        weight_decay=ppo.weight_decay,
+        max_grad_norm=ppo.max_grad_norm,
+    )
     done = 0
     if run.place and run.place.stage == "ppo":
         run.load(engine)
@@ -179,7 +185,7 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
             on_iteration=on_iteration,
             first_iteration=done,
             num_iterations=ppo.num_iterations,
-            value_warmup_iterations=ppo.value_warmup_iterations,
+            value_warmup_epochs=ppo.value_warmup_epochs,
             discounts=Discounts(ppo.gamma, ppo.lam, ppo.gamma_session, ppo.lam_session),
             coefficients=PPOCoefficients(
                 clip=ppo.clip,

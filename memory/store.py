@@ -52,6 +52,7 @@ class SqliteMemory:
         self._lock = threading.Lock()
         self._items: list[MemoryItem] = []  # in order of id
         self._indexes: dict[Scope, _Index] = {}
+        self._unread = True  # whether the database may hold items that are not indexed
         self._db = open_database(path, "memory", _MEMORY_ID, _SCHEMA)
         with database_errors("memory", path):
             self._db.execute("INSERT OR IGNORE INTO encoder VALUES (1, ?)", (encoder.name,))
@@ -96,6 +97,7 @@ class SqliteMemory:
             ids = list(range(last + 1, last + 1 + len(rows)))
             insert = "INSERT INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
             self._db.executemany(insert, [(i, *row) for i, row in zip(ids, rows, strict=True)])
+            self._unread = True
         return ids
 
     def retrieve(self, query: str, k: int, scope: Scope) -> list[Retrieved]:
@@ -120,7 +122,10 @@ class SqliteMemory:
 
     def _caught_up(self) -> list[MemoryItem]:
         """All items, after indexing those that the database has and the index has not: the only way into it."""
+        if not self._unread:
+            return self._items
         with self._lock, database_errors("memory", self._path):
+            self._unread = self._path is not None  # other processes write to a file, nobody else to RAM
             last = self._items[-1].id if self._items else 0
             for row in self._db.execute("SELECT * FROM items WHERE id > ? ORDER BY id", (last,)):
                 item, vector = _item(row), np.frombuffer(row[-1], "<f4")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agile.errors import AgileError
 from agile.tools.sql import write_products
@@ -100,9 +101,7 @@ def _write_worlds(out: Path, spec: MiniShopSpec, seed: int) -> None:
 
 def _write_world(root: Path, split: str, group: str, spec: MiniShopSpec, rng: np.random.Generator) -> None:
     products = _products(spec.num_products + spec.num_hidden_products, rng)
-    write_products(
-        root / "product_qa.db", group, COLUMNS, [{"asin": a, **p} for a, p in products.items()]
-    )
+    write_products(root / "product_qa.db", group, COLUMNS, [{"asin": a, **p} for a, p in products.items()])
     folder = root / split / group
     folder.mkdir(parents=True)
     schema = {
@@ -153,7 +152,9 @@ def _questions(
                 row = _fact(f"what {attribute} is it ?", answer, settled_by="", prior=1.0, guess=answer)
             case "history":
                 fact = str(rng.choice(facts_by_rank, p=_zipf(len(facts_by_rank))))
-                row = _fact(f"is it {fact} ?", _yes(facts[asin, fact]), settled_by=f"{asin}/{fact}", prior=0.5, guess="yes")
+                row = _fact(
+                    f"is it {fact} ?", _yes(facts[asin, fact]), settled_by=f"{asin}/{fact}", prior=0.5, guess="yes"
+                )
             case "skewed":
                 fact = str(rng.choice(list(SKEWED_FACTS)))
                 share = SKEWED_FACTS[fact]
@@ -176,9 +177,9 @@ def _questions(
     return rows
 
 
-def _zipf(n: int) -> np.ndarray:
+def _zipf(n: int) -> NDArray[np.float64]:
     """Shares of n things of which the k-th is asked about 1/k as often as the first."""
-    weights = 1 / np.arange(1, n + 1)
+    weights: NDArray[np.float64] = 1 / np.arange(1, n + 1)
     return weights / weights.sum()
 
 

@@ -96,7 +96,7 @@ class ProductQA:
                 f"{self.database}: expected a table {group!r} for the products of {folder / group}, found none "
                 f"among its {len(self._tables)}. Database and questions must be of one release."
             )
-        return Stream(group, _read_group(folder / group, self.max_items))
+        return Stream(group, _read_group(folder / group, self.search.columns(group), self.max_items))
 
     def score(self, item: Item, session: Session) -> Reward:
         """1 for a right answer or one that an expert gave, 0 for a wrong one or a failed session; advice costs."""
@@ -137,7 +137,7 @@ def _folders(folder: Path) -> list[str]:
     return names
 
 
-def _read_group(folder: Path, max_items: int | None) -> tuple[Item, ...]:
+def _read_group(folder: Path, columns: Sequence[str], max_items: int | None) -> tuple[Item, ...]:
     schema = _read_table(folder / "schema.json", "feature")
     metadata = _read_table(folder / "metadata.json", "product")
     products: dict[str, dict[str, str]] = {}
@@ -157,7 +157,7 @@ def _read_group(folder: Path, max_items: int | None) -> tuple[Item, ...]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        item = _parse(_json(line, where), folder.name, schema, products, where)
+        item = _parse(_json(line, where), folder.name, schema, columns, products, where)
         if (earlier := first_line.setdefault(item.id, number)) != number:
             raise _wrong(where, "id", f"an id that is not yet used (line {earlier} has it)", item.id.split("/", 1)[1])
         items.append(item)
@@ -167,7 +167,12 @@ def _read_group(folder: Path, max_items: int | None) -> tuple[Item, ...]:
 
 
 def _parse(
-    row: Any, group: str, schema: Mapping[str, Any], products: Mapping[str, Mapping[str, str]], where: str
+    row: Any,
+    group: str,
+    schema: Mapping[str, Any],
+    columns: Sequence[str],
+    products: Mapping[str, Mapping[str, str]],
+    where: str,
 ) -> Item:
     """One line of qa.jsonl; features that the shop does not know (null) are left out of the metadata."""
     if not isinstance(row, dict):
@@ -203,6 +208,7 @@ def _parse(
         "title": products[asin]["title"],
         "metadata": products[asin],
         "schema": schema,
+        "columns": columns,
     }
     kind = _field({"kind": row_type.removesuffix("_qa"), **extra}, "kind", str, f"{where}, extra_data")
     return Item(f"{group}/{row_id}", question, answer, kind, group, asin, context)

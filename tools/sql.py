@@ -155,6 +155,12 @@ class SqlSearch:
                 raise QueryTimeout(f"the query ran longer than {timeout_s:g} s") from error
             raise QueryError(message) from error
 
+    def columns(self, group: str) -> tuple[str, ...]:
+        """The columns of the group's table that describe products; none if there is no such table."""
+        with closing(self._connect()) as connection:
+            names = connection.execute("SELECT name FROM pragma_table_info(?, 'main')", (group,)).fetchall()
+        return tuple(name for (name,) in names if name not in ("id", "asin", "title"))
+
     def _connect(self) -> sqlite3.Connection:
         uri = f"{self.database.resolve().as_uri()}?mode=ro"
         # A writer of the file may hold a lock: wait no longer than a statement may run.

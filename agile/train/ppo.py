@@ -207,7 +207,7 @@ def train_ppo(
     on_iteration: Callable[[int, Sequence[Trajectory], dict[str, float]], None],
     first_iteration: int,
     num_iterations: int,
-    value_warmup_iterations: int,
+    value_warmup_epochs: int,
     discounts: Discounts,
     coefficients: PPOCoefficients,
     batch_size: int,
@@ -224,11 +224,13 @@ def train_ppo(
         collect: Plays the streams of an iteration with the engine's current weights.
         rewards: Terminal reward of each session of each trajectory, credit term included.
         on_iteration: Called after each with its number (from 1), its trajectories and metrics.
-        value_warmup_iterations: How many first iterations train the critic alone.
+        value_warmup_epochs: Epochs of the first iteration, which then trains the critic alone; 0 for none. A critic
+            that is still far off pushes up whatever is done most, good or bad.
     """
     for iteration in range(first_iteration, num_iterations):
         rng = np.random.default_rng([seed, iteration])
         trajectories = collect(iteration)
+        warmup = iteration == 0 and value_warmup_epochs > 0
         metrics = update(
             engine,
             reference,
@@ -238,9 +240,9 @@ def train_ppo(
             coefficients=coefficients,
             batch_size=batch_size,
             micro_batch_size=micro_batch_size,
-            num_epochs=num_epochs,
+            num_epochs=value_warmup_epochs if warmup else num_epochs,
             temperature=temperature,
-            train_policy=iteration >= value_warmup_iterations,
+            train_policy=not warmup,
             rng=rng,
         )
         on_iteration(iteration + 1, trajectories, metrics)
