@@ -2,8 +2,6 @@
 
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest -q
-# torch without CUDA, which would be gigabytes on Linux; `make TORCH_INDEX= ...` takes the package index's own build.
-TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -51,6 +49,5 @@ clean: ## remove .venv, caches and builds; runs/ stays
 	fi; \
 	rm -f $@; touch .venv/.unfinished; \
 	echo "Installing into .venv (once; about 500 MB to download, a few minutes) ..."; \
-	$(PYTHON) -m pip install -qq --no-compile --retries 1 -c constraints.txt --no-deps --extra-index-url "$(TORCH_INDEX)" torch; \
 	$(PYTHON) -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"; \
 	mv .venv/.unfinished $@

@@ -54,7 +54,7 @@ class ProductQAAgent:
         product_k: Entries of this product's history to show.
         group_k: Entries of the whole group's history to show, with a mark whether they are of this product.
         knowledge_k: Entries of the group's knowledge to show.
-        show_schema: Whether the names of the group's features stand in the prompt.
+        show_schema: Whether the table's columns stand in the prompt.
         similar: Cosine from which a question counts as similar (paper: 0.46).
     """
 
@@ -68,7 +68,7 @@ class ProductQAAgent:
     def question(self, item: Item, progress: float) -> str:
         lines = [f"round {int(progress * 10)}"]
         if self.show_schema:
-            lines.append(f"table {item.group} columns: " + " , ".join(item.context["schema"]))
+            lines.append(f"table {item.group} columns: " + " , ".join(item.context["columns"]))
         lines += [f"{name}: {value}" for name, value in item.context["metadata"].items() if value is not None]
         lines.append(f"question: {item.question}")
         return "\n".join(lines) + "\n"

@@ -50,6 +50,9 @@ class Engine:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if not torch.cuda.is_available():
+            # compiled at first start, needs a C++ compiler, and only speeds up what several processes say to each other
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         optimizer = torch.optim.AdamW(groups or module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
         self._engine, self.optimizer, _, self._scheduler = deepspeed.initialize(
             model=module,

@@ -27,7 +27,7 @@ async def collect(
 ) -> list[Trajectory]:
     """Play every stream once and return the trajectories in the order of `streams`.
 
-    A session's seed derives from `seed`, its stream and its place there, so results do not depend on who runs beside it.
+    A session's seed derives from `seed`, its stream and its place there: results do not depend on who runs beside it.
 
     Args:
         memory_for: Gives each stream its memory.
@@ -39,9 +39,10 @@ async def collect(
         AgileError: More than `max_failed` of the sessions failed; the message holds the last error.
     """
     finished = failed = 0
+    error = ""
 
     async def play(stream: Stream) -> Trajectory:
-        nonlocal finished, failed
+        nonlocal finished, failed, error
         memory, sessions = memory_for(stream), []
         for index, item in enumerate(stream.items):
             session = await executor.run(
@@ -57,11 +58,13 @@ async def collect(
             if on_session is not None:
                 on_session(session)
             finished += 1
-            failed += session.failed
+            if session.failed:
+                failed += 1
+                error = f"{session.id}, {session.status}: {session.error}"
             if finished >= 20 and failed > max_failed * finished:
                 raise AgileError(
                     f"{failed} of {finished} sessions failed, more than the allowed share of {max_failed}. "
-                    f"The last one: {session.id}, {session.status}: {session.error}"
+                    f"The last one: {error}"
                 )
         return Trajectory(stream.id, tuple(sessions))
 

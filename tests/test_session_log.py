@@ -63,12 +63,12 @@ def test_a_torn_last_line_is_skipped_with_a_warning(
 def test_a_corrupt_line_before_the_last_is_an_error_that_names_it(tmp_path: Path, bad: bytes) -> None:
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"a":1}\n' + bad + b'\n{"a":2}\n')
-    with pytest.raises(AgileError, match="log.jsonl, line 2: expected a JSON object"):
+    with pytest.raises(AgileError, match=r"log\.jsonl, line 2: expected a JSON object"):
         list(read_lines(path))
 
 
 def test_a_missing_log_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(AgileError, match="Cannot read .*log.jsonl"):
+    with pytest.raises(AgileError, match=r"Cannot read .*log\.jsonl"):
         list(read_lines(tmp_path / "log.jsonl"))
 
 
