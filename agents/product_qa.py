@@ -162,8 +162,9 @@ class Teacher:
     Args:
         codec: Of the executor that writes the sessions.
         agent: Tells what is in sight.
-        judge_yes: How often the judge lets a question pass that nothing in sight settles. A judge that never errs
-            would leave RL nothing to explore.
+        judge_yes: How often the judge, who stands for the paper's LLM, calls a question answerable that nothing in sight
+            settles. Where the item tells how predictable its answer is (`prior`), in proportion to that: such a judge
+            knows what is common sense. Without it imitation would leave RL nothing to explore.
     """
 
     def __init__(self, codec: ActionCodec, agent: ProductQAAgent, judge_yes: float):
@@ -174,7 +175,8 @@ class Teacher:
     def policy(self, item: Item, memory: Memory, rng: np.random.Generator) -> ScriptedPolicy:
         """A policy for one session about `item` with this memory."""
         entries, _ = self.agent.recall(item, memory)
-        answerable = in_sight(item, entries) or bool(rng.random() < self.judge_yes)
+        sureness = 2 * item.context.get("prior", 1.0) - 1  # of a yes or no
+        answerable = in_sight(item, entries) or bool(rng.random() < self.judge_yes * sureness)
 
         def decide(context: str) -> Action:
             if context.rstrip().endswith(f"[{Fn.REFLECTION}]"):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agile.types import Session
+from agile.types import SegmentEnd, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,14 @@ class Row:
     Attributes:
         token_ids: (T,).
         action_mask: (T,), true where the LLM sampled the token.
-        logprobs: (A,), rollout log-probabilities of the A action tokens.
+        logprobs: (A,), rollout log-probabilities of the A action tokens; A may be 0.
+        end: How it ended.
     """
 
     token_ids: NDArray[np.int64]
     action_mask: NDArray[np.bool_]
     logprobs: NDArray[np.float32]
+    end: SegmentEnd
 
     @property
     def num_actions(self) -> int:
@@ -41,13 +43,18 @@ class Row:
 
 
 def session_rows(session: Session) -> list[Row]:
-    """The segments of a session, in order, without those that hold no sampled token."""
-    rows = []
+    """The segments of a session that hold tokens, in order.
+
+    Those without an action have nothing to learn, but where a session was truncated in one, the critic is asked there.
+    """
+    rows: list[Row] = []
     for segment in session.segments:
         mask = np.array(segment.action_mask, dtype=bool)
-        row = Row(np.array(segment.token_ids, dtype=np.int64), mask, np.array(segment.logprobs, dtype=np.float32)[mask])
-        if row.num_actions:
-            rows.append(row)
+        if mask.size:
+            logprobs = np.array(segment.logprobs, dtype=np.float32)[mask]
+            rows.append(Row(np.array(segment.token_ids, dtype=np.int64), mask, logprobs, segment.end))
+        elif rows:  # nothing was shown after the clearing: the session ended where the window before it did
+            rows[-1] = replace(rows[-1], end=segment.end)
     return rows
 
 
@@ -80,11 +87,15 @@ def make_batch(rows: Sequence[Row], device: torch.device) -> Batch:
 
 
 def minibatches(
-    lengths: Sequence[int], batch_size: int, micro_batch_size: int, rng: np.random.Generator
+    rows: Sequence[Row], batch_size: int, micro_batch_size: int, rng: np.random.Generator
 ) -> Iterator[list[NDArray[np.int64]]]:
-    """Shuffled optimizer batches of row numbers, each cut into micro-batches of similar length (less padding)."""
-    order = rng.permutation(len(lengths))
+    """Shuffled optimizer batches of the numbers of the rows that hold actions.
+
+    Each is cut into micro-batches of rows of similar length, for less padding.
+    """
+    lengths = np.array([len(row) for row in rows])
+    order = rng.permutation(np.flatnonzero([row.num_actions for row in rows]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        batch = batch[np.argsort(np.asarray(lengths)[batch], kind="stable")]
+        batch = batch[np.argsort(lengths[batch], kind="stable")]
         yield [batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)]

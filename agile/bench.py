@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +12,14 @@ from typing import Any
 from rich.progress import Progress
 
 from agile.build import Setup
-from agile.config import RunConfig
+from agile.config import RunConfig, differences, load_config
 from agile.errors import AgileError
 from agile.evaluate import Outcome, by_stream, outcomes, paired_difference, summarise
 from agile.executor import Executor
 from agile.policies import HFPolicy
 from agile.report import save_plots, write_report
 from agile.rollout import collect
-from agile.run_folder import writing
+from agile.run_folder import claim, writing
 from agile.session_log import JsonLines, append_sessions, read_lines
 from agile.types import Session, Trajectory
 
@@ -32,38 +33,38 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
         The report, see `agile.report`.
 
     Raises:
-        AgileError: Data, checkpoint or folder is not as expected.
+        AgileError: Data, checkpoint or folder is not as expected, all of it known before anything is played.
     """
     started = time.monotonic()
-    setup = Setup.of(config, checkpoint if checkpoint is not None and config.task.data is None else out)
+    agents = [] if checkpoint is None else _trained(config, checkpoint)
+    if checkpoint is None or checkpoint.resolve() != out.resolve():
+        _claim(out, config)
+    setup = Setup(config, checkpoint if checkpoint is not None and config.task.data is None else out)
     streams, price = setup.task.streams("test"), config.task.advice_price
     macro = config.task.name == "productqa"  # the paper reports ProductQA as the mean over its groups
     setup.embed(streams)
     seconds = {"embedding": time.monotonic() - started}
 
+    began = time.monotonic()
+    runs = setup.baselines()
+    seconds["baselines"] = time.monotonic() - began
+
     results: dict[str, list[Outcome]] = {}
     examples: list[dict[str, Any]] = []
-    for name in config.evaluate.agents if checkpoint is not None else ():
+    for name, folder in agents:
         began = time.monotonic()
-        trajectories, executor = play_agent(setup, checkpoint / name, name, out)
+        trajectories, executor = play_agent(setup, folder, name, out)
         results[name] = outcomes(trajectories)
         examples = _examples(trajectories, executor)
         seconds[name] = time.monotonic() - began
-
-    began = time.monotonic()
-    details: dict[str, Any] = {}
-    for name, run in setup.baselines().items():
-        results[name] = run.outcomes
-        if run.detail:
-            details[name] = {k: v for k, v in run.detail.items() if k != "sweep"}
-    seconds["baselines"] = time.monotonic() - began
+    results |= {name: run.outcomes for name, run in runs.items()}
 
     report: dict[str, Any] = {
         "task": config.task.name,
         "advice_price": price,
         "agents": {name: summarise(o, price, macro=macro, seed=config.seed) for name, o in results.items()},
         "comparisons": _comparisons(results, price, macro, config.seed),
-        "details": details,
+        "details": {n: {k: v for k, v in r.detail.items() if k != "sweep"} for n, r in runs.items() if r.detail},
         "examples": examples,
         "notes": list(config.evaluate.notes),
     }
@@ -77,13 +78,43 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
     return report
 
 
+def _trained(config: RunConfig, run: Path) -> list[tuple[str, Path]]:
+    """Names and folders of the agents to score, those that the run trained.
+
+    Raises:
+        AgileError: The run lacks one, or MiniShop's worlds would not be the run's: some of them it trained on.
+    """
+    if not (run / "config.yaml").exists():
+        raise AgileError(
+            f"{run} is no run (it has no config.yaml). Give evaluate.checkpoint a folder of `agile train`."
+        )
+    trained = load_config(run / "config.yaml")
+    names = [n for n in config.evaluate.agents if n == "sft" or trained.ppo.num_iterations]
+    for name in names:
+        if not (run / name / "config.json").exists():
+            raise AgileError(
+                f"There is no trained agent {name!r} in {run}. Finish the run (agile train CONFIG out={run} --resume), "
+                f"or name the agents that it has, evaluate.agents=[...]."
+            )
+    if config.task.data is None:
+        worlds = ("seed", *(f"task.num_{n}" for n in ("train_worlds", "test_worlds", "questions")))
+        changed = [d for d in differences(trained, config) if d.startswith(worlds)]
+        if changed:
+            raise AgileError(
+                f"{run} was trained on worlds of another config: {'; '.join(changed)}. Other test worlds may be among "
+                f"those it learned from; take its own: agile bench {run / 'config.yaml'} evaluate.checkpoint={run}"
+            )
+    return [(name, run / name) for name in names]
+
+
+def _claim(out: Path, config: RunConfig) -> None:
+    if (out / "checkpoints").exists():
+        raise AgileError(f"{out} is a run of `agile train`; its report stays. Choose another out=DIR.")
+    claim(out, config).close()
+
+
 def play_agent(setup: Setup, folder: Path, name: str, out: Path) -> tuple[list[Trajectory], Executor]:
     """Play the test streams greedily with the model in `folder`; sessions go to `<out>/test-<name>.jsonl`."""
-    if not (folder / "config.json").exists():
-        raise AgileError(
-            f"There is no trained agent {name!r} in {folder.parent}. Train one with `agile train CONFIG "
-            f"out={folder.parent}`, name the run with evaluate.checkpoint=DIR, or leave it out: evaluate.agents=[]."
-        )
     tokenizer = setup.tokenizer(folder)
     executor = setup.executor(tokenizer)
     policy = HFPolicy(
@@ -93,10 +124,6 @@ def play_agent(setup: Setup, folder: Path, name: str, out: Path) -> tuple[list[T
         max_batch_size=setup.config.rollout.max_batch_size,
     )
     streams = setup.task.streams("test")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"test-{name}.jsonl").unlink(missing_ok=True)
-        log = JsonLines(out / f"test-{name}.jsonl")
     with Progress(transient=True) as progress:
         bar = progress.add_task(f"test {name}", total=sum(len(s.items) for s in streams))
         trajectories = asyncio.run(
@@ -110,9 +137,13 @@ def play_agent(setup: Setup, folder: Path, name: str, out: Path) -> tuple[list[T
                 on_session=lambda session: progress.advance(bar),
             )
         )
-    with writing(out):
+    sessions, draft = out / f"test-{name}.jsonl", out / f".test-{name}.jsonl"
+    with writing(sessions):
+        draft.unlink(missing_ok=True)
+        log = JsonLines(draft)
         append_sessions(log, [s for t in trajectories for s in t.sessions], agent=name)
         log.close()
+        os.replace(draft, sessions)
     return trajectories, executor
 
 

@@ -21,12 +21,11 @@ from agile.imitation import imitation_sessions
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
 from agile.model import load_lm, small_llama
+from agile.run_folder import writing
 from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
 from agile.tokens import ActionCodec, add_action_tokens, build_tokenizer
 from agile.types import Advisor, Memory, Stream
-
-BASELINES_SEEING_ALL = ("oracle",)
 
 
 @dataclass
@@ -35,23 +34,20 @@ class Setup:
 
     Args:
         config: The checked config.
-        data: Folder of the task's files; MiniShop's worlds are written there if it is missing.
+        folder: The run folder: MiniShop's worlds are written to `minishop` there, embeddings kept beside it.
     """
 
     config: RunConfig
-    data: Path
-
-    @classmethod
-    def of(cls, config: RunConfig, out: Path) -> Setup:
-        return cls(config, config.task.data if config.task.data is not None else out / "minishop")
+    folder: Path
 
     @cached_property
     def task(self) -> ProductQA:
         task = self.config.task
-        if task.name == "minishop" and task.data is None and not self.data.exists():
+        data = task.data or self.folder / "minishop"
+        if task.data is None and not data.exists():
             spec = MiniShopSpec(task.num_train_worlds, task.num_test_worlds, task.num_questions)
-            write_minishop(self.data, spec, self.config.seed)
-        return ProductQA(self.data, task.advice_price, task.train_groups, task.test_groups, task.max_items)
+            write_minishop(data, spec, self.config.seed)
+        return ProductQA(data, task.advice_price, task.train_groups, task.test_groups, task.max_items)
 
     @cached_property
     def agent(self) -> ProductQAAgent:
@@ -59,7 +55,11 @@ class Setup:
 
     @cached_property
     def encoder(self) -> CachedEncoder:
-        return make_encoder(self.config.memory.encoder, self.config.memory.cache)
+        """Caches in `<folder>/embeddings.sqlite` by default, so that no text of a run is embedded twice."""
+        cache = self.config.memory.cache or self.folder / "embeddings.sqlite"
+        with writing(cache.parent):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+        return make_encoder(self.config.memory.encoder, cache)
 
     def embed(self, streams: Sequence[Stream]) -> None:
         """Embed all that these streams can look up, in batches, before sessions ask for it one by one."""
@@ -82,7 +82,11 @@ class Setup:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source), padding_side="left")
         except (OSError, ValueError) as error:
-            raise AgileError(f"Cannot load a tokenizer from {source}: {error}") from None
+            reason = str(error).partition("\n")[0]
+            raise AgileError(
+                f"Cannot load a tokenizer from {source}: {reason} Expected a folder with tokenizer.json, as "
+                "`agile train` and save_pretrained write it, or a model that was downloaded before."
+            ) from None
         if saved is None:
             add_action_tokens(tokenizer, self.agent.spec)
             if tokenizer.pad_token_id is None:

@@ -31,7 +31,7 @@ def run_chat(run: Path, memory_path: Path, console: Console) -> None:
     if folder is None or not (run / "config.yaml").exists():
         raise AgileError(f"There is no trained agent in {run}. Train one first: agile demo (or agile train CONFIG out={run}).")
     config = RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
-    setup = Setup.of(config, run)
+    setup = Setup(config, run)
     tokenizer = setup.tokenizer(folder)
     executor = setup.executor(tokenizer, TerminalAdvisor(console=console))
     executor.score = lambda item, session: Reward({})

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
+from agile import __version__
 from agile.errors import AgileError
+
+# Nothing heavy is imported up here: `agile --help` and a mistyped config are answered at once.
 
 app = typer.Typer(
     name="agile",
-    help="Train language-model agents that look up, remember, and ask people only when it is worth the price.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode="markdown",
 )
-console = Console()
-errors = Console(stderr=True)
+console = Console(emoji=False, highlight=False)
+errors = Console(stderr=True, emoji=False, highlight=False)
 
 Config = Annotated[Path, typer.Argument(help="YAML file, see configs/.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        help="a.b=value changes the config; out=DIR is the run folder (default under runs/).", metavar="[a.b=value]..."
-    ),
+    typer.Argument(help="Changes of the config, such as ppo.lr=1e-4, and out=DIR.", metavar="a.b=value"),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")]
 
@@ -40,31 +41,51 @@ def _one_screen() -> Iterator[None]:
     try:
         yield
     except AgileError as error:
-        errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        errors.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        errors.print("Stopped. What was saved is complete; --resume goes on from there.")
+        errors.print("\nStopped. What was saved is complete; demo and train go on from there by --resume.")
         raise typer.Exit(130) from None
 
 
-def _parse(overrides: list[str] | None, default_out: str) -> tuple[Path, list[str]]:
+def _parse(words: Sequence[str], default_out: str) -> tuple[Path, list[str]]:
     """The run folder, and the overrides without it."""
-    rest = [o for o in overrides or [] if not o.startswith("out=")]
-    outs = [o.removeprefix("out=") for o in overrides or [] if o.startswith("out=")]
-    return Path(outs[-1] if outs else default_out), rest
+    outs = [word.removeprefix("out=") for word in words if word.startswith("out=")]
+    if "" in outs:
+        raise AgileError("out= names no folder. Write out=DIR, for example out=runs/mine.")
+    return Path([default_out, *outs][-1]).expanduser(), [word for word in words if not word.startswith("out=")]
 
 
-def _quiet() -> None:
-    """Libraries that print to the terminal at import and at start."""
+def _version(show: bool) -> None:
+    if show:
+        console.print(f"agile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def agile(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train language-model agents that look up, remember, and ask people only when it is worth the price.
+
+    Start with `agile demo`. Each command takes `out=DIR`, the folder it writes to (by default under `runs/`), and changes
+    of its config as `a.b=value`. `agile COMMAND --help` says more.
+    """
+    # Libraries would print progress bars and advice of their own, and ask the network for models that are here.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 @app.command()
 def demo(
     overrides: Overrides = None,
-    seed: Annotated[int, typer.Option(help="Another seed is another set of worlds and another run.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Another seed is another set of worlds and another run.", show_default="0")
+    ] = None,
     resume: Resume = False,
 ) -> None:
     """Watch an agent learn end to end, on a CPU, in minutes.
@@ -72,15 +93,22 @@ def demo(
     Writes small shop worlds, teaches a tiny model by imitation, improves it by PPO on what answers are worth and what
     advice costs, and compares it with agents that do not learn, on worlds that it has never seen.
 
-    Example: agile demo --seed 1 out=runs/demo-1
+    `runs/demo` then holds `report.html` and `report.json`, every session token by token, `metrics.jsonl`, TensorBoard
+    files, checkpoints, and the agents as Hugging Face folders `sft` and `ppo`. Go on with `agile chat`.
+
+    - `agile demo`
+    - `agile demo --seed 1 out=runs/demo-1`
+    - `agile demo --resume`
     """
     with _one_screen():
-        _quiet()
         from agile.config import load_config
+
+        out, rest = _parse(overrides or [], "runs/demo")
+        seeds = [] if seed is None else [f"seed={seed}"]
+        config = load_config(Path(__file__).parent / "configs" / "demo.yaml", [*seeds, *rest])
+
         from agile.demo import run_demo
 
-        out, rest = _parse(overrides, "runs/demo")
-        config = load_config(Path(__file__).parent / "configs" / "demo.yaml", [*rest, f"seed={seed}"])
         run_demo(config, out, console, resume=resume)
 
 
@@ -88,79 +116,106 @@ def demo(
 def train(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
     """Train an agent by imitation, then by PPO.
 
-    Leaves checkpoints, metrics.jsonl, TensorBoard files, every session token by token, and the agents as Hugging Face
-    folders `sft` and `ppo`. Killing it loses nothing: --resume gives the same run.
+    The run folder (`runs/<name of the config>`) then holds `config.yaml`, every session token by token,
+    `metrics.jsonl`, TensorBoard files, checkpoints, and the agents as Hugging Face folders `sft` and `ppo`. Killing it
+    loses nothing: the same command with `--resume` gives the same run.
 
-    Example: agile train configs/productqa-tiny.yaml task.data=DIR ppo.lr=1e-4 out=runs/mine
+    - `agile train configs/productqa-tiny.yaml task.data=DIR`
+    - `agile train configs/demo.yaml ppo.lr=1e-4 evaluate.baselines=[router] out=runs/mine`
+    - `agile train configs/demo.yaml ppo.lr=1e-4 evaluate.baselines=[router] out=runs/mine --resume`
     """
     with _one_screen():
-        _quiet()
         from agile.config import load_config
+
+        out, rest = _parse(overrides or [], f"runs/{config.stem}")
+        loaded = load_config(config, rest)
+
         from agile.training import train as run
 
-        out, rest = _parse(overrides, f"runs/{config.stem}")
-        run(load_config(config, rest), out, resume=resume)
-        console.print(f"Trained: {out}. Score it: agile bench {config} evaluate.checkpoint={out}", soft_wrap=True)
+        run(loaded, out, resume=resume)
+        console.print(
+            f"Trained: {out}. Score it: agile bench {out / 'config.yaml'} evaluate.checkpoint={out} out={out}",
+            soft_wrap=True,
+        )
 
 
 @app.command()
 def bench(config: Config, overrides: Overrides = None) -> None:
     """Score agents and baselines on the test questions of a task.
 
-    With evaluate.checkpoint=RUN the agents that this run trained, and the baselines; without, the baselines alone.
-    Writes report.json, report.html and report.png.
+    With `evaluate.checkpoint=RUN` the agents that this run trained, and the baselines; without, the baselines alone.
+    `evaluate.agents` and `evaluate.baselines` name them.
 
-    Example: agile bench configs/productqa-baselines.yaml task.data=DIR
+    Prints the table, and writes `report.json`, `report.html`, `report.png` and the agents' sessions to
+    `runs/<name of the config>-bench`.
+
+    - `agile bench configs/productqa-baselines.yaml task.data=DIR`
+    - `agile bench runs/mine/config.yaml evaluate.checkpoint=runs/mine out=runs/mine`
     """
     with _one_screen():
-        _quiet()
-        from agile.bench import bench as run
         from agile.config import load_config
+
+        out, rest = _parse(overrides or [], f"runs/{config.stem}-bench")
+        loaded = load_config(config, rest)
+
+        from agile.bench import bench as run
         from agile.report import render_table
 
-        out, rest = _parse(overrides, f"runs/{config.stem}-bench")
-        loaded = load_config(config, rest)
+        if loaded.evaluate.agents and loaded.evaluate.checkpoint is None:
+            console.print("The baselines alone; evaluate.checkpoint=RUN adds the agents of a run.")
         render_table(run(loaded, out, loaded.evaluate.checkpoint), console)
         console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
 
 @app.command()
 def chat(
-    run: Annotated[Path, typer.Argument(help="Run folder with a trained agent.")] = Path("runs/demo"),
-    memory: Annotated[Path | None, typer.Option(help="Where it remembers; default: chat.sqlite in the run.")] = None,
+    run: Annotated[str, typer.Argument(help="Run folder with a trained agent; out=RUN works too.")] = "runs/demo",
+    memory: Annotated[
+        Path | None, typer.Option(help="File in which it remembers.", show_default="chat.sqlite in the run folder")
+    ] = None,
 ) -> None:
-    """Ask the trained agent about a shop; where it asks for advice, you are its expert, and it remembers.
+    """Ask the trained agent about a shop, and be its expert.
 
-    Example: agile chat runs/demo
+    Where it asks for advice, it asks you, in this terminal. It remembers what you taught it, also the next time.
+
+    - `agile chat`
+    - `agile chat runs/demo-1 --memory mine.sqlite`
     """
     with _one_screen():
-        _quiet()
+        folder = Path(run.removeprefix("out=")).expanduser()
+
         from agile.chat import run_chat
 
-        run_chat(run, memory or run / "chat.sqlite", console)
+        run_chat(folder, memory or folder / "chat.sqlite", console)
 
 
 @app.command()
 def minishop(
-    folder: Annotated[Path, typer.Argument(help="Where to write the worlds; must not hold anything yet.")],
+    folder: Annotated[str, typer.Argument(help="New or empty folder; out=DIR works too.")] = "runs/minishop",
     overrides: Overrides = None,
-    seed: Annotated[int, typer.Option(help="The same seed writes the same files.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="The same seed writes the same files.", show_default="0")] = None,
 ) -> None:
-    """Write MiniShop worlds in ProductQA's file format.
+    """Write MiniShop worlds: small generated shops in ProductQA's file format.
 
-    Example: agile minishop worlds task.num_train_worlds=10 task.num_questions=60
+    `task.num_train_worlds`, `task.num_test_worlds` and `task.num_questions` say how many.
+
+    - `agile minishop worlds`
+    - `agile minishop worlds task.num_train_worlds=10 task.num_questions=60 --seed 1`
     """
     with _one_screen():
         from agile.config import load_config
         from agile.tasks.minishop import MiniShopSpec, write_minishop
 
-        task = load_config(None, overrides or []).task
-        write_minishop(folder, MiniShopSpec(task.num_train_worlds, task.num_test_worlds, task.num_questions), seed)
-        console.print(f"{task.num_train_worlds} train and {task.num_test_worlds} test worlds in {folder}")
+        out, rest = _parse([folder if "=" in folder else f"out={folder}", *(overrides or [])], "runs/minishop")
+        config = load_config(None, [*([] if seed is None else [f"seed={seed}"]), *rest])
+        task = config.task
+        spec = MiniShopSpec(task.num_train_worlds, task.num_test_worlds, task.num_questions)
+        write_minishop(out, spec, config.seed)
+        console.print(f"{task.num_train_worlds} train and {task.num_test_worlds} test worlds: {out}", soft_wrap=True)
 
 
 def main() -> None:
-    app()
+    app(prog_name="agile")
 
 
 if __name__ == "__main__":

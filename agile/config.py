@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agile.errors import AgileError
 
 Price = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]  # no shell expands the ~ of task.data=~/x
 
 
 class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TaskConfig(_Config):
     name: Literal["minishop", "productqa"] = Field("minishop", description="Generated worlds, or official files.")
-    data: Path | None = Field(None, description="Folder of ProductQA's files (productqa only).")
+    data: UserPath | None = Field(None, description="Folder of the files; minishop writes its own without it.")
     advice_price: Price = Field(0.3, description="What one piece of advice costs, in units of a right answer.")
     train_groups: tuple[str, ...] | None = Field(None, description="Train groups to use; all by default.")
     test_groups: tuple[str, ...] | None = Field(None, description="Test groups to use; all by default.")
@@ -35,7 +38,7 @@ class TaskConfig(_Config):
     @model_validator(mode="after")
     def _data_is_given(self) -> TaskConfig:
         if self.name == "productqa" and self.data is None:
-            raise ValueError("task.data is missing: give the folder of ProductQA's files, task.data=DIR")
+            raise ValueError("data is missing; give the folder of ProductQA's files: task.data=DIR")
         return self
 
 
@@ -48,18 +51,29 @@ class AgentConfig(_Config):
 
 class MemoryConfig(_Config):
     encoder: str = Field("all-MiniLM-L6-v2", description="Sentence-transformers name or path, or `hashing`.")
-    cache: Path | None = Field(None, description="SQLite file that keeps embeddings between runs.")
+    cache: UserPath | None = Field(None, description="SQLite file that keeps embeddings; by default in the run folder.")
 
 
 class ModelConfig(_Config):
     """A model of one's own (`path`), or a small Llama from scratch."""
 
-    path: str | None = Field(None, description="Hugging Face folder or name; None trains a small Llama from scratch.")
+    path: Annotated[str, AfterValidator(os.path.expanduser)] | None = Field(
+        None, description="Hugging Face folder or name; None trains a small Llama from scratch."
+    )
     tokenizer: Literal["word", "bpe"] = Field("word", description="Tokenizer to train for a model from scratch.")
     vocab_size: Count = Field(4096, description="Largest vocabulary of that tokenizer.")
     num_layers: Count = 2
     hidden_size: Count = 128
     num_heads: Count = 4
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> ModelConfig:
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of 2 * num_heads = {2 * self.num_heads}; "
+                "a head needs an even, whole number of dimensions"
+            )
+        return self
 
 
 class RolloutConfig(_Config):
@@ -84,7 +98,10 @@ class OptimizerConfig(_Config):
     @model_validator(mode="after")
     def _divides(self) -> OptimizerConfig:
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; "
+                "choose one that does, they are accumulated"
+            )
         return self
 
 
@@ -96,9 +113,9 @@ class SFTConfig(OptimizerConfig):
     checkpoint_every: Count = Field(500, description="Optimizer steps between checkpoints.")
     sessions_per_item: Count = Field(4, description="Imitation sessions of each question, with different memories.")
     judge_yes: Share = Field(
-        0.15,
-        description="How often the answerability judge lets a question that nothing in "
-        "sight answers be answered: what gives RL something to explore.",
+        0.4,
+        description="How often the teacher's answerability judge lets a predictable question pass that nothing in "
+        "sight answers: what gives RL something to explore.",
     )
     warmup_steps: int = Field(100, ge=0)
 
@@ -124,13 +141,15 @@ class PPOConfig(OptimizerConfig):
     kl_coef: float = Field(0.01, ge=0)
     entropy_coef: float = Field(0.0, ge=0)
     max_importance_weight: float = Field(2.0, gt=0, description="Truncates the rollout-trainer correction.")
-    value_warmup_epochs: int = Field(6, ge=0, description="Epochs of the first iteration, which trains the critic alone.")
+    value_warmup_epochs: int = Field(
+        6, ge=0, description="Epochs of the first iteration, which trains the critic alone."
+    )
     checkpoint_every: Count = Field(5, description="Iterations between checkpoints.")
 
     @model_validator(mode="after")
     def _chain_needs_sessions(self) -> PPOConfig:
         if self.credit == "chain" and self.gamma_session == 0:
-            raise ValueError("credit=chain carries value from session to session and needs ppo.gamma_session > 0")
+            raise ValueError("credit is chain, which carries value from session to session; set gamma_session above 0")
         return self
 
 
@@ -143,7 +162,7 @@ class EvaluateConfig(_Config):
         "oracle",
     )
     agents: tuple[Literal["sft", "ppo"], ...] = ("sft", "ppo")
-    checkpoint: Path | None = Field(None, description="Run folder whose agents `agile bench` scores.")
+    checkpoint: UserPath | None = Field(None, description="Run folder whose agents `agile bench` scores.")
     prices: tuple[Price, ...] = Field((), description="Further prices at which the baselines are scored.")
     notes: tuple[str, ...] = Field((), description="Sentences that the report carries.")
 
@@ -174,30 +193,56 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         AgileError: The file is missing or not YAML, a key is unknown (with the nearest right one), a value is wrong.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.safe_load(path.read_text())
-        except OSError as error:
-            raise AgileError(
-                f"Cannot read the config {path}: {error.strerror}. Give a YAML file of configs/."
-            ) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise AgileError(f"{path} is not YAML: {error}") from None
-        if not isinstance(loaded, dict | None):
-            raise AgileError(
-                f"{path} holds a {type(loaded).__name__}, expected a mapping of sections (task:, ppo:, ...)."
-            )
-        values = loaded or {}
+    values = {} if path is None else _read(path)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise AgileError(f"{override!r} is not of the form a.b=value, for example ppo.lr=1e-4.")
-        _set(values, key.split("."), yaml.safe_load(text), override)
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError:
+            raise AgileError(f"{override!r}: {text!r} is not YAML; write a list as [a, b], quote odd text.") from None
+        _set(values, key.split("."), value, override)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise AgileError("\n".join(_explain(e) for e in error.errors())) from None
+        source = "The config" if path is None else f"The config {path}"
+        changed = " with " + " ".join(overrides) if overrides else ""
+        problems = "\n".join(f"  {_explain(e)}" for e in error.errors())
+        raise AgileError(f"{source}{changed} cannot be used:\n{problems}") from None
+
+
+def differences(old: BaseModel, new: BaseModel) -> list[str]:
+    """`key was ..., is now ...` of every value that differs between two configs of one kind."""
+    before, after = (dict(_flat(c.model_dump(mode="json"))) for c in (old, new))
+    return [f"{key} was {before[key]!r}, is now {after[key]!r}" for key in before if before[key] != after[key]]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, except that 1e-4 is a number."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "-+0123456789")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise AgileError(f"Cannot read the config {path}: {error.strerror}. Give a YAML file, see configs/.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise AgileError(f"{path} is not YAML: {error}. Expected sections of keys, see configs/.") from None
+    if not isinstance(loaded, dict | None):
+        raise AgileError(f"{path} holds a {type(loaded).__name__}, expected a mapping of sections (task:, ppo:, ...).")
+    return loaded or {}
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
@@ -206,27 +251,38 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> 
             values[key] = {}
         values = values[key]
         if not isinstance(values, dict):
-            raise AgileError(f"{override!r}: {key} is a value, not a section.")
-    # YAML 1.1 reads 1e-4 as text
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
+            raise AgileError(f"{override!r}: {key} is a value, not a section. See configs/ for what a config holds.")
     values[keys[-1]] = value
 
 
 def _explain(error: Any) -> str:
-    location = [str(p) for p in error["loc"]]
-    name = ".".join(location)
-    if error["type"] != "extra_forbidden":
-        given = error.get("input")
-        shown = "" if isinstance(given, dict) else f" (given: {given!r})"
-        return f"{name or 'config'}: {error['msg'].removeprefix('Value error, ')}{shown}"
+    """One problem in a line: the key, its value, what was expected, and what to write instead."""
+    keys = [str(k) for k in error["loc"] if not isinstance(k, int)]
+    name = ".".join(keys) or "the file"
+    if error["type"] == "extra_forbidden":
+        return f"Unknown key {name}. {_nearest(keys)}"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if error["type"] == "value_error":  # of several keys; it says itself which
+        return f"{name}: {message}."
     section: Any = RunConfig
-    for key in location[:-1]:
+    for key in keys[:-1]:
         section = section.model_fields[key].annotation
-    known = list(section.model_fields)
-    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-    hint = f"Did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"Known keys: {', '.join(known)}."
-    return f"Unknown config key {name}. {hint}"
+    default = section.model_fields[keys[-1]].default if keys else None
+    if isinstance(default, BaseModel):
+        return f"{name} is {error['input']!r}: expected a section of keys, {', '.join(type(default).model_fields)}."
+    if error["type"] == "tuple_type":
+        message = "expected a list, [a, b]"
+    message = message.partition(", unable to")[0]  # to parse or interpret: the value says so itself
+    default = list(default) if isinstance(default, tuple) else default
+    return f"{name} is {error['input']!r}: {message}." + ("" if default is None else f" The default is {default!r}.")
+
+
+def _nearest(keys: Sequence[str]) -> str:
+    """Which key may have been meant: one of that name in another section, else a similar one in this section."""
+    section: Any = RunConfig
+    for key in keys[:-1]:
+        section = section.model_fields[key].annotation
+    elsewhere = [key for key, _ in _flat(RunConfig.model_construct().model_dump()) if key.split(".")[-1] == keys[-1]]
+    similar = difflib.get_close_matches(keys[-1], section.model_fields, n=1, cutoff=0.5)
+    near = elsewhere or [".".join([*keys[:-1], key]) for key in similar]
+    return f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(section.model_fields)}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from agile.errors import AgileError
+
+# what torch and DeepSpeed raise for a checkpoint of another shape, torn, empty or gone
+_UNREADABLE = (RuntimeError, KeyError, ValueError, AssertionError, EOFError, OSError, pickle.UnpicklingError)
 
 
 def _single_process_environment() -> None:
@@ -67,6 +71,7 @@ class Engine:
                 "steps_per_print": 10**9,
             },
         )
+        self.lr = lr  # of the last step, in the first group
 
     @property
     def module(self) -> Any:
@@ -75,10 +80,6 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return torch.device(self._engine.device)
-
-    @property
-    def lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
 
     def forward(self, *args: Tensor) -> Any:
         return self._engine(*(a.to(self.device) for a in args))
@@ -92,24 +93,40 @@ class Engine:
         """One optimizer step; returns the gradient norm before clipping."""
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
+        self.lr = float(self.optimizer.param_groups[0]["lr"])
         self._engine.step()
         return norm
 
     def save(self, folder: Path, tag: str) -> None:
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        """Write weights, optimizer and schedule to `<folder>/<tag>`.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        try:
+            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        except RuntimeError as error:  # so torch reports a full disk
+            raise OSError(f"the checkpoint was not written ({error})") from error
 
     def load(self, folder: Path, tag: str) -> None:
         """Restore weights, optimizer and schedule.
 
         Raises:
-            AgileError: The checkpoint is of another shape or cannot be read.
+            AgileError: The checkpoint is missing, of another shape, or cannot be read.
         """
-        try:
-            path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise AgileError(
-                f"The checkpoint {folder / tag} does not fit this model: {str(error).splitlines()[0]} "
-                "Use the model and tokenizer sections it was made with (config.yaml of its run)."
-            ) from None
-        if path is None:
+        if not (folder / tag).is_dir():
             raise AgileError(f"There is no checkpoint {tag} in {folder}. Name a folder that `agile train` wrote.")
+        try:
+            self._engine.load_checkpoint(str(folder), tag=tag)
+        except _UNREADABLE as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise AgileError(
+                f"The checkpoint {folder / tag} is damaged or does not fit this model. Use the model and tokenizer "
+                f"sections it was made with (config.yaml of its run). {reason[:500]}"
+            ) from None
+
+    def close(self) -> None:
+        """Let go of the module, so that another engine can take it over and this one's memory is freed."""
+        self._engine.module_forward_pre_hook.remove()
+        self._engine.module_forward_post_hook.remove()
+        self._engine.destroy()

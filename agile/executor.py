@@ -166,7 +166,12 @@ class Executor:
     async def run(
         self, policy: Policy, item: Item, memory: Memory, *, stream_id: str, index: int, progress: float, seed: int
     ) -> Session:
-        """Play one session to its end, whatever happens in it."""
+        """Play one session to its end, whatever the LLM, tools and experts do in it.
+
+        Raises:
+            AgileError: Policy or memory met what only a user can mend, such as a full disk; no other session would fare
+                better.
+        """
         draft = _Draft(item, memory, policy, f"{stream_id}/{index}", seed, progress, time.monotonic())
         error = ""
         try:

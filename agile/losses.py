@@ -78,9 +78,9 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
         k3 = exp(ref - logp) - (ref - logp) - 1
 
-    An estimate to look at, not a loss: its gradient, in expectation over the policy, is that of KL(reference || policy),
-    and one token that the policy has all but given up can outweigh all others. Source: Schulman, "Approximating KL
-    divergence" (2020).
+    An estimate to look at, not a loss: its gradient, in expectation over the policy, is that of KL(reference ||
+    policy), and one token that the policy has all but given up can outweigh all others. Source: Schulman,
+    "Approximating KL divergence" (2020).
     """
     difference = ref_logprobs - logprobs
     return torch.expm1(difference) - difference
@@ -126,9 +126,9 @@ def ppo_loss(
 
     Returns:
         The scalar loss, and detached **sums** over this call's action tokens (they add up over micro-batches too):
-        `policy`, `value`, `kl` (k3 of KL(old policy || reference)), `entropy`, `ratio` (rho), `approx_kl` (k3 of KL(old policy || policy)),
-        `clip_fraction` (tokens whose policy gradient the clip removed) and `rollout_ratio` (exp(logp_old -
-        logp_rollout) before the cap).
+        `policy`, `value`, `kl` (k3 of KL(old policy || reference)), `entropy`, `ratio` (rho), `approx_kl` (k3 of KL(old
+        policy || policy)), `clip_fraction` (tokens whose policy gradient the clip removed) and `rollout_ratio`
+        (exp(logp_old - logp_rollout) before the cap).
 
     Raises:
         ValueError: A tensor's shape is not that of `action_mask`, or `num_tokens` is not positive.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,15 +24,18 @@ class ActorCritic(nn.Module):
 
     def __init__(self, lm: PreTrainedModel):
         super().__init__()
-        self.lm = lm
+        self.lm = lm.eval()  # dropout would make the ratio to the old policy differ from 1 before any update
         size = lm.config.get_text_config().hidden_size
-        self.value_head = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, 1))
-        nn.init.zeros_(self.value_head[2].weight)
-        nn.init.zeros_(self.value_head[2].bias)
-        with torch.no_grad():
-            probe = torch.zeros(1, 2, dtype=torch.long, device=lm.device)
+        hidden, value = nn.Linear(size, size), nn.Linear(size, 1)
+        nn.init.zeros_(value.weight)
+        nn.init.zeros_(value.bias)
+        self.value_head = nn.Sequential(hidden, nn.GELU(), value)
+        head = lm.get_output_embeddings()
+        probe = torch.zeros(1, 2, dtype=torch.long, device=lm.device)
+        # a thousandfold: the logits of an untrained model are too small for a cap to show
+        with torch.no_grad(), head.register_forward_hook(lambda module, args, logits: 1e3 * logits):
             expected = lm(input_ids=probe).logits
-            found = lm.get_output_embeddings()(lm.base_model(input_ids=probe).last_hidden_state)
+            found = head(lm.base_model(input_ids=probe).last_hidden_state)
         if not torch.allclose(expected, found, rtol=1e-3, atol=1e-3):
             raise AgileError(
                 f"{type(lm).__name__} does more to its last hidden state than its output embedding does (a cap or a "
@@ -60,9 +65,22 @@ class ActorCritic(nn.Module):
             {"params": list(self.value_head.parameters()), "lr": value_lr},
         ]
 
+    @contextmanager
+    def policy_frozen(self) -> Iterator[None]:
+        """Within it the critic alone learns: no gradient, no weight decay and no momentum moves the LM."""
+        trained = [p for p in self.lm.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
     def _value(self, hidden: Tensor) -> Tensor:
-        weight = self.value_head[0].weight
-        return self.value_head(hidden.detach().to(weight.dtype)).squeeze(-1).float()
+        dtype = next(self.value_head.parameters()).dtype
+        values: Tensor = self.value_head(hidden.detach().to(dtype))
+        return values.squeeze(-1).float()
 
 
 def small_llama(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from agile.config import RunConfig
+from agile.config import RunConfig, differences, load_config
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.session_log import JsonLines, append_sessions, read_lines
@@ -51,6 +52,47 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def claim(path: Path, config: RunConfig) -> IO[str]:
+    """Make a folder the one of this config: it is new, or empty, or was started with the same config.
+
+    Returns:
+        A lock that keeps other processes out until it is closed or the process ends, however it ends.
+
+    Raises:
+        AgileError: The folder holds something else or a run with another config, another process works in it, or it
+            cannot be written.
+    """
+    saved = path / "config.yaml"
+    known, started = saved.exists(), _started(path)
+    if known and started and (changed := differences(load_config(saved), config)):
+        raise AgileError(
+            f"{path} was started with another config: {'; '.join(changed)}. "
+            f"Go on with the one it has, {saved}, or choose another out=DIR."
+        )
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        if not known and (found := sorted(p.name for p in path.iterdir() if not p.name.startswith("."))):
+            raise AgileError(
+                f"{path} is not empty ({', '.join(found[:3])}{', ...' * (len(found) > 3)}) and no run of AGILE: it has "
+                "no config.yaml. Choose another out=DIR, so that nothing in it is overwritten."
+            )
+        lock = (path / ".lock").open("w")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise AgileError(f"Another process works in {path}. Wait for it, or choose another out=DIR.") from None
+        if not (known and started):
+            write_atomically(saved, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    return lock
+
+
+def _started(path: Path) -> bool:
+    """Whether a run has left anything to keep; one that failed at once leaves its config and empty files."""
+    files = (f for f in path.rglob("*") if f.is_file() and not f.name.startswith(("config.yaml", "embeddings.")))
+    return any(f.stat().st_size for f in files)
+
+
 class RunFolder:
     """Opens a new run folder, or an existing one to go on with.
 
@@ -60,44 +102,32 @@ class RunFolder:
         resume: Go on from the last checkpoint. Without one the run starts anew.
 
     Raises:
-        AgileError: The folder holds a run and `resume` is not set, or it was started with another config, or it cannot
-            be written.
+        AgileError: The folder holds a run and `resume` is not set, or it was started with another config, or another
+            process trains in it, or it cannot be written.
     """
 
     def __init__(self, path: Path, config: RunConfig, *, resume: bool):
         self.path = path
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        saved = path / "config.yaml"
-        if saved.exists() and not resume:
+        if (path / "config.yaml").exists() and _started(path) and not resume:
             raise AgileError(f"{path} holds a run already. Go on with it by --resume, or choose another out=DIR.")
-        if saved.exists() and saved.read_text() != text:
-            changed = _differences(yaml.safe_load(saved.read_text()), config.model_dump(mode="json"))
-            raise AgileError(
-                f"{path} was started with another config; {'; '.join(changed) or 'its file differs'}. Resume it with "
-                "the config it has, or choose another out=DIR."
-            )
+        self._lock = claim(path, config)
         with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
             (path / "checkpoints").mkdir(exist_ok=True)
             for unfinished in (path / "checkpoints").glob(".*"):
                 shutil.rmtree(unfinished)
-            write_atomically(saved, text)
             self._sessions = JsonLines(path / "sessions-0.jsonl")
             self._metrics = JsonLines(path / "metrics.jsonl")
-            state = self._rewind()
-            self.place = None if state is None else Place(**state["place"])
-            steps = state["tensorboard"] if state else 0
-            self._tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=steps)
-        self._tensorboard_steps = steps
+            self.place = self._rewind()
+        self._tensorboards: dict[str, SummaryWriter] = {}
 
-    def _rewind(self) -> dict[str, Any] | None:
-        """Cut the logs back to the last checkpoint; returns its state."""
+    def _rewind(self) -> Place | None:
+        """Cut the logs back to the last checkpoint; returns where that was."""
         found = self._checkpoints()
         state = json.loads((found[-1] / "state.json").read_text()) if found else None
         sizes = state["sizes"] if state else {"sessions": 0, "metrics": 0}
-        self._sessions.truncate(sizes["sessions"])
-        self._metrics.truncate(sizes["metrics"])
-        return state
+        for name, log in (("sessions", self._sessions), ("metrics", self._metrics)):
+            log.truncate(min(sizes[name], log.size))  # shorter only if somebody removed it
+        return Place(**state["place"]) if state else None
 
     def _checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first (`ppo` follows `sft`)."""
@@ -113,8 +143,16 @@ class RunFolder:
             self._metrics.append([{"stage": stage, "step": step, **metrics}])
             for name, value in metrics.items():
                 if isinstance(value, int | float):
-                    self._tensorboard.add_scalar(f"{stage}/{name}", value, step)
-        self._tensorboard_steps = step
+                    self._tensorboard(stage).add_scalar(f"{stage}/{name}", value, step)
+
+    def _tensorboard(self, stage: str) -> SummaryWriter:
+        """Each stage counts its steps from 1 and has a folder of its own: TensorBoard drops the steps of a folder
+        from the one on that a resumed run goes on with.
+        """
+        if stage not in self._tensorboards:
+            done = self.place.step if self.place and self.place.stage == stage else 0
+            self._tensorboards[stage] = SummaryWriter(str(self.path / "tensorboard" / stage), purge_step=done + 1)
+        return self._tensorboards[stage]
 
     def log_sessions(self, sessions: Sequence[Session], **tags: Any) -> None:
         with writing(self.path):
@@ -124,20 +162,12 @@ class RunFolder:
         return list(read_lines(self.path / "metrics.jsonl"))
 
     def save(self, place: Place, engine: Engine) -> None:
-        """Write a checkpoint: it is there whole or not at all. The last ones of the stage are kept."""
-        folder = self.path / "checkpoints"
-        draft = folder / f".{place.name}"
-        with writing(self.path):
+        """Write a checkpoint: it is there whole or not at all. The last ones are kept."""
+        with _whole(self.path / "checkpoints" / place.name) as draft:
             engine.save(draft, "engine")
-            state = {
-                "place": asdict(place),
-                "sizes": {"sessions": self._sessions.size, "metrics": self._metrics.size},
-                "tensorboard": self._tensorboard_steps,
-            }
-            (draft / "state.json").write_text(json.dumps(state))
-            shutil.rmtree(folder / place.name, ignore_errors=True)
-            _sync_tree(draft)
-            os.replace(draft, folder / place.name)
+            sizes = {"sessions": self._sessions.size, "metrics": self._metrics.size}
+            (draft / "state.json").write_text(json.dumps({"place": asdict(place), "sizes": sizes}))
+        with writing(self.path):
             for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
         self.place = place
@@ -149,29 +179,55 @@ class RunFolder:
 
     def export(self, name: str, model: Any, tokenizer: Any) -> None:
         """Write an agent's weights and tokenizer as a Hugging Face folder `<run>/<name>`."""
-        target, draft = self.path / name, self.path / f".{name}"
-        with writing(self.path):
-            shutil.rmtree(draft, ignore_errors=True)
+        with _whole(self.path / name) as draft:
             model.save_pretrained(draft)
             tokenizer.save_pretrained(draft)
+
+    def close(self) -> None:
+        with writing(self.path):
+            for tensorboard in self._tensorboards.values():
+                tensorboard.close()
+            self._sessions.close()
+            self._metrics.close()
+            self._lock.close()
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A folder that is there whole or not at all: yields a draft, which becomes `target`.
+
+    Raises:
+        AgileError: The draft could not be written; then nothing is left of it.
+    """
+    draft = target.with_name(f".{target.name}")
+    try:
+        with writing(target):
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir()
+            try:
+                yield draft
+            except (OSError, AgileError):
+                raise
+            except Exception as error:  # torch, safetensors and tokenizers say in their own ways that a disk is full
+                raise OSError(str(error).partition("\n")[0]) from error
             _sync_tree(draft)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(draft, target)
-
-    def close(self) -> None:
-        self._tensorboard.close()
-        self._sessions.close()
-        self._metrics.close()
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file whole or not at all."""
     draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with draft.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -179,15 +235,3 @@ def _sync_tree(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`key: old value, now new value` of every key that differs."""
-    found = []
-    for key in sorted({*old, *new}):
-        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{name}.")
-        elif a != b:
-            found.append(f"{name} was {a!r}, is now {b!r}")
-    return found

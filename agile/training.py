@@ -39,12 +39,14 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     run = RunFolder(out, config, resume=resume)
-    setup = Setup.of(config, out)
+    setup = Setup(config, out)
     setup.embed(setup.task.streams("train"))
     tokenizer = setup.tokenizer(out / "sft" if (out / "sft").exists() else None)
     executor = setup.executor(tokenizer)
-    model = ActorCritic(setup.language_model(tokenizer))
-    if run.place is None or run.place.stage == "sft":
+    torch.manual_seed(config.seed)
+    imitated = run.place is not None and run.place.stage == "ppo"
+    model = ActorCritic(setup.language_model(tokenizer, out / "sft" if imitated else None))
+    if not imitated:
         _imitate(config, run, setup, executor, model)
         run.export("sft", model.lm, tokenizer)
     if config.ppo.num_iterations:
@@ -68,15 +70,14 @@ def _imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor
     engine = Engine(
         model,
         lr=sft.lr,
+        groups=[{"params": list(model.lm.parameters())}],
         weight_decay=sft.weight_decay,
         max_grad_norm=sft.max_grad_norm,
         schedule=sft_schedule(sft.num_steps, sft.warmup_steps),
     )
     run.load(engine)
     done = run.place.step if run.place else 0
-    if done >= sft.num_steps:
-        return
-    rows = setup.imitation_rows(executor)
+    rows = setup.imitation_rows(executor) if done < sft.num_steps else []
     with _progress() as progress:
         bar = progress.add_task("imitation", total=sft.num_steps, completed=done, note="")
 
@@ -96,13 +97,12 @@ def _imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor
             first_step=done,
             on_step=on_step,
         )
+    engine.close()
 
 
 def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor, model: ActorCritic) -> None:
     ppo, rollout = config.ppo, config.rollout
-    reference = None
-    if ppo.kl_coef:
-        reference = ActorCritic(copy.deepcopy(model.lm)).requires_grad_(False).eval()
+    reference = ActorCritic(copy.deepcopy(model.lm)).requires_grad_(False) if ppo.kl_coef else None
     engine = Engine(
         model,
         lr=ppo.lr,
@@ -110,6 +110,8 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
         weight_decay=ppo.weight_decay,
         max_grad_norm=ppo.max_grad_norm,
     )
+    if reference is not None:
+        reference.to(engine.device)
     done = 0
     if run.place and run.place.stage == "ppo":
         run.load(engine)

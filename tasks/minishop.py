@@ -179,8 +179,9 @@ def _questions(
 
 def _zipf(n: int) -> NDArray[np.float64]:
     """Shares of n things of which the k-th is asked about 1/k as often as the first."""
-    weights: NDArray[np.float64] = 1 / np.arange(1, n + 1)
-    return weights / weights.sum()
+    weights = 1 / np.arange(1, n + 1)
+    shares: NDArray[np.float64] = weights / weights.sum()
+    return shares
 
 
 def _yes(value: bool) -> str:

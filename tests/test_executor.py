@@ -7,17 +7,14 @@ expert, memory or task does, a session ends with a status, a reward and segments
 from __future__ import annotations
 
 import asyncio
-import random
-from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 
 from agile.agents.product_qa import SPEC
 from agile.errors import AgileError
-from agile.executor import Executor, Limits
-from agile.tokens import ActionCodec
+from agile.executor import Limits
 from agile.types import (
     Action,
     ActionSpec,
@@ -30,7 +27,6 @@ from agile.types import (
     Item,
     Memory,
     MemoryItem,
-    MemoryKind,
     Policy,
     Retrieved,
     Reward,
@@ -43,13 +39,15 @@ from agile.types import (
 )
 from tests.worlds import (
     AGENT,
-    LIMITS,
+    NOTES,
     Echo,
     ListMemory,
     Replay,
+    check_session,
     item,
     make_codec,
     make_executor,
+    note_executor,
     play,
     render,
     script,
@@ -58,51 +56,6 @@ from tests.worlds import (
 PREDICT = Action(Fn.PREDICT_ANSWER, "yes")
 SEARCH = Action("SearchProduct", "SELECT 1")
 ASK = (Action(Fn.SEEK_ADVICE), Action(Fn.REFLECTION, "steel is washable"), PREDICT)
-
-# An agent that notes what it read, forgets its context and goes on from its notes, with a tool of its own.
-NOTES = AgentSpec(
-    "notes",
-    (
-        ActionSpec(Fn.GET_QUESTION, "Read.", (Fn.REFLECTION, Fn.PREDICT_ANSWER)),
-        ActionSpec(Fn.REFLECTION, "Note.", (Fn.UPDATE_MEMORY,), takes_argument=True),
-        ActionSpec(Fn.UPDATE_MEMORY, "Keep the note.", (Fn.CLEAR_CONTEXT,)),
-        ActionSpec(Fn.CLEAR_CONTEXT, "Forget the rest.", (Fn.RETRIEVE_MEMORY,)),
-        ActionSpec(Fn.RETRIEVE_MEMORY, "Look.", ("Add", Fn.PREDICT_ANSWER, Fn.GET_QUESTION)),
-        ActionSpec("Add", "Add numbers.", ("Add", Fn.PREDICT_ANSWER), takes_argument=True),
-        ActionSpec(Fn.PREDICT_ANSWER, "Answer.", (Fn.SUBMIT_ANSWER,), takes_argument=True),
-        ActionSpec(Fn.SUBMIT_ANSWER, "Hand in.", ()),
-    ),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class NoteAgent:
-    spec: AgentSpec = NOTES
-
-    def question(self, item: Item, progress: float) -> str:
-        return f"question: {item.question}\n"
-
-    def recall(self, item: Item, memory: Memory) -> tuple[list[Retrieved], str]:
-        entries = memory.retrieve("", 1, Scope(MemoryKind.KNOWLEDGE, item.group))
-        return entries, "".join(f"note: {e.item.text}\n" for e in entries)
-
-    def advice(self, advice: Advice) -> str:
-        return advice.answer
-
-    def remember(self, item: Item, session_id: str, advice: Advice | None, reflection: str) -> list[MemoryItem]:
-        return [MemoryItem(MemoryKind.KNOWLEDGE, reflection, reflection, group=item.group)]
-
-
-class Add:
-    name = "Add"
-    description = "Adds numbers."
-
-    async def __call__(self, argument: str, item: Item) -> ToolResult:
-        return ToolResult(str(sum(int(n) for n in argument.split())) + "\n")
-
-
-def note_executor(limits: Limits = LIMITS) -> Executor:
-    return make_executor(NoteAgent(), codec=make_codec("bpe", NOTES), tools={"Add": Add()}, limits=limits)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -286,7 +239,7 @@ def test_text_never_becomes_an_action(kind: str) -> None:
     session = play(make_executor(codec=codec), Replay(completions), question, memory)
     assert (session.status, session.answer) == (SessionStatus.COMPLETED, "yes")
     assert {s.source for s in session.segments[0].spans} == set(Source)
-    _check(session, codec, Limits())
+    check_session(session, codec, Limits())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -312,7 +265,7 @@ def test_every_token_limit_below_what_a_session_needs_truncates_it(limit: str, c
         assert session.segments[-1].end == SegmentEnd.TRUNCATED
         assert "limit" in session.error
         assert session.reward == Reward({"correct": 0.0})
-        _check(session, make_codec("bpe", NOTES if cleared else SPEC), limits)
+        check_session(session, make_codec("bpe", NOTES if cleared else SPEC), limits)
     assert run(replace(Limits(), **{limit: needed})).status == SessionStatus.COMPLETED
 
 
@@ -430,6 +383,15 @@ def test_a_failure_outside_the_llm_names_its_stage(policy: Policy | None, memory
     assert session.reward == Reward({"correct": 0.0})
 
 
+def test_what_only_a_user_can_mend_stops_the_run() -> None:
+    class Full(ListMemory):
+        def retrieve(self, query: str, k: int, scope: Scope) -> list[Retrieved]:
+            raise AgileError("the disk is full")
+
+    with pytest.raises(AgileError, match="the disk is full"):
+        play(make_executor(), script(make_codec(), PREDICT), memory=Full())
+
+
 def test_a_task_that_cannot_score_fails_the_session_alone() -> None:
     def score(item: Item, session: Session) -> Reward:
         raise ZeroDivisionError("no gold")
@@ -474,96 +436,3 @@ def test_specs_that_cannot_be_played_are_refused() -> None:
     )
     with pytest.raises(AgileError, match="nothing to continue in an empty context"):
         make_executor(replace(AGENT, spec=AgentSpec("choosy", table)))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Nothing that an LLM emits can raise
-
-
-class Noise:
-    """Emits random ids: of actions, of text, beyond the vocabulary, or none at all."""
-
-    def __init__(self, codec: ActionCodec, rng: random.Random) -> None:
-        self.rng = rng
-        self.actions = [*codec.action_ids.values()]
-        self.end_id = codec.end_id
-        self.size = len(codec.tokenizer)
-
-    def _id(self) -> int:
-        rng = self.rng
-        if rng.random() < 0.05:
-            return rng.choice(self.actions)
-        if rng.random() < 0.01:
-            return rng.choice([-1, 2**40])
-        return rng.randrange(self.size + 20)
-
-    async def complete(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, stop: Collection[int], seed: int
-    ) -> Completion:
-        rng = self.rng
-        ids = [self._id() for _ in range(rng.choice([0, 0, 1, 1, 2, 3, 8, 40]))]
-        if rng.random() < 0.7:  # something an agent could mean
-            ids.insert(0, rng.choice(self.actions))
-        if rng.random() < 0.7:
-            ids.append(self.end_id)
-        if rng.random() < 0.4:  # all that an action without argument may be
-            ids = [rng.choice(list(stop))]
-        if rng.random() < 0.999:
-            ids = ids[:max_tokens]
-        return Completion(tuple(ids), (-1.0,) * len(ids), "stop")
-
-
-def _check(session: Session, codec: ActionCodec, limits: Limits) -> None:
-    """What holds for every session."""
-    assert session.reward is not None
-    assert (session.status == SessionStatus.COMPLETED) == (session.error == "")
-    assert (session.answer is not None) == (session.status == SessionStatus.COMPLETED)
-    last = {
-        SessionStatus.COMPLETED: SegmentEnd.TERMINATED,
-        SessionStatus.INVALID_ACTION: SegmentEnd.TERMINATED,
-        SessionStatus.TRUNCATED: SegmentEnd.TRUNCATED,
-        SessionStatus.FAILED: SegmentEnd.TRUNCATED,
-    }[session.status]
-    cleared = [SegmentEnd.CONTEXT_CLEARED] * (len(session.segments) - 1)
-    assert [segment.end for segment in session.segments] == [*cleared, last]
-    total, turns = 0, 0
-    for segment in session.segments:
-        tokens = len(segment.token_ids)
-        assert tokens == len(segment.action_mask) == len(segment.logprobs) <= limits.max_context_tokens
-        assert not any(segment.action_mask[:1]), "an LLM continues something"
-        total += tokens
-        for span in segment.spans:
-            if span.source is Source.LLM:
-                turns += 1
-                assert len(span.token_ids) <= limits.max_action_tokens
-                continue
-            names = [codec.name_of(i) for i in span.token_ids]
-            if span.source is Source.EXECUTOR:  # the name it wrote comes last, after an error if there was one
-                names.pop()
-            assert not any(names) and codec.end_id not in span.token_ids
-    assert total <= limits.max_session_tokens and turns <= limits.max_turns
-
-
-@pytest.mark.parametrize("spec", [SPEC, NOTES], ids=lambda spec: str(spec.name))
-def test_no_token_stream_raises(spec: AgentSpec) -> None:
-    limits = Limits(
-        max_turns=8, max_context_tokens=250, max_session_tokens=300, max_action_tokens=30, max_invalid_actions=5
-    )
-    codec, rng = make_codec("bpe", spec), random.Random(spec.name)
-    executor = note_executor(limits) if spec is NOTES else make_executor(limits=limits)
-    question = item()
-
-    async def sessions() -> list[Session]:
-        policy = Noise(codec, rng)
-        return [
-            await executor.run(policy, question, ListMemory(), stream_id="s", index=i, progress=0.5, seed=i)
-            for i in range(5000)
-        ]
-
-    seen: Counter[str] = Counter()
-    for session in asyncio.run(sessions()):
-        _check(session, codec, limits)
-        seen[session.status] += 1
-        seen["cleared"] += len(session.segments) > 1
-    expected = {*SessionStatus} | ({"cleared"} if spec is NOTES else set())
-    assert all(seen[kind] >= 20 for kind in expected), f"the streams are too tame: {seen}"

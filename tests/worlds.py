@@ -1,10 +1,10 @@
-"""What tests of sessions share: a small shop, a memory without an index, and an executor with its parts."""
+"""What tests of sessions share: a small shop, a memory without an index, an executor with its parts, and what holds for every session."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,26 @@ from agile.tasks.productqa import ProductQA
 from agile.tokens import ActionCodec, build_tokenizer
 from agile.types import (
     Action,
+    ActionSpec,
+    Advice,
     Advisor,
     Agent,
     AgentSpec,
     Completion,
+    Fn,
     Item,
     Memory,
     MemoryItem,
+    MemoryKind,
     Policy,
     Retrieved,
     Reward,
     Scope,
     Score,
+    SegmentEnd,
     Session,
+    SessionStatus,
+    Source,
     Tool,
     ToolResult,
 )
@@ -162,3 +169,80 @@ def write_shop(folder: Path) -> ProductQA:
     """Two train worlds and a test world of twelve questions."""
     write_minishop(folder / "shop", MiniShopSpec(num_train_worlds=2, num_test_worlds=1, num_questions=12), seed=5)
     return ProductQA(folder / "shop", 0.3)
+
+
+# An agent that notes what it read, forgets its context and goes on from its notes, with a tool of its own.
+NOTES = AgentSpec(
+    "notes",
+    (
+        ActionSpec(Fn.GET_QUESTION, "Read.", (Fn.REFLECTION, Fn.PREDICT_ANSWER)),
+        ActionSpec(Fn.REFLECTION, "Note.", (Fn.UPDATE_MEMORY,), takes_argument=True),
+        ActionSpec(Fn.UPDATE_MEMORY, "Keep the note.", (Fn.CLEAR_CONTEXT,)),
+        ActionSpec(Fn.CLEAR_CONTEXT, "Forget the rest.", (Fn.RETRIEVE_MEMORY,)),
+        ActionSpec(Fn.RETRIEVE_MEMORY, "Look.", ("Add", Fn.PREDICT_ANSWER, Fn.GET_QUESTION)),
+        ActionSpec("Add", "Add numbers.", ("Add", Fn.PREDICT_ANSWER), takes_argument=True),
+        ActionSpec(Fn.PREDICT_ANSWER, "Answer.", (Fn.SUBMIT_ANSWER,), takes_argument=True),
+        ActionSpec(Fn.SUBMIT_ANSWER, "Hand in.", ()),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NoteAgent:
+    spec: AgentSpec = NOTES
+
+    def question(self, item: Item, progress: float) -> str:
+        return f"question: {item.question}\n"
+
+    def recall(self, item: Item, memory: Memory) -> tuple[list[Retrieved], str]:
+        entries = memory.retrieve("", 1, Scope(MemoryKind.KNOWLEDGE, item.group))
+        return entries, "".join(f"note: {e.item.text}\n" for e in entries)
+
+    def advice(self, advice: Advice) -> str:
+        return advice.answer
+
+    def remember(self, item: Item, session_id: str, advice: Advice | None, reflection: str) -> list[MemoryItem]:
+        return [MemoryItem(MemoryKind.KNOWLEDGE, reflection, reflection, group=item.group)]
+
+
+class Add:
+    name = "Add"
+    description = "Adds numbers."
+
+    async def __call__(self, argument: str, item: Item) -> ToolResult:
+        return ToolResult(str(sum(int(n) for n in argument.split())) + "\n")
+
+
+def note_executor(limits: Limits = LIMITS) -> Executor:
+    return make_executor(NoteAgent(), codec=make_codec("bpe", NOTES), tools={"Add": Add()}, limits=limits)
+
+
+def check_session(session: Session, codec: ActionCodec, limits: Limits) -> None:
+    """What holds for every session."""
+    assert session.reward is not None
+    assert (session.status == SessionStatus.COMPLETED) == (session.error == "")
+    assert (session.answer is not None) == (session.status == SessionStatus.COMPLETED)
+    last = {
+        SessionStatus.COMPLETED: SegmentEnd.TERMINATED,
+        SessionStatus.INVALID_ACTION: SegmentEnd.TERMINATED,
+        SessionStatus.TRUNCATED: SegmentEnd.TRUNCATED,
+        SessionStatus.FAILED: SegmentEnd.TRUNCATED,
+    }[session.status]
+    cleared = [SegmentEnd.CONTEXT_CLEARED] * (len(session.segments) - 1)
+    assert [segment.end for segment in session.segments] == [*cleared, last]
+    total, turns = 0, 0
+    for segment in session.segments:
+        tokens = len(segment.token_ids)
+        assert tokens == len(segment.action_mask) == len(segment.logprobs) <= limits.max_context_tokens
+        assert not any(segment.action_mask[:1]), "an LLM continues something"
+        total += tokens
+        for span in segment.spans:
+            if span.source is Source.LLM:
+                turns += 1
+                assert len(span.token_ids) <= limits.max_action_tokens
+                continue
+            names = [codec.name_of(i) for i in span.token_ids]
+            if span.source is Source.EXECUTOR:  # the name it wrote comes last, after an error if there was one
+                names.pop()
+            assert not any(names) and codec.end_id not in span.token_ids
+    assert total <= limits.max_session_tokens and turns <= limits.max_turns

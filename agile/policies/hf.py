@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from agile.types import Completion
@@ -184,7 +184,7 @@ class HFPolicy:
         self.model.eval()
         self.model.generation_config = GenerationConfig()
         try:
-            output = cast(GenerationMixin, self.model).generate(
+            output = cast(Any, self.model).generate(  # a method of a mixin that PreTrainedModel lacks
                 input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 generation_config=GenerationConfig(

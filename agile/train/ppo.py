@@ -6,8 +6,9 @@ Reads from top to bottom. The mathematics is in `agile.credit` and `agile.losses
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from agile.batching import Row, make_batch, minibatches, session_rows
 from agile.credit import SegmentCredit, SessionCredit, explained_variance, gae, transitions, whiten
 from agile.credit import pad as stack
 from agile.engine import Engine
+from agile.errors import AgileError
 from agile.losses import PPOCoefficients, entropy, ppo_loss, token_logprobs
-from agile.types import Session, SessionStatus, Trajectory
+from agile.types import SessionStatus, Trajectory
 
 Floats = NDArray[np.float32]
 
@@ -66,8 +68,37 @@ def score_rows(
     return [s for s in scored if s is not None]
 
 
+def lay_out(
+    trajectories: Sequence[Trajectory], rewards: Sequence[Sequence[float]]
+) -> tuple[list[Row], list[list[tuple[range, float]]]]:
+    """The rows of all sessions in order, and for each trajectory its sessions: the numbers of their rows, the reward.
+
+    Failed sessions are left out: what went wrong there was not the policy's doing.
+
+    Raises:
+        AgileError: No session holds a sampled token.
+    """
+    rows: list[Row] = []
+    plan: list[list[tuple[range, float]]] = []
+    for trajectory, trajectory_rewards in zip(trajectories, rewards, strict=True):
+        sessions = []
+        for session, reward in zip(trajectory.sessions, trajectory_rewards, strict=True):
+            if session.status is not SessionStatus.FAILED:
+                start = len(rows)
+                rows += session_rows(session)
+                sessions.append((range(start, len(rows)), reward))
+        plan.append(sessions)
+    if not any(row.num_actions for row in rows):
+        last = next((s for t in reversed(trajectories) for s in reversed(t.sessions)), None)
+        raise AgileError(
+            "There is nothing to learn from: no session of this iteration holds a token that the LLM sampled. "
+            + (f"The last one, {last.id}: {last.status}, {last.error}" if last else "No stream has a question.")
+        )
+    return rows, plan
+
+
 def advantages(
-    trajectories: Sequence[Sequence[tuple[list[int], Session, float]]],
+    plan: Sequence[Sequence[tuple[range, float]]],
     rows: Sequence[Row],
     scored: Sequence[Scored],
     discounts: Discounts,
@@ -75,40 +106,26 @@ def advantages(
     """One GAE over each trajectory's action tokens, laid back onto the rows.
 
     Args:
-        trajectories: For each stream its sessions in order: numbers of their rows, the session, its reward.
+        plan, rows: As `lay_out` gives them.
 
     Returns:
         Whitened advantages and returns per row, arrays (A,), and the critic's explained variance.
     """
     layouts = []
-    for sessions in trajectories:
-        credits, values = [], []
-        for numbers, session, reward in sessions:
-            ends = [s.end for s in session.segments if any(s.action_mask)]
-            segments = tuple(
-                SegmentCredit(rows[i].num_actions, end, scored[i].bootstrap)
-                for i, end in zip(numbers, ends, strict=True)
+    for sessions in plan:
+        credits = [
+            SessionCredit(
+                tuple(SegmentCredit(rows[i].num_actions, rows[i].end, scored[i].bootstrap) for i in numbers), reward
             )
-            credits.append(SessionCredit(segments, reward))
-            values += [scored[i].values for i in numbers]
-        flat = np.concatenate([np.zeros(0), *values])
-        layouts.append(
-            transitions(
-                credits,
-                flat,
-                gamma=discounts.gamma,
-                lam=discounts.lam,
-                gamma_session=discounts.gamma_session,
-                lam_session=discounts.lam_session,
-            )
-        )
+            for numbers, reward in sessions
+        ]
+        values = [scored[i].values for numbers, _ in sessions for i in numbers]
+        layouts.append(transitions(credits, np.concatenate([np.zeros(0), *values]), **asdict(discounts)))
     t, mask = stack(layouts)
     raw, returns = gae(t.rewards, t.values, t.next_values, t.discounts, t.lambdas, mask)
-    variance = explained_variance(t.values, returns, mask)
-    flat_advantages, flat_returns = whiten(raw, mask)[mask], returns[mask]
-    ends = np.cumsum([r.num_actions for r in rows])[:-1]  # rows are numbered in the trajectories' order
-    parts = (np.split(x.astype(np.float32), ends) for x in (flat_advantages, flat_returns))
-    return *parts, variance
+    ends = np.cumsum([row.num_actions for row in rows])[:-1]  # rows are numbered in the order of the plan
+    row_advantages, row_returns = (np.split(x[mask].astype(np.float32), ends) for x in (whiten(raw, mask), returns))
+    return row_advantages, row_returns, explained_variance(t.values, returns, mask)
 
 
 def update(
@@ -123,70 +140,54 @@ def update(
     micro_batch_size: int,
     num_epochs: int,
     temperature: float,
-    train_policy: bool,
     rng: np.random.Generator,
 ) -> dict[str, float]:
-    """One PPO iteration on collected trajectories; failed sessions are masked from the loss.
+    """One PPO iteration on collected trajectories.
 
     Args:
         rewards: Terminal reward of each session of each trajectory, credit term included.
-        train_policy: False trains the critic alone.
 
     Returns:
         Means over action tokens; `first_ratio` is the mean ratio at the first minibatch, which must be 1.
     """
-    rows: list[Row] = []
-    plan: list[list[tuple[list[int], Session, float]]] = []
-    for trajectory, trajectory_rewards in zip(trajectories, rewards, strict=True):
-        plan.append([])
-        for session, reward in zip(trajectory.sessions, trajectory_rewards, strict=True):
-            if session.status is SessionStatus.FAILED:
-                continue
-            own = session_rows(session)
-            plan[-1].append((list(range(len(rows), len(rows) + len(own))), session, reward))
-            rows += own
-
+    rows, plan = lay_out(trajectories, rewards)
     scored = score_rows(engine, reference, rows, batch_size=micro_batch_size, temperature=temperature)
     row_advantages, row_returns, variance = advantages(plan, rows, scored, discounts)
 
+    def flat(arrays: Iterable[Floats]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(list(arrays))).to(engine.device)
+
     sums: dict[str, float] = defaultdict(float)
     total_tokens, first_ratio, norms = 0, float("nan"), []
-    lengths = [len(r) for r in rows]
     for _ in range(num_epochs):
-        for batch in minibatches(lengths, batch_size, micro_batch_size, rng):
+        for batch in minibatches(rows, batch_size, micro_batch_size, rng):
             num_tokens = sum(rows[i].num_actions for micro in batch for i in micro)
-            batch_ratio = 0.0
             for micro in batch:
                 data = make_batch([rows[i] for i in micro], engine.device)
                 logits, values, _ = engine.forward(*data.inputs)
                 logprobs = token_logprobs(logits, data.action_ids, temperature)
-
-                def flat(arrays: Sequence[Floats]) -> torch.Tensor:
-                    return torch.from_numpy(np.concatenate(arrays)).to(engine.device)
-
                 with torch.set_grad_enabled(coefficients.entropy_coef > 0):
                     entropies = entropy(logits, temperature)
                 loss, metrics = ppo_loss(
-                    logprobs=logprobs if train_policy else logprobs.detach(),
-                    old_logprobs=flat([scored[i].logprobs for i in micro]),
-                    rollout_logprobs=flat([rows[i].logprobs for i in micro]),
-                    ref_logprobs=None if reference is None else flat([scored[i].ref_logprobs for i in micro]),
+                    logprobs=logprobs,
+                    old_logprobs=flat(scored[i].logprobs for i in micro),
+                    rollout_logprobs=flat(rows[i].logprobs for i in micro),
+                    ref_logprobs=None if reference is None else flat(scored[i].ref_logprobs for i in micro),
                     values=values,
-                    old_values=flat([scored[i].values for i in micro]),
-                    advantages=flat([row_advantages[i] for i in micro]),
-                    returns=flat([row_returns[i] for i in micro]),
-                    entropy=entropies if train_policy else entropies.detach(),
+                    old_values=flat(scored[i].values for i in micro),
+                    advantages=flat(row_advantages[i] for i in micro),
+                    returns=flat(row_returns[i] for i in micro),
+                    entropy=entropies,
                     action_mask=torch.ones_like(logprobs, dtype=torch.bool),
                     num_tokens=num_tokens,
                     coefficients=coefficients,
                 )
                 engine.backward(loss, last=micro is batch[-1])
-                batch_ratio += metrics["ratio"].item()
                 for name, value in metrics.items():
                     sums[name] += value.item()
             norms.append(engine.step())
             if total_tokens == 0:
-                first_ratio = batch_ratio / num_tokens
+                first_ratio = sums["ratio"] / num_tokens
             total_tokens += num_tokens
     return {
         "first_ratio": first_ratio,
@@ -231,18 +232,18 @@ def train_ppo(
         rng = np.random.default_rng([seed, iteration])
         trajectories = collect(iteration)
         warmup = iteration == 0 and value_warmup_epochs > 0
-        metrics = update(
-            engine,
-            reference,
-            trajectories,
-            rewards(trajectories, rng),
-            discounts=discounts,
-            coefficients=coefficients,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            num_epochs=value_warmup_epochs if warmup else num_epochs,
-            temperature=temperature,
-            train_policy=not warmup,
-            rng=rng,
-        )
+        with engine.module.policy_frozen() if warmup else nullcontext():
+            metrics = update(
+                engine,
+                reference,
+                trajectories,
+                rewards(trajectories, rng),
+                discounts=discounts,
+                coefficients=coefficients,
+                batch_size=batch_size,
+                micro_batch_size=micro_batch_size,
+                num_epochs=value_warmup_epochs if warmup else num_epochs,
+                temperature=temperature,
+                rng=rng,
+            )
         on_iteration(iteration + 1, trajectories, metrics)

@@ -43,12 +43,11 @@ def train_sft(
     Args:
         on_step: Called after each step with its number (from 1) and its loss in nats per action token.
     """
-    per_epoch = math.ceil(len(rows) / batch_size)
-    lengths = [len(r) for r in rows]
+    per_epoch = math.ceil(sum(row.num_actions > 0 for row in rows) / batch_size)
     step = first_step
     while step < num_steps:
         epoch, done = divmod(step, per_epoch)
-        batches = list(minibatches(lengths, batch_size, micro_batch_size, np.random.default_rng([seed, epoch])))
+        batches = list(minibatches(rows, batch_size, micro_batch_size, np.random.default_rng([seed, epoch])))
         for batch in batches[done : done + num_steps - step]:
             num_tokens = sum(rows[i].num_actions for micro in batch for i in micro)
             total = 0.0

@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -30,7 +30,8 @@ def sample(policy: HFPolicy, prompts: Sequence[Sequence[int]], seeds: Sequence[i
 def logits_after(model: LlamaForCausalLM, ids: Sequence[int]) -> torch.Tensor:
     """(T, V), by one plain forward pass."""
     with torch.no_grad():
-        return model(input_ids=torch.tensor([list(ids)])).logits[0].float()
+        logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)])).logits
+    return logits[0].float()
 
 
 def assert_same(found: Sequence[Completion], expected: Sequence[Completion]) -> None:
@@ -137,7 +138,7 @@ def test_the_models_own_generation_config_changes_nothing(model: LlamaForCausalL
 def batches(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of all batches that `generate` is called with."""
     sizes: list[int] = []
-    generate = model.generate
+    generate = cast(Any, model).generate
 
     def counted(input_ids: torch.Tensor, **kwargs: Any) -> Any:
         sizes.append(len(input_ids))
@@ -192,7 +193,7 @@ def broken(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Iterator
     """`generate` fails at its calls of these numbers."""
     calls: list[int] = []
     failing: list[int] = []
-    generate = model.generate
+    generate = cast(Any, model).generate
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)

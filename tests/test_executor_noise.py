@@ -1,0 +1,74 @@
+"""Nothing that an LLM emits can raise out of the executor: ten thousand sessions of random token streams."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+import pytest
+
+from agile.agents.product_qa import SPEC
+from agile.executor import Limits
+from agile.tokens import ActionCodec
+from agile.types import AgentSpec, Completion, Session, SessionStatus
+from tests.worlds import NOTES, ListMemory, check_session, item, make_codec, make_executor, note_executor
+
+
+class Noise:
+    """Emits random ids: of actions, of text, beyond the vocabulary, or none at all."""
+
+    def __init__(self, codec: ActionCodec, rng: random.Random) -> None:
+        self.rng = rng
+        self.actions = [*codec.action_ids.values()]
+        self.end_id = codec.end_id
+        self.size = len(codec.tokenizer)
+
+    def _id(self) -> int:
+        rng = self.rng
+        if rng.random() < 0.05:
+            return rng.choice(self.actions)
+        if rng.random() < 0.01:
+            return rng.choice([-1, 2**40])
+        return rng.randrange(self.size + 20)
+
+    async def complete(
+        self, prompt_ids: Sequence[int], *, max_tokens: int, stop: Collection[int], seed: int
+    ) -> Completion:
+        rng = self.rng
+        ids = [self._id() for _ in range(rng.choice([0, 0, 1, 1, 2, 3, 8, 40]))]
+        if rng.random() < 0.7:  # something an agent could mean
+            ids.insert(0, rng.choice(self.actions))
+        if rng.random() < 0.7:
+            ids.append(self.end_id)
+        if rng.random() < 0.4:  # all that an action without argument may be
+            ids = [rng.choice(list(stop))]
+        if rng.random() < 0.999:
+            ids = ids[:max_tokens]
+        return Completion(tuple(ids), (-1.0,) * len(ids), "stop")
+
+
+@pytest.mark.parametrize("spec", [SPEC, NOTES], ids=lambda spec: str(spec.name))
+def test_no_token_stream_raises(spec: AgentSpec) -> None:
+    limits = Limits(
+        max_turns=8, max_context_tokens=250, max_session_tokens=300, max_action_tokens=30, max_invalid_actions=5
+    )
+    codec, rng = make_codec("bpe", spec), random.Random(spec.name)
+    executor = note_executor(limits) if spec is NOTES else make_executor(limits=limits)
+    question = item()
+
+    async def sessions() -> list[Session]:
+        policy = Noise(codec, rng)
+        return [
+            await executor.run(policy, question, ListMemory(), stream_id="s", index=i, progress=0.5, seed=i)
+            for i in range(5000)
+        ]
+
+    seen: Counter[str] = Counter()
+    for session in asyncio.run(sessions()):
+        check_session(session, codec, limits)
+        seen[session.status] += 1
+        seen["cleared"] += len(session.segments) > 1
+    expected = {*SessionStatus} | ({"cleared"} if spec is NOTES else set())
+    assert all(seen[kind] >= 20 for kind in expected), f"the streams are too tame: {seen}"
