@@ -162,9 +162,9 @@ class Teacher:
     Args:
         codec: Of the executor that writes the sessions.
         agent: Tells what is in sight.
-        judge_yes: How often the judge, who stands for the paper's LLM, calls a question answerable that nothing in sight
-            settles. Where the item tells how predictable its answer is (`prior`), in proportion to that: such a judge
-            knows what is common sense. Without it imitation would leave RL nothing to explore.
+        judge_yes: How often the judge, who stands for the paper's LLM, calls a question answerable that nothing in
+            sight settles. Where the item tells how predictable its answer is (`prior`), in proportion to that: such a
+            judge knows what is common sense. Without it imitation would leave RL nothing to explore.
     """
 
     def __init__(self, codec: ActionCodec, agent: ProductQAAgent, judge_yes: float):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import get_console
 from rich.progress import Progress
 
 from agile.build import Setup
@@ -124,7 +125,7 @@ def play_agent(setup: Setup, folder: Path, name: str, out: Path) -> tuple[list[T
         max_batch_size=setup.config.rollout.max_batch_size,
     )
     streams = setup.task.streams("test")
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, disable=not get_console().is_terminal) as progress:
         bar = progress.add_task(f"test {name}", total=sum(len(s.items) for s in streams))
         trajectories = asyncio.run(
             collect(

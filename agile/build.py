@@ -87,6 +87,11 @@ class Setup:
                 f"Cannot load a tokenizer from {source}: {reason} Expected a folder with tokenizer.json, as "
                 "`agile train` and save_pretrained write it, or a model that was downloaded before."
             ) from None
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise AgileError(
+                f"The tokenizer of {source} is a {type(tokenizer).__name__}, expected a fast one (tokenizer.json): "
+                "only that keeps what users type apart from action tokens. Choose a model that has one."
+            )
         if saved is None:
             add_action_tokens(tokenizer, self.agent.spec)
             if tokenizer.pad_token_id is None:
@@ -141,8 +146,8 @@ class Setup:
         )
         if not sessions:
             raise AgileError(
-                "No imitation session was completed; most likely none fits the limits. Raise rollout.max_context_tokens "
-                f"({self.config.rollout.max_context_tokens}) or rollout.max_action_tokens "
+                "No imitation session was completed; most likely none fits the limits. Raise "
+                f"rollout.max_context_tokens ({self.config.rollout.max_context_tokens}) or rollout.max_action_tokens "
                 f"({self.config.rollout.max_action_tokens}), or lower agent.product_k, group_k, knowledge_k."
             )
         return [row for session in sessions for row in session_rows(session)]

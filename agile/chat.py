@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from agile.advice import TerminalAdvisor
 from agile.build import Setup
-from agile.config import RunConfig
+from agile.config import load_config
 from agile.errors import AgileError
+from agile.executor import Executor
 from agile.memory.store import SqliteMemory
 from agile.policies import HFPolicy
 from agile.types import Item, Reward, Session, Stream
 
-HELP = "A question, or: /product NAME, /memory, /examples, /help, /quit"
+HELP = "Type a question, or: /product NAME, /products, /examples, /memory, /help, /quit"
+MAX_COLUMNS = 6
 
 
 def run_chat(run: Path, memory_path: Path, console: Console) -> None:
@@ -29,68 +30,85 @@ def run_chat(run: Path, memory_path: Path, console: Console) -> None:
     """
     folder = next((run / name for name in ("ppo", "sft") if (run / name / "config.json").exists()), None)
     if folder is None or not (run / "config.yaml").exists():
-        raise AgileError(f"There is no trained agent in {run}. Train one first: agile demo (or agile train CONFIG out={run}).")
-    config = RunConfig.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
-    setup = Setup(config, run)
+        raise AgileError(
+            f"There is no trained agent in {run}. Train one first: agile demo (or agile train CONFIG out={run})."
+        )
+    setup = Setup(load_config(run / "config.yaml"), run)
     tokenizer = setup.tokenizer(folder)
     executor = setup.executor(tokenizer, TerminalAdvisor(console=console))
     executor.score = lambda item, session: Reward({})
     policy = HFPolicy(setup.language_model(tokenizer, folder), tokenizer.pad_token_id, temperature=0.0)
     stream = setup.task.streams("test")[0]
-    products = {item.product: item for item in stream.items}
     with SqliteMemory(setup.encoder, memory_path) as memory:
-        console.print(f"You ask {escape(str(folder))} about the shop {stream.id}. {HELP}")
+        console.print(f"The agent {folder} answers about the shop {stream.id}, which it has never seen in training.")
+        console.print("Where it needs advice it asks you, and it remembers what you say.")
         console.print(_table(stream))
-        product = next(iter(products))
-        turn = len(memory)
-        while True:
-            try:
-                text = console.input(f"[bold]{product}>[/] ").strip()
-            except (EOFError, KeyboardInterrupt):
-                console.print()
+        console.print(HELP, markup=False)
+        _talk(executor, policy, memory, memory_path, stream, console)
+
+
+def _talk(
+    executor: Executor, policy: HFPolicy, memory: SqliteMemory, memory_path: Path, stream: Stream, console: Console
+) -> None:
+    products = {item.product: item for item in stream.items}
+    product = next(iter(products))
+    # what it wrote in earlier talks keeps its provenance
+    turn = 1 + max((int(entry.session_id.rpartition("/")[2]) for entry in memory.items()), default=-1)
+    while True:
+        try:
+            text = console.input(f"[bold]{escape(product)}>[/] ").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        command, _, argument = text.partition(" ")
+        match command:
+            case "":
+                continue
+            case "/quit":
                 return
-            command, _, argument = text.partition(" ")
-            match command:
-                case "":
-                    continue
-                case "/quit":
-                    return
-                case "/product" if argument in products:
-                    product = argument
-                case "/product":
-                    console.print(f"There are {', '.join(products)}.")
-                case "/memory":
-                    for entry in memory.items():
-                        console.print(f"  {entry.product or 'all':>6}  {escape(entry.text)}")
-                    console.print(f"{len(memory)} entries in {memory_path}")
-                case "/examples":
-                    for question in dict.fromkeys(item.question for item in stream.items if item.product == product):
-                        console.print(f"  {question}")
-                case _ if command.startswith("/"):
-                    console.print(HELP)
-                case _:
-                    unknown = [w for w in text.split() if tokenizer.unk_token_id in executor.codec.encode(w)]
-                    if unknown:
-                        console.print(f"[yellow]It has never seen: {escape(' '.join(unknown))}[/] (see /examples)")
-                    like = products[product]
-                    item = Item(
-                        f"chat/{turn}", text, "", "chat", like.group, product, {**like.context, "sql": "", "knowledge": ""}
-                    )
-                    session = asyncio.run(
-                        executor.run(policy, item, memory, stream_id="chat", index=turn, progress=0.0, seed=turn)
-                    )
-                    turn += 1
-                    _show(session, console)
+            case "/product" if argument in products:
+                product = argument
+            case "/product":
+                console.print(f"There are {', '.join(products)}.", markup=False)
+            case "/products":
+                console.print(_table(stream))
+            case "/memory":
+                for entry in memory.items():
+                    console.print(f"  {entry.product or 'all':>6}  {entry.text}", markup=False)
+                console.print(f"{len(memory)} entries in {memory_path}", markup=False, soft_wrap=True)
+            case "/examples":
+                for question in dict.fromkeys(item.question for item in stream.items if item.product == product):
+                    console.print(f"  {question}", markup=False)
+            case _ if command.startswith("/"):
+                console.print(HELP, markup=False)
+            case _:
+                unknown = [w for w in text.split() if executor.codec.tokenizer.unk_token_id in executor.codec.encode(w)]
+                if unknown:
+                    console.print(f"[yellow]It has never seen: {escape(' '.join(unknown))}[/] (see /examples)")
+                item = _item(text, turn, products[product])
+                session = asyncio.run(
+                    executor.run(policy, item, memory, stream_id="chat", index=turn, progress=0.0, seed=turn)
+                )
+                turn += 1
+                _show(session, console)
+
+
+def _item(question: str, turn: int, like: Item) -> Item:
+    """A question about the product of `like`, of which only what is known of the product is kept."""
+    shown = {name: like.context[name] for name in ("metadata", "columns")}
+    return Item(f"chat/{turn}", question, "", "chat", like.group, like.product, {**shown, "sql": "", "knowledge": ""})
 
 
 def _table(stream: Stream) -> Table:
     table = Table(title="products you can ask about")
     rows = {item.product: item.context["metadata"] for item in stream.items}
     names = list(dict.fromkeys(name for metadata in rows.values() for name in metadata if name != "title"))
+    if len(names) > MAX_COLUMNS:  # real shops know dozens of features
+        names = ["title"]
     for name in ("product", *names):
         table.add_column(name)
     for product, metadata in rows.items():
-        table.add_row(product, *(escape(str(metadata.get(name, ""))) for name in names))
+        table.add_row(escape(product), *(escape(str(metadata.get(name, ""))) for name in names))
     return table
 
 
@@ -101,9 +119,11 @@ def _show(session: Session, console: Console) -> None:
             console.print(f"[dim]{escape(str(step.action))} {escape(step.text)}[/]")
     if session.advised:
         console.print(f"[dim]It asked you, and wrote {len(session.written)} entries to its memory.[/]")
+    elif session.advice is not None:
+        console.print("[dim]It asked you, and goes on without your advice.[/]")
     elif session.retrieved:
         console.print(f"[dim]It looked at {len(session.retrieved)} entries of its memory and did not ask.[/]")
     if session.failed:
-        console.print(f"[yellow]{session.status}: {escape(session.error)}[/]")
+        console.print(f"[yellow]It has no answer ({session.status}: {escape(session.error)}). Ask another way.[/]")
     else:
-        console.print(f"[green]{escape(session.answer or '')}[/]")
+        console.print(f"[green]{escape(session.answer or '(nothing)')}[/]")

@@ -70,8 +70,8 @@ def agile(
 ) -> None:
     """Train language-model agents that look up, remember, and ask people only when it is worth the price.
 
-    Start with `agile demo`. Each command takes `out=DIR`, the folder it writes to (by default under `runs/`), and changes
-    of its config as `a.b=value`. `agile COMMAND --help` says more.
+    Start with `agile demo`. Each command takes `out=DIR`, the folder it writes to (by default under `runs/`), and
+    changes of its config as `a.b=value`. `agile COMMAND --help` says more.
     """
     # Libraries would print progress bars and advice of their own, and ask the network for models that are here.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -84,7 +84,7 @@ def agile(
 def demo(
     overrides: Overrides = None,
     seed: Annotated[
-        int | None, typer.Option(help="Another seed is another set of worlds and another run.", show_default="0")
+        int | None, typer.Option(help="Another seed is other worlds and another run (default: 0).", show_default=False)
     ] = None,
     resume: Resume = False,
 ) -> None:
@@ -122,7 +122,6 @@ def train(config: Config, overrides: Overrides = None, resume: Resume = False) -
 
     - `agile train configs/productqa-tiny.yaml task.data=DIR`
     - `agile train configs/demo.yaml ppo.lr=1e-4 evaluate.baselines=[router] out=runs/mine`
-    - `agile train configs/demo.yaml ppo.lr=1e-4 evaluate.baselines=[router] out=runs/mine --resume`
     """
     with _one_screen():
         from agile.config import load_config
@@ -171,7 +170,8 @@ def bench(config: Config, overrides: Overrides = None) -> None:
 def chat(
     run: Annotated[str, typer.Argument(help="Run folder with a trained agent; out=RUN works too.")] = "runs/demo",
     memory: Annotated[
-        Path | None, typer.Option(help="File in which it remembers.", show_default="chat.sqlite in the run folder")
+        Path | None,
+        typer.Option(help="File in which it remembers (default: chat.sqlite in the run folder).", show_default=False),
     ] = None,
 ) -> None:
     """Ask the trained agent about a shop, and be its expert.
@@ -193,7 +193,9 @@ def chat(
 def minishop(
     folder: Annotated[str, typer.Argument(help="New or empty folder; out=DIR works too.")] = "runs/minishop",
     overrides: Overrides = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed writes the same files.", show_default="0")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed writes the same files (default: 0).", show_default=False)
+    ] = None,
 ) -> None:
     """Write MiniShop worlds: small generated shops in ProductQA's file format.
 

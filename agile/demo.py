@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ def run_demo(config: RunConfig, out: Path, console: Console, *, resume: bool) ->
     """Train on MiniShop, test on unseen worlds, print the table and write the report."""
     task = config.task
     console.print(
-        f"A tiny language model learns on {task.num_train_worlds} small shops: {config.sft.num_steps} steps of imitation, "
-        f"{config.ppo.num_iterations} rounds of PPO.\n"
+        f"A tiny language model learns on {task.num_train_worlds} small shops: {config.sft.num_steps} steps of "
+        f"imitation, {config.ppo.num_iterations} rounds of PPO.\n"
         f"Then it answers {task.num_questions} questions in each of {task.num_test_worlds} shops it has never seen; an "
         f"expert's advice costs {task.advice_price:g} of a right answer.\n"
-        f"As it comes this takes under 12 minutes on 2 CPU cores. Everything goes to {out}; stopped, --resume goes on."
+        "Without changes this takes under 12 minutes on 2 CPU cores. "
+        f"Everything goes to {out}; stopped, --resume goes on."
     )
     train(config, out, resume=resume)
     report = bench(config, out, out)
@@ -38,7 +39,7 @@ def headline(report: Mapping[str, Any]) -> str:
         return "No agent was scored."
     agents = [report["agents"][name] for name in names]
     first, last = _asks(agents[0])
-    text = f"In a new shop the agent asks its expert about {first:.0%} of the first questions and {last:.0%} of the last"
+    text = f"In a new shop the agent asks about {first:.0%} of the first questions and {last:.0%} of the last"
     if len(agents) == 1:
         return f"{text}; it scores {agents[0]['score']:.3f}."
     first, last = _asks(agents[1])
@@ -50,7 +51,12 @@ def headline(report: Mapping[str, Any]) -> str:
 
 def _asks(agent: Mapping[str, Any]) -> tuple[float, float]:
     """Advice rates in the first and the last quarter of the streams."""
-    parts = agent["by_position"]
-    quarters = [p for p in parts if p["to"] <= 0.25] or parts, [p for p in parts if p["from"] >= 0.75] or parts
-    first, last = (sum(p["advice_rate"] * p["n"] for p in quarter) / sum(p["n"] for p in quarter) for quarter in quarters)
-    return first, last
+    first, last = (
+        [p for p in agent["by_position"] if p["to"] <= 0.25],
+        [p for p in agent["by_position"] if p["from"] >= 0.75],
+    )
+    return _advice_rate(first or agent["by_position"]), _advice_rate(last or agent["by_position"])
+
+
+def _advice_rate(parts: Sequence[Mapping[str, Any]]) -> float:
+    return float(sum(p["advice_rate"] * p["n"] for p in parts) / sum(p["n"] for p in parts))

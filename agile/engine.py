@@ -58,7 +58,7 @@ class Engine:
             # compiled at first start, needs a C++ compiler, and only speeds up what several processes say to each other
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         optimizer = torch.optim.AdamW(groups or module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
-        self._engine, self.optimizer, _, self._scheduler = deepspeed.initialize(
+        self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from agile.build import Setup
@@ -100,6 +102,36 @@ def _imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor
     engine.close()
 
 
+def terminal_rewards(
+    config: RunConfig,
+    similarities: Callable[[str], NDArray[np.float32]],
+    trajectories: Sequence[Trajectory],
+    rng: np.random.Generator,
+) -> list[list[float]]:
+    """What each session of each trajectory is worth: the task's reward and the credit term of `config.ppo`.
+
+    Args:
+        similarities: The cosine of every pair of a stream's questions, (n, n), by the stream's id.
+        rng: Shuffles the task's rewards where the config asks for that control.
+    """
+    ppo = config.ppo
+    totals = [[s.reward.total if s.reward else 0.0 for s in t.sessions] for t in trajectories]
+    if config.demo.shuffle_rewards:
+        flat = rng.permutation([r for row in totals for r in row]).tolist()
+        totals = [[flat.pop() for _ in row] for row in totals]
+    return [
+        session_rewards(
+            row,
+            Credit(ppo.credit),
+            similarities=similarities(t.stream_id) if ppo.credit == "utility" else None,
+            advised=[s.advised for s in t.sessions],
+            beta=ppo.utility_beta,
+            threshold=ppo.utility_similarity,
+        ).tolist()
+        for t, row in zip(trajectories, totals, strict=True)
+    ]
+
+
 def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor, model: ActorCritic) -> None:
     ppo, rollout = config.ppo, config.rollout
     reference = ActorCritic(copy.deepcopy(model.lm)).requires_grad_(False) if ppo.kl_coef else None
@@ -124,7 +156,6 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
     )
     streams = setup.task.streams("train")
     count = min(ppo.streams_per_iteration, len(streams))
-    similarities = setup.question_similarities()
     started = time.monotonic()
 
     def play(iteration: int) -> list[Trajectory]:
@@ -146,23 +177,6 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
         run.log_sessions([s for t in trajectories for s in t.sessions], stage="ppo", step=iteration + 1)
         return trajectories
 
-    def rewards(trajectories: Sequence[Trajectory], rng: np.random.Generator) -> list[list[float]]:
-        totals = [[s.reward.total if s.reward else 0.0 for s in t.sessions] for t in trajectories]
-        if config.demo.shuffle_rewards:
-            flat = rng.permutation([r for row in totals for r in row]).tolist()
-            totals = [[flat.pop() for _ in row] for row in totals]
-        return [
-            session_rewards(
-                row,
-                Credit(ppo.credit),
-                similarities=similarities(t.stream_id) if ppo.credit == "utility" else None,
-                advised=[s.advised for s in t.sessions],
-                beta=ppo.utility_beta,
-                threshold=ppo.utility_similarity,
-            ).tolist()
-            for t, row in zip(trajectories, totals, strict=True)
-        ]
-
     with _progress() as progress:
         bar = progress.add_task("PPO", total=ppo.num_iterations, completed=done, note="")
 
@@ -183,7 +197,7 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
             engine,
             reference,
             collect=play,
-            rewards=rewards,
+            rewards=partial(terminal_rewards, config, setup.question_similarities()),
             on_iteration=on_iteration,
             first_iteration=done,
             num_iterations=ppo.num_iterations,

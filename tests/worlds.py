@@ -1,4 +1,4 @@
-"""What tests of sessions share: a small shop, a memory without an index, an executor with its parts, and what holds for every session."""
+"""What tests of sessions share: a small shop, a list as memory, an executor and its parts, and what always holds."""
 
 from __future__ import annotations
 
