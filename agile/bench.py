@@ -43,7 +43,8 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
     setup = Setup(config, checkpoint if checkpoint is not None and config.task.data is None else out)
     streams, price = setup.task.streams("test"), config.task.advice_price
     macro = config.task.name == "productqa"  # the paper reports ProductQA as the mean over its groups
-    setup.embed(streams)
+    if agents:
+        setup.embed(streams)
     seconds = {"embedding": time.monotonic() - started}
 
     began = time.monotonic()
@@ -123,6 +124,7 @@ def play_agent(setup: Setup, folder: Path, name: str, out: Path) -> tuple[list[T
         tokenizer.pad_token_id,
         temperature=0.0,
         max_batch_size=setup.config.rollout.max_batch_size,
+        chunk_tokens=setup.config.rollout.chunk_tokens,
     )
     streams = setup.task.streams("test")
     with Progress(transient=True, disable=not get_console().is_terminal) as progress:

@@ -79,6 +79,9 @@ class ModelConfig(_Config):
 class RolloutConfig(_Config):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of training rollouts.")
     max_batch_size: Count = Field(256, description="Most sessions in one generate.")
+    chunk_tokens: Count = Field(
+        4, description="Tokens that one generate samples before finished sessions make room; more for long prompts."
+    )
     max_turns: Count = 8
     max_context_tokens: Count = 512
     max_session_tokens: Count = 1024
@@ -242,7 +245,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise AgileError(f"{path} is not YAML: {error}. Expected sections of keys, see configs/.") from None
     if not isinstance(loaded, dict | None):
         raise AgileError(f"{path} holds a {type(loaded).__name__}, expected a mapping of sections (task:, ppo:, ...).")
-    return loaded or {}
+    # a section whose keys are all commented out is read as null
+    empty = {k: {} for k, f in RunConfig.model_fields.items() if isinstance(f.default, BaseModel)}
+    return {k: empty.get(k) if v is None else v for k, v in (loaded or {}).items()}
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:

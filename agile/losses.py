@@ -1,8 +1,8 @@
 """Loss functions: pure, and indifferent to padding, batch order and how micro-batches are cut.
 
-Tensors have one entry per token, in any one shape: (B, T) padded, or (N,) for the action tokens alone. The distribution,
-the value and the entropy of a token are those of the state before it; who calls aligns them. Only action tokens, those
-that the LLM sampled, count.
+Tensors have one entry per token, in any one shape: (B, T) padded, or (N,) for the action tokens alone. The
+distribution, the value and the entropy of a token are those of the state before it; who calls aligns them. Only action
+tokens, those that the LLM sampled, count.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(value.bias)
         self.value_head = nn.Sequential(hidden, nn.GELU(), value)
         head = lm.get_output_embeddings()
-        probe = torch.zeros(1, 2, dtype=torch.long, device=lm.device)
+        probe = torch.arange(4, device=lm.device)[None]  # not one token alone: the padding token has no embedding
         # a thousandfold: the logits of an untrained model are too small for a cap to show
         with torch.no_grad(), head.register_forward_hook(lambda module, args, logits: 1e3 * logits):
             expected = lm(input_ids=probe).logits

@@ -153,6 +153,7 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
         executor.codec.tokenizer.pad_token_id,
         temperature=rollout.temperature,
         max_batch_size=rollout.max_batch_size,
+        chunk_tokens=rollout.chunk_tokens,
     )
     streams = setup.task.streams("train")
     count = min(ppo.streams_per_iteration, len(streams))

@@ -1,10 +1,16 @@
 """What every test shares: a quiet, offline, single-threaded process and the folder of real data."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.tiny import TinyRun
 
 # Before anything imports torch or transformers: two workers of pytest-xdist would otherwise fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,3 +31,14 @@ def data() -> Path:
     if not Path(folder, "productqa").is_dir():
         pytest.fail(f"AGILE_DATA={folder} holds no folder productqa/; name one that does, or unset it.")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """A finished run, for reading: copy it to change it."""
+    from tests.tiny import TINY, TinyRun, agile  # imports what the environment above is for
+
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    result = agile("demo", f"out={path}", *TINY)
+    assert result.exit_code == 0, result.output
+    return TinyRun(path, result.output)

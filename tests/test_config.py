@@ -1,0 +1,163 @@
+"""What a run can be told, and what it answers when it is told something else."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agile.config import RunConfig, differences, load_config
+from agile.errors import AgileError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def value(config: RunConfig, key: str) -> Any:
+    found: Any = config
+    for name in key.split("."):
+        found = getattr(found, name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("ppo.lr=1e-4", 1e-4),  # text in YAML 1.1
+        ("ppo.lr=5", 5.0),
+        ("sft.num_steps=1e3", 1000),
+        ("evaluate.baselines=[router, recall]", ("router", "recall")),
+        ("evaluate.agents=[]", ()),
+        ("task.train_groups=[mice]", ("mice",)),
+        ("task.data=some/where", Path("some/where")),
+        ("task.data=~/x", Path.home() / "x"),
+        ("memory.cache=~/x.sqlite", Path.home() / "x.sqlite"),
+        ("evaluate.checkpoint=~/x", Path.home() / "x"),
+        ("model.path=~/x", str(Path.home() / "x")),
+        ("model.path=1e5x", "1e5x"),
+        ("threads=", None),
+        ("demo.shuffle_rewards=true", True),
+        ("evaluate.notes=['a = b: c']", ("a = b: c",)),
+    ],
+)
+def test_override(override: str, expected: object) -> None:
+    found = value(load_config(None, [override]), override.partition("=")[0])
+    assert found == expected and type(found) is type(expected)
+
+
+def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("ppo: {lr: 1e-3, clip: .3}\nmemory:\n")
+    config = load_config(path, ["ppo.lr=1e-4", "ppo.lr=1e-5"])
+    assert (config.ppo.lr, config.ppo.clip, config.memory) == (1e-5, 0.3, RunConfig().memory)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        # unknown keys: the nearest right one
+        ("ppo.clipp=1", ["Unknown key ppo.clipp", "Did you mean ppo.clip?"]),
+        ("pp.lr=1", ["Unknown key pp.", "Did you mean ppo?"]),
+        ("lr=1", ["Unknown key lr.", "Did you mean sft.lr or ppo.lr?"]),
+        ("qqq=1", ["Unknown key qqq.", "There are seed, threads, task"]),
+        ("a..b=1", ["Unknown key a."]),
+        # values: key, value, what was expected
+        ("ppo.lr=-1", ["ppo.lr is -1", "expected greater than 0", "default is 0.0003"]),
+        ("ppo.lr=abc", ["ppo.lr is 'abc'", "expected a valid number"]),
+        ("ppo.lr=inf", ["ppo.lr", "finite"]),
+        ("ppo.lr=nan", ["ppo.lr", "finite"]),
+        ("ppo.lr=", ["ppo.lr is None"]),
+        ("ppo.lr.x=1", ["ppo.lr is {'x': 1}"]),
+        ("sft.num_steps=1.5", ["sft.num_steps is 1.5", "expected a valid integer"]),
+        ("task.name=minishopp", ["task.name is 'minishopp'", "'minishop' or 'productqa'"]),
+        ("task.advice_price=0", ["task.advice_price is 0", "greater than 0"]),
+        ("task.advice_price=1.5", ["task.advice_price is 1.5", "less than or equal to 1"]),
+        ("evaluate.baselines=router", ["evaluate.baselines is 'router'", "expected a list, [a, b]"]),
+        ("evaluate.baselines=[routr]", ["evaluate.baselines is 'routr'", "'router'"]),
+        ("task=3", ["task is 3", "section of keys", "advice_price"]),
+        ("seed=-1", ["seed is -1"]),
+        # several keys that do not go together
+        ("sft.batch_size=10", ["sft: micro_batch_size 64 does not divide batch_size 10"]),
+        ("model.num_heads=3", ["model: hidden_size 128", "2 * num_heads = 6"]),
+        ("ppo.credit=chain", ["ppo: credit is chain", "gamma_session above 0"]),
+        ("task.name=productqa", ["task: data is missing", "task.data=DIR"]),
+        # not an override at all
+        ("foo", ["'foo'", "a.b=value"]),
+        ("=3", ["'=3'", "a.b=value"]),
+        ("task.train_groups=[a", ["'task.train_groups=[a'", "not YAML", "[a, b]"]),
+    ],
+)
+def test_wrong_override_names_key_value_and_remedy(override: str, parts: list[str]) -> None:
+    with pytest.raises(AgileError) as caught:
+        load_config(None, [override])
+    for part in parts:
+        assert part in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_a_value_is_no_section(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("ppo: 3")
+    with pytest.raises(AgileError, match="ppo is a value, not a section"):
+        load_config(tmp_path / "c.yaml", ["ppo.lr=1"])
+
+
+def test_all_problems_are_named_at_once_with_their_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("ppo: {lr: -1, clpi: 2}\nsedd: 3\n")
+    with pytest.raises(AgileError) as caught:
+        load_config(tmp_path / "c.yaml")
+    assert str(tmp_path / "c.yaml") in str(caught.value)
+    for part in ("ppo.lr is -1", "Did you mean ppo.clip?", "Did you mean seed?"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (None, ["Cannot read", "No such file"]),
+        (b"a: [1\nb: 2", ["is not YAML", "line 2"]),
+        (b"\xff\xfe\x00a", ["is not YAML"]),
+        (b"- 1", ["holds a list", "expected a mapping"]),
+        (b"just text", ["holds a str"]),
+        (b"1: 2", ["Keys should be strings"]),
+    ],
+)
+def test_unusable_file(tmp_path: Path, content: bytes | None, parts: list[str]) -> None:
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(AgileError) as caught:
+        load_config(path)
+    for part in (str(path), *parts):
+        assert part in str(caught.value)
+
+
+def test_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(AgileError, match="Is a directory"):
+        load_config(tmp_path)
+
+
+KEYS = st.sampled_from(["seed", "ppo.lr", "task", "task.data", "evaluate.baselines", "model.path", "x.y", "", "."])
+
+
+@given(st.tuples(KEYS, st.text(max_size=12)).map("=".join) | st.text(max_size=12))
+def test_any_text_is_a_config_or_an_error_that_a_user_can_read(override: str) -> None:
+    try:
+        assert isinstance(load_config(None, [override]), RunConfig)
+    except AgileError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_saved_config_is_the_same_config(path: Path, tmp_path: Path) -> None:
+    import yaml
+
+    config = load_config(path, ["task.data=some/where", "evaluate.prices=[.1]"])
+    (tmp_path / "saved.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_differences_name_key_and_both_values() -> None:
+    old = load_config(None, ["ppo.lr=1e-4"])
+    new = load_config(None, ["ppo.lr=1e-3", "task.data=x"])
+    assert differences(old, new) == ["task.data was None, is now 'x'", "ppo.lr was 0.0001, is now 0.001"]
+    assert differences(old, old) == []
