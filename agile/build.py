@@ -82,9 +82,9 @@ class Setup:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source), padding_side="left")
         except (OSError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0].rstrip(" .:")
             raise AgileError(
-                f"Cannot load a tokenizer from {source}: {reason} Expected a folder with tokenizer.json, as "
+                f"Cannot load a tokenizer from {source}: {reason}. Expected a folder with tokenizer.json, as "
                 "`agile train` and save_pretrained write it, or a model that was downloaded before."
             ) from None
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -101,10 +101,17 @@ class Setup:
     def language_model(self, tokenizer: PreTrainedTokenizerFast, saved: Path | None = None) -> PreTrainedModel:
         """The model saved at a checkpoint, the one of `model.path`, or a small Llama with random weights."""
         model = self.config.model
-        if saved is not None:
-            return load_lm(str(saved), tokenizer)
-        if model.path is not None:
-            return load_lm(model.path, tokenizer)
+        if path := saved or model.path:
+            try:
+                return load_lm(str(path), tokenizer)
+            except AgileError as error:
+                if "mismatched_sizes" not in str(error):
+                    raise
+                raise AgileError(
+                    f"The weights in {path} are of another shape than its config.json says. Take both from one run."
+                ) from error
+            except Exception as error:  # files may be torn in any way, and safetensors has errors of its own
+                raise AgileError(f"Cannot load the model {path}: {error}. Copy it again, or train it again.") from error
         return small_llama(
             tokenizer,
             num_layers=model.num_layers,

@@ -246,7 +246,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict | None):
         raise AgileError(f"{path} holds a {type(loaded).__name__}, expected a mapping of sections (task:, ppo:, ...).")
     # a section whose keys are all commented out is read as null
-    empty = {k: {} for k, f in RunConfig.model_fields.items() if isinstance(f.default, BaseModel)}
+    empty: dict[str, Any] = {k: {} for k, f in RunConfig.model_fields.items() if isinstance(f.default, BaseModel)}
     return {k: empty.get(k) if v is None else v for k, v in (loaded or {}).items()}
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -149,8 +150,6 @@ def test_any_text_is_a_config_or_an_error_that_a_user_can_read(override: str) ->
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_saved_config_is_the_same_config(path: Path, tmp_path: Path) -> None:
-    import yaml
-
     config = load_config(path, ["task.data=some/where", "evaluate.prices=[.1]"])
     (tmp_path / "saved.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert load_config(tmp_path / "saved.yaml") == config

@@ -320,7 +320,7 @@ def test_whatever_sessions_and_names_say_is_shown_as_text(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "missing", [*made_up_report().keys() - {"task", "advice_price", "agents"}, "by_position", "all"]
+    "missing", [*sorted(made_up_report().keys() - {"task", "advice_price", "agents"}), "by_position", "all"]
 )
 @pytest.mark.usefixtures("no_plots")
 def test_what_is_missing_is_left_out(missing: str) -> None:

@@ -201,7 +201,9 @@ def test_draft_of_a_killed_run_is_no_checkpoint(path: Path, engine: Engine) -> N
 
 
 def test_tensorboard_shows_every_step_once(path: Path, engine: Engine) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+        EventAccumulator,
+    )
 
     run = opened(path)
     for step in (1, 2, 3, 4):

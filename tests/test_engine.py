@@ -1,0 +1,167 @@
+"""DeepSpeed steps as plain torch does, and what it saves is all there is."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import resource
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from agile.engine import Engine
+from agile.errors import AgileError
+from agile.train.sft import sft_schedule
+from tests.doors import largest_difference, weights
+
+SCHEDULE = sft_schedule(6, 2)
+
+
+def net(seed: int = 0, size: int = 5) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, size), nn.Tanh(), nn.Linear(size, 1))
+
+
+def micro_batches(step: int) -> list[Tensor]:
+    """Three of different sizes; their losses are sums, so that they add up."""
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(n, 3, generator=generator) for n in (4, 1, 2)]
+
+
+def train(engine: Engine, steps: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Gradient norms and learning rates of the steps."""
+    norms, rates = [], []
+    for step in steps:
+        batches = micro_batches(step)
+        for x in batches:
+            engine.backward((engine.forward(x) - x[:, :1]).square().sum(), last=x is batches[-1])
+        norms.append(engine.step())
+        rates.append(engine.lr)
+    return norms, rates
+
+
+def groups(module: nn.Module) -> list[dict[str, object]]:
+    first, *rest = module.children()
+    return [
+        {"params": list(first.parameters())},
+        {"params": [p for m in rest for p in m.parameters()], "lr": 0.3},
+    ]
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.5, 1e6], ids=["clipped", "free"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_steps_are_those_of_plain_adamw_with_clipping(max_grad_norm: float, weight_decay: float) -> None:
+    module = net()
+    plain = copy.deepcopy(module)
+    optimizer = torch.optim.AdamW(groups(plain), lr=0.1, betas=(0.9, 0.95), weight_decay=weight_decay)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, SCHEDULE)
+    engine = Engine(
+        module,
+        lr=0.1,
+        groups=groups(module),
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        schedule=SCHEDULE,
+    )
+    norms, rates = train(engine, range(3))
+    for step in range(3):
+        for x in micro_batches(step):
+            (plain(x) - x[:, :1]).square().sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), max_grad_norm)
+        assert norms[step] == pytest.approx(float(norm), rel=1e-5)
+        assert norm > 0.5, "the test needs clipping"
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    assert largest_difference(weights(module), weights(plain)) < 1e-6
+    assert largest_difference(weights(module), weights(net())) > 1e-2
+    assert rates == pytest.approx([0.05, 0.1, 0.1])
+
+
+def test_the_schedule_scales_every_group() -> None:
+    module = net()
+    engine = Engine(module, lr=0.1, groups=groups(module), schedule=SCHEDULE)
+    _, rates = train(engine, range(7))
+    assert rates == pytest.approx([0.1 * SCHEDULE(i) for i in range(7)])
+    assert [g["lr"] for g in engine.optimizer.param_groups] == pytest.approx([0.1 * SCHEDULE(7), 0.3 * SCHEDULE(7)])
+
+
+def test_parameters_out_of_the_groups_stay() -> None:
+    module = net()
+    before = weights(module)
+    engine = Engine(module, lr=0.1, groups=groups(module)[:1], weight_decay=0.5)
+    train(engine, range(2))
+    moved = {name for name, value in weights(module).items() if not torch.equal(value, before[name])}
+    assert moved == {"0.weight", "0.bias"}
+
+
+def test_a_restored_engine_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def make(seed: int) -> Engine:
+        module = net(seed)
+        return Engine(module, lr=0.1, groups=groups(module), weight_decay=0.1, schedule=SCHEDULE)
+
+    engine = make(0)
+    train(engine, range(3))
+    engine.save(tmp_path, "three")
+    expected = train(engine, range(3, 6))
+    restored = make(1)
+    restored.load(tmp_path, "three")
+    assert train(restored, range(3, 6)) == expected
+    assert largest_difference(weights(restored.module), weights(engine.module)) == 0
+
+
+def test_a_checkpoint_of_another_shape_is_refused_and_named(tmp_path: Path) -> None:
+    Engine(net(), lr=0.1).save(tmp_path, "mine")
+    with pytest.raises(AgileError, match=f"{tmp_path}/mine .*does not fit.* size mismatch for 0.weight"):
+        Engine(net(size=6), lr=0.1).load(tmp_path, "mine")
+    module = net()
+    with pytest.raises(AgileError, match=r"does not fit .* number of parameter groups"):
+        Engine(module, lr=0.1, groups=groups(module)).load(tmp_path, "mine")
+    with pytest.raises(AgileError, match=f"no checkpoint yours in {tmp_path}"):
+        Engine(net(), lr=0.1).load(tmp_path, "yours")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
+def test_a_torn_checkpoint_is_refused(tmp_path: Path, kept: float) -> None:
+    engine = Engine(net(), lr=0.1)
+    engine.save(tmp_path, "mine")
+    (file,) = (tmp_path / "mine").iterdir()
+    data = file.read_bytes()
+    file.write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(AgileError, match="is damaged or does not fit"):
+        engine.load(tmp_path, "mine")
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """As if the disk were full after `size` bytes of each file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_an_operating_system_error(tmp_path: Path) -> None:
+    engine = Engine(net(), lr=0.1)
+    with pytest.raises(OSError, match="checkpoint was not written"), largest_file(1000):
+        engine.save(tmp_path, "mine")
+
+
+def test_a_closed_engine_lets_go_of_its_module() -> None:
+    module = net()
+    engine = Engine(module, lr=0.1)
+    train(engine, [0])
+    moments = weakref.ref(next(iter(engine.optimizer.state.values()))["exp_avg"])
+    engine.close()
+    del engine
+    gc.collect()
+    assert moments() is None
+    other = Engine(module, lr=0.1)
+    assert len(train(other, [1])[0]) == 1

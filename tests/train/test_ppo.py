@@ -1,0 +1,421 @@
+"""PPO: the first ratio is 1, advantages lie where they belong, cutting a batch changes nothing, and an agent learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from agile.batching import make_batch, minibatches
+from agile.engine import Engine
+from agile.errors import AgileError
+from agile.losses import PPOCoefficients, token_logprobs
+from agile.model import ActorCritic
+from agile.policies import HFPolicy
+from agile.train.ppo import Discounts, Scored, advantages, lay_out, score_rows, train_ppo, update
+from agile.types import SegmentEnd, Session, SessionStatus, Trajectory
+from tests.doors import (
+    Gradients,
+    actor_critic,
+    codec,
+    largest_difference,
+    llama,
+    rollouts,
+    segment,
+    session,
+    totals,
+    weights,
+)
+
+TERMINATED, TRUNCATED, CLEARED = SegmentEnd.TERMINATED, SegmentEnd.TRUNCATED, SegmentEnd.CONTEXT_CLEARED
+COEFFICIENTS = PPOCoefficients(kl_coef=0.1, entropy_coef=0.01)
+POLICY_AND_VALUE = PPOCoefficients(kl_coef=0.0)
+
+
+@cache
+def played(temperature: float = 1.0) -> list[Trajectory]:
+    return rollouts(llama(), temperature=temperature)
+
+
+def learn(engine: Engine, trajectories: Sequence[Trajectory], **changes: Any) -> dict[str, float]:
+    """One `update` on all there is, as one batch, once."""
+    arguments = {
+        "discounts": Discounts(),
+        "coefficients": COEFFICIENTS,
+        "batch_size": 1000,
+        "micro_batch_size": 8,
+        "num_epochs": 1,
+        "temperature": 1.0,
+        "rng": np.random.default_rng(0),
+        "reference": ActorCritic(llama(1)),
+        "rewards": totals(trajectories),
+        **changes,
+    }
+    return update(engine, arguments.pop("reference"), trajectories, arguments.pop("rewards"), **arguments)
+
+
+def test_the_rollouts_hold_every_kind_of_segment() -> None:
+    rows, _ = lay_out(played(), totals(played()))
+    assert {row.end for row in rows} == set(SegmentEnd)
+    assert any(row.num_actions == 0 and row.end is TRUNCATED for row in rows)
+    assert len({s.status for t in played() for s in t.sessions}) == 3
+    assert {reward for rewards in totals(played()) for reward in rewards} == {0.0, 1.0}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Log-probabilities
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_trainer_and_rollout_agree_on_logprobs(temperature: float) -> None:
+    rows, _ = lay_out(played(temperature), totals(played(temperature)))
+    engine = Gradients(actor_critic())
+
+    def difference(at: float) -> float:
+        scored = score_rows(engine, None, rows, batch_size=8, temperature=at)
+        return max(float(np.abs(s.logprobs - r.logprobs).max(initial=0)) for s, r in zip(scored, rows, strict=True))
+
+    assert difference(temperature) < 1e-4
+    assert difference(1.7 - temperature) > 0.1, "at another temperature they do not"
+    metrics = learn(engine, played(temperature), temperature=temperature)
+    assert metrics["rollout_ratio"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_first_ratio_is_one(temperature: float) -> None:
+    """For every token, however differently the batches are padded that score and that learn."""
+    engine = Gradients(actor_critic())
+    rows, _ = lay_out(played(temperature), totals(played(temperature)))
+    scored = score_rows(engine, None, rows, batch_size=5, temperature=temperature)
+    for batch in minibatches(rows, 16, 3, np.random.default_rng(0)):
+        for micro in batch:
+            data = make_batch([rows[i] for i in micro], engine.device)
+            logprobs = token_logprobs(engine.forward(*data.inputs)[0], data.action_ids, temperature)
+            old = torch.from_numpy(np.concatenate([scored[i].logprobs for i in micro]))
+            assert float(((logprobs - old).exp() - 1).abs().max()) < 1e-5
+    metrics = learn(engine, played(temperature), temperature=temperature, batch_size=16)
+    assert metrics["first_ratio"] == pytest.approx(1, abs=1e-6)
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-6), "nothing was changed in between"
+    assert metrics["clip_fraction"] == 0
+
+
+def test_the_ratio_moves_once_weights_do() -> None:
+    model = actor_critic()
+    metrics = learn(Engine(model, lr=1e-2), played(), batch_size=16, num_epochs=2)
+    assert metrics["first_ratio"] == pytest.approx(1, abs=1e-6)
+    assert abs(metrics["ratio"] - 1) > 1e-4
+    assert metrics["approx_kl"] > 1e-4
+
+
+def test_scores_are_of_the_states_before_each_token_and_after_the_last() -> None:
+    model = actor_critic()
+    rows, _ = lay_out(played(), totals(played()))
+    reference = ActorCritic(llama(1))
+    scored = score_rows(Gradients(model), reference, rows, batch_size=7, temperature=0.7)
+    for row, found in zip(rows, scored, strict=True):
+        ids = torch.from_numpy(row.token_ids)[None]
+        with torch.no_grad():
+            values = model.value_head(model.lm.base_model(input_ids=ids).last_hidden_state[0])[:, 0].numpy()
+            logprobs, ref = (lm(input_ids=ids).logits[0].div(0.7).log_softmax(-1) for lm in (model.lm, reference.lm))
+        where = np.flatnonzero(row.action_mask) - 1
+        np.testing.assert_allclose(found.values, values[where], atol=1e-5)
+        np.testing.assert_allclose(found.logprobs, logprobs[where, row.action_ids], atol=1e-5)
+        np.testing.assert_allclose(found.ref_logprobs, ref[where, row.action_ids], atol=1e-5)
+        assert found.bootstrap == pytest.approx(values[-1], abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Advantages
+
+
+def random_session(rng: np.random.Generator, first_token: int, index: int) -> Session:
+    """One to three segments of up to five tokens; each begins with an id of its own, 10 apart."""
+    segments = []
+    count = int(rng.integers(1, 4))
+    end = TERMINATED if rng.random() < 0.6 else TRUNCATED
+    for i in range(count):
+        length = int(rng.integers(0 if i else 1, 6))
+        mask = (np.arange(length) > 0) & (rng.random(length) < 0.6)
+        ids = first_token + 10 * i + np.arange(length)
+        segments.append(segment(ids.tolist(), mask.tolist(), end if i == count - 1 else CLEARED))
+    status = SessionStatus.FAILED if rng.random() < 0.2 else SessionStatus.COMPLETED
+    return session(*segments, status=status, index=index)
+
+
+def value_before(token: int) -> float:
+    return float(np.sin(token))
+
+
+def bootstrap_after(token: int) -> float:
+    return float(np.cos(token))
+
+
+def by_token(trajectory: Trajectory, rewards: Sequence[float], d: Discounts) -> dict[int, float]:
+    """Advantage of every action token by its id: the design's rules, one token at a time, from the end."""
+    found: dict[int, float] = {}
+    after: tuple[float, float] | None = None  # value and advantage of the following session's first action token
+    for played, reward in reversed(list(zip(trajectory.sessions, rewards, strict=True))):
+        tokens = [token for s in played.segments for token in s.token_ids]
+        actions = [t for s in played.segments for t, a in zip(s.token_ids, s.action_mask, strict=True) if a]
+        if played.status is SessionStatus.FAILED or not actions:
+            continue
+        if played.segments[-1].end is TRUNCATED:
+            future = d.gamma * bootstrap_after(tokens[-1])
+        elif after is None:
+            future = 0.0
+        else:
+            future = d.gamma_session * (after[0] + d.lam_session * after[1])
+        advantage = reward + future - value_before(actions[-1])
+        found[actions[-1]] = advantage
+        for token, following in zip(actions[-2::-1], actions[:0:-1], strict=True):
+            advantage = d.gamma * (value_before(following) + d.lam * advantage) - value_before(token)
+            found[token] = advantage
+        after = value_before(actions[0]), advantage
+    return found
+
+
+@given(st.integers(0, 2**32), st.sampled_from([(1, 1, 0, 0), (0.9, 0.8, 0, 0), (1, 1, 1, 1), (0.9, 0.8, 0.7, 0.6)]))
+def test_advantages_lie_on_the_tokens_they_belong_to(seed: int, discounts: tuple[float, ...]) -> None:
+    rng = np.random.default_rng(seed)
+    trajectories, token = [], 100
+    for _ in range(int(rng.integers(1, 4))):
+        sessions = []
+        for index in range(int(rng.integers(0, 5))):
+            sessions.append(random_session(rng, token, index))
+            token += 30
+        trajectories.append(Trajectory("s", tuple(sessions)))
+    trajectories.append(Trajectory("last", (session(segment([9, 10], [False, True], TERMINATED)),)))
+    rewards = [rng.normal(size=len(t.sessions)).tolist() for t in trajectories]
+    d = Discounts(*discounts)
+    expected: dict[int, float] = {}
+    for trajectory, row_rewards in zip(trajectories, rewards, strict=True):
+        expected |= by_token(trajectory, row_rewards, d)
+
+    rows, plan = lay_out(trajectories, rewards)
+    nothing = np.zeros(0, np.float32)
+    scored = [
+        Scored(nothing, nothing, np.array([value_before(i) for i in r.action_ids]), bootstrap_after(r.token_ids[-1]))
+        for r in rows
+    ]
+    found_advantages, found_returns, variance = advantages(plan, rows, scored, d)
+    everything = np.array(list(expected.values()))
+    scale = everything.std() or 1.0
+    learned = [i for r in rows for i in r.action_ids]
+    assert sorted(learned) == sorted(expected), "failed sessions are left out, all others are there"
+    for row, row_advantages, row_returns in zip(rows, found_advantages, found_returns, strict=True):
+        assert len(row_advantages) == len(row_returns) == row.num_actions
+        for i, advantage, target in zip(row.action_ids, row_advantages, row_returns, strict=True):
+            assert advantage == pytest.approx((expected[i] - everything.mean()) / scale, abs=1e-5)
+            assert target == pytest.approx(expected[i] + value_before(i), abs=1e-5)
+    returns = np.array([expected[i] + value_before(i) for i in expected])
+    if returns.std() > 1e-6:
+        assert variance == pytest.approx(1 - everything.var() / returns.var(), abs=1e-5)
+
+
+def test_chain_carries_a_later_reward_back_and_a_cut_off_session_does_not() -> None:
+    """Values are 0 and lambdas 1: returns are discounted sums of rewards."""
+    first = session(segment([5, 6], [False, True], CLEARED), segment([7, 8], [False, True], TERMINATED))
+    second = session(segment([9, 10], [False, True], TERMINATED), index=1)
+    third = session(segment([11, 12], [False, True], TERMINATED), index=2)
+    cut = replace(second, segments=(segment([9, 10], [False, True], TRUNCATED),))
+    rewards = [[1.0, 0.0, 1.0]]
+
+    def returns(*sessions: Session) -> list[float]:
+        rows, plan = lay_out([Trajectory("s", sessions)], rewards)
+        zeros = [Scored(r.logprobs, r.logprobs, np.zeros(r.num_actions, np.float32), 0.0) for r in rows]
+        _, found, _ = advantages(plan, rows, zeros, Discounts(1.0, 1.0, 0.5, 1.0))
+        return [float(x) for row in found for x in row]
+
+    assert returns(first, second, third) == [1.25, 1.25, 0.5, 1.0]
+    assert returns(first, cut, third) == [1.0, 1.0, 0.0, 1.0]
+    assert returns(first, replace(second, status=SessionStatus.FAILED), third) == [1.5, 1.5, 1.0]
+
+
+def test_without_a_sampled_token_there_is_nothing_to_learn_from() -> None:
+    silent = session(segment([5, 6], [False, False], TRUNCATED), status=SessionStatus.TRUNCATED, error="too long")
+    with pytest.raises(AgileError, match=r"nothing to learn from.*s/0: truncated, too long"):
+        learn(Gradients(actor_critic()), [Trajectory("s", (silent,))], rewards=[[0.0]])
+    with pytest.raises(AgileError, match="No stream has a question"):
+        learn(Gradients(actor_critic()), [], rewards=[])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
+def gradients(trajectories: Sequence[Trajectory], **changes: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
+    engine = Gradients(actor_critic())
+    metrics = learn(engine, trajectories, **changes)
+    return metrics, engine.steps[0]
+
+
+def test_batch_one_accumulated_eight_times_is_batch_eight() -> None:
+    sessions = [s for t in played() for s in t.sessions][:8]
+    trajectories = [Trajectory(s.stream_id, (s,)) for s in sessions]
+    rows, _ = lay_out(trajectories, [[0.0]] * 8)
+    assert len(rows) >= 8 and len({len(r) for r in rows}) > 2 and len({r.num_actions for r in rows}) > 2
+
+    def step(size: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+        model = actor_critic()
+        rewards = [[float(i % 3)] for i in range(8)]
+        metrics = learn(Engine(model, lr=1e-3), trajectories, rewards=rewards, batch_size=16, micro_batch_size=size)
+        return metrics, weights(model)
+
+    (many, ones), (one, eight) = step(1), step(16)
+    assert largest_difference(ones, eight) < 1e-6
+    assert largest_difference(eight, weights(actor_critic())) > 1e-4
+    assert many == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+def test_padding_and_order_change_nothing() -> None:
+    metrics, expected = gradients(played())
+    other_metrics, other = gradients(played()[::-1], rewards=totals(played())[::-1], micro_batch_size=1000)
+    assert other_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    assert largest_difference(other, expected) < 1e-6
+    long = session(segment([4] * 60, [False] * 60, TRUNCATED), status=SessionStatus.TRUNCATED, stream_id="idle")
+    idle_metrics, idle = gradients(
+        [*played(), Trajectory("idle", (long,))], rewards=[*totals(played()), [5.0]], micro_batch_size=1000
+    )
+    assert idle_metrics == pytest.approx({**metrics, "num_rows": metrics["num_rows"] + 1}, rel=1e-4, abs=1e-6)
+    assert largest_difference(idle, expected) < 1e-6
+
+
+def test_failed_sessions_change_nothing() -> None:
+    failed = replace(played()[0].sessions[0], status=SessionStatus.FAILED)
+    metrics, expected = gradients(played())
+    more = [*played(), Trajectory("failed", (failed,))]
+    other_metrics, other = gradients(more, rewards=[*totals(played()), [9.0]])
+    assert other_metrics == metrics
+    assert largest_difference(other, expected) == 0
+
+
+def test_zero_advantage_gives_zero_policy_gradient() -> None:
+    """Values of 0 and one reward for all: nothing is better than anything else. The critic learns, and it alone."""
+
+    def norms(rewards: list[list[float]]) -> dict[str, float]:
+        engine = Gradients(ActorCritic(llama()))
+        learn(engine, played(), rewards=rewards, coefficients=POLICY_AND_VALUE, reference=None)
+        return {name: float(grad.abs().max()) for name, grad in engine.steps[0].items()}
+
+    equal = norms([[0.7] * len(t.sessions) for t in played()])
+    assert max(norm for name, norm in equal.items() if name.startswith("lm.")) < 1e-12
+    assert equal["value_head.2.bias"] > 0.1
+    assert min(norm for name, norm in norms(totals(played())).items() if name.startswith("lm.")) > 1e-6
+
+
+def test_an_advantage_makes_what_was_done_likelier() -> None:
+    """A plain step up the gradient raises the log-probability of the better session and lowers the other's."""
+    good = session(segment([5, 6, 7], [False, True, True], TERMINATED))
+    bad = session(segment([5, 8, 9], [False, True, True], TERMINATED), index=1)
+    trajectories = [Trajectory("s", (good, bad))]
+    model = ActorCritic(llama())
+    rows, _ = lay_out(trajectories, [[1.0, 0.0]])
+
+    def logprobs() -> list[float]:
+        scored = score_rows(Gradients(model), None, rows, batch_size=2, temperature=1.0)
+        return [float(s.logprobs.sum()) for s in scored]
+
+    before = logprobs()
+    learn(Engine(model, lr=1e-3), trajectories, rewards=[[1.0, 0.0]], coefficients=POLICY_AND_VALUE, reference=None)
+    after = logprobs()
+    assert after[0] > before[0] and after[1] < before[1]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def run(
+    model: ActorCritic,
+    *,
+    num_iterations: int,
+    engine: Engine | None = None,
+    shuffle: bool = False,
+    seed: int = 0,
+    lr: float = 3e-3,
+    weight_decay: float = 0.0,
+    **changes: Any,
+) -> list[float]:
+    """Train on the doors; returns the share of right doors of each iteration."""
+    policy = HFPolicy(model.lm, codec().tokenizer.pad_token_id)
+    scores: list[float] = []
+
+    def collect(iteration: int) -> list[Trajectory]:
+        return rollouts(model.lm, num_streams=16, num_items=4, seed=1000 * seed + iteration)
+
+    def rewards(trajectories: Sequence[Trajectory], rng: np.random.Generator) -> list[list[float]]:
+        found = totals(trajectories)
+        scores.append(float(np.mean(found)))
+        return rng.permutation(np.ravel(found)).reshape(np.shape(found)).tolist() if shuffle else found
+
+    arguments = {
+        "first_iteration": 0,
+        "value_warmup_epochs": 1,
+        "discounts": Discounts(),
+        "coefficients": PPOCoefficients(kl_coef=0.0),
+        "batch_size": 32,
+        "micro_batch_size": 32,
+        "num_epochs": 2,
+        "temperature": policy.temperature,
+        "on_iteration": lambda *args: None,
+        **changes,
+    }
+    train_ppo(
+        engine or Engine(model, lr=lr, groups=model.parameter_groups(1e-2), weight_decay=weight_decay),
+        None,
+        collect=collect,
+        rewards=rewards,
+        num_iterations=num_iterations,
+        seed=seed,
+        **arguments,
+    )
+    return scores
+
+
+def test_warm_up_trains_the_critic_alone() -> None:
+    model = actor_critic()
+    snapshots = [weights(model)]
+    run(
+        model,
+        num_iterations=2,
+        weight_decay=0.1,
+        coefficients=COEFFICIENTS,
+        on_iteration=lambda *args: snapshots.append(weights(model)),
+    )
+    for name in snapshots[0]:
+        start, warm, end = (s[name] for s in snapshots)
+        assert torch.equal(start, warm) == name.startswith("lm."), name
+        assert not torch.equal(warm, end), name
+
+
+def test_an_iteration_depends_on_the_seed_and_its_number_alone(tmp_path: Any) -> None:
+    whole = actor_critic()
+    run(whole, num_iterations=3)
+    first, second = actor_critic(), actor_critic(5)
+    engine = Engine(first, lr=3e-3, groups=first.parameter_groups(1e-2))
+    run(first, num_iterations=2, engine=engine)
+    engine.save(tmp_path, "two")
+    engine = Engine(second, lr=3e-3, groups=second.parameter_groups(1e-2))
+    engine.load(tmp_path, "two")
+    run(second, num_iterations=3, engine=engine, first_iteration=2)
+    assert largest_difference(weights(whole), weights(second)) == 0
+    assert largest_difference(weights(whole), weights(first)) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_an_agent_learns_which_door_is_right_and_nothing_from_shuffled_rewards(seed: int) -> None:
+    """The reward comes a segment after the choice that earns it; a policy that ignores the sign gets a half."""
+    learned = run(ActorCritic(llama(seed, hidden_size=32, scale=1.0)), num_iterations=30, seed=seed)
+    control = run(ActorCritic(llama(seed, hidden_size=32, scale=1.0)), num_iterations=30, seed=seed, shuffle=True)
+    assert np.mean(learned[:2]) < 0.4
+    assert np.mean(learned[-3:]) > 0.9
+    assert np.mean(control[-3:]) < 0.65
