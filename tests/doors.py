@@ -116,18 +116,33 @@ def streams(num_streams: int, num_items: int) -> list[Stream]:
     ]
 
 
-def make_executor() -> Executor:
+def make_executor(max_turns: int = 3) -> Executor:
+    """With three turns some sessions are cut off; with eight they go on until they are done or lost."""
     doors = {name: Door(name) for name in ("Left", "Right", "Stay", "Leave")}
-    limits = Limits(max_turns=3, max_context_tokens=40, max_session_tokens=45, max_action_tokens=3)
+    limits = Limits(max_turns=max_turns, max_context_tokens=60, max_session_tokens=60, max_action_tokens=3)
     return Executor(DoorAgent(), codec(), doors, AdviceDesk(DatasetAdvisor(), 0.3), right_door, limits)
 
 
 def rollouts(
-    lm: LlamaForCausalLM, *, num_streams: int = 8, num_items: int = 4, temperature: float = 1.0, seed: int = 0
+    lm: LlamaForCausalLM,
+    *,
+    num_streams: int = 8,
+    num_items: int = 4,
+    temperature: float = 1.0,
+    max_turns: int = 3,
+    seed: int = 0,
 ) -> list[Trajectory]:
     policy = HFPolicy(lm, codec().tokenizer.pad_token_id, temperature=temperature)
-    played = streams(num_streams, num_items)
-    return asyncio.run(collect(make_executor(), policy, played, lambda s: ListMemory(), seed=seed, max_failed=1.0))
+    return asyncio.run(
+        collect(
+            make_executor(max_turns),
+            policy,
+            streams(num_streams, num_items),
+            lambda stream: ListMemory(),
+            seed=seed,
+            max_failed=1.0,
+        )
+    )
 
 
 def totals(trajectories: Sequence[Trajectory]) -> list[list[float]]:

@@ -77,6 +77,7 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         ("evaluate.baselines=[routr]", ["evaluate.baselines is 'routr'", "'router'"]),
         ("task=3", ["task is 3", "section of keys", "advice_price"]),
         ("seed=-1", ["seed is -1"]),
+        ("task.num_questions=0", ["task.num_questions is 0", "greater than or equal to 1", "default is 40"]),
         # several keys that do not go together
         ("sft.batch_size=10", ["sft: micro_batch_size 64 does not divide batch_size 10"]),
         ("model.num_heads=3", ["model: hidden_size 128", "2 * num_heads = 6"]),

@@ -349,7 +349,7 @@ def run(
     scores: list[float] = []
 
     def collect(iteration: int) -> list[Trajectory]:
-        return rollouts(model.lm, num_streams=16, num_items=4, seed=1000 * seed + iteration)
+        return rollouts(model.lm, num_streams=16, num_items=4, max_turns=8, seed=1000 * seed + iteration)
 
     def rewards(trajectories: Sequence[Trajectory], rng: np.random.Generator) -> list[list[float]]:
         found = totals(trajectories)
