@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from agile.config import RunConfig, differences, load_config
 from agile.engine import Engine
 from agile.errors import AgileError
-from agile.session_log import JsonLines, append_sessions, read_lines
+from agile.session_log import JsonLines, append_sessions
 from agile.types import Session
 
 KEPT_CHECKPOINTS = 2
@@ -157,9 +157,6 @@ class RunFolder:
     def log_sessions(self, sessions: Sequence[Session], **tags: Any) -> None:
         with writing(self.path):
             append_sessions(self._sessions, sessions, **tags)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        return list(read_lines(self.path / "metrics.jsonl"))
 
     def save(self, place: Place, engine: Engine) -> None:
         """Write a checkpoint: it is there whole or not at all. The last ones are kept."""

@@ -167,6 +167,7 @@ def test_report_of_another_bench_is_not_overwritten(tmp_path: Path) -> None:
     assert "seed was 0, is now 1" in message
 
 
+@pytest.mark.usefixtures("no_drawing")
 def test_mistyped_data_folder_does_not_spoil_the_run_folder(tmp_path: Path) -> None:
     words = ["configs/productqa-baselines.yaml", f"out={tmp_path / 'out'}", "memory.encoder=hashing"]
     message = refused(*words, f"task.data={tmp_path / 'typo'}")

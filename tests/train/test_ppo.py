@@ -414,8 +414,8 @@ def test_an_iteration_depends_on_the_seed_and_its_number_alone(tmp_path: Any) ->
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_an_agent_learns_which_door_is_right_and_nothing_from_shuffled_rewards(seed: int) -> None:
     """The reward comes a segment after the choice that earns it; a policy that ignores the sign gets a half."""
-    learned = run(ActorCritic(llama(seed, hidden_size=32, scale=1.0)), num_iterations=30, seed=seed)
-    control = run(ActorCritic(llama(seed, hidden_size=32, scale=1.0)), num_iterations=30, seed=seed, shuffle=True)
+    learned = run(ActorCritic(llama(seed, hidden_size=32, scale=1.0)), num_iterations=24, seed=seed)
+    control = run(ActorCritic(llama(seed, hidden_size=32, scale=1.0)), num_iterations=24, seed=seed, shuffle=True)
     assert np.mean(learned[:2]) < 0.4
     assert np.mean(learned[-3:]) > 0.9
     assert np.mean(control[-3:]) < 0.65

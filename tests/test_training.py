@@ -1,0 +1,249 @@
+"""A whole run: what it leaves, and that a run which was killed and resumed is the run that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from agile.config import RunConfig, load_config
+from agile.run_folder import Place, RunFolder
+from agile.training import terminal_rewards, train
+from agile.types import Advice, AdviceStatus, Reward, Session, Trajectory
+from tests.doors import session
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "demo.yaml"
+TINY = [
+    "task.num_train_worlds=3",
+    "task.num_test_worlds=2",
+    "task.num_questions=8",
+    "memory.encoder=hashing",
+    "model.hidden_size=32",
+    "rollout.max_failed=1.0",
+    "rollout.max_turns=3",
+    "sft.num_steps=30",
+    "sft.sessions_per_item=1",
+    "sft.checkpoint_every=10",
+    "ppo.num_iterations=2",
+    "ppo.streams_per_iteration=2",
+    "ppo.value_warmup_epochs=1",
+    "ppo.checkpoint_every=1",
+    "ppo.kl_coef=0.05",
+    "threads=1",
+]
+
+
+def tiny(*overrides: str) -> RunConfig:
+    return load_config(CONFIG, [*TINY, *overrides])
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    assert metrics(run) == metrics(expected)
+    assert (run / "sessions-0.jsonl").read_bytes() == (expected / "sessions-0.jsonl").read_bytes()
+    for name in ("sft", "ppo"):
+        weights = "model.safetensors"
+        assert (run / name / weights).read_bytes() == (expected / name / weights).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(tiny(), out)
+    return out
+
+
+def test_a_run_leaves_its_agents_and_figures(whole: Path) -> None:
+    lines = metrics(whole)
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        *(("sft", i + 1) for i in range(30)),
+        ("ppo", 1),
+        ("ppo", 2),
+    ]
+    assert lines[29]["loss"] < lines[0]["loss"]
+    assert all(line["first_ratio"] == pytest.approx(1, abs=1e-6) for line in lines[30:])
+    assert all(line["rollout_ratio"] == pytest.approx(1, abs=1e-4) for line in lines[30:])
+    sessions = (whole / "sessions-0.jsonl").read_text().splitlines()
+    assert len(sessions) == 2 * 2 * 8
+    sft, ppo = (load_file(whole / name / "model.safetensors") for name in ("sft", "ppo"))
+    assert sft.keys() == ppo.keys()
+    assert any((sft[name] != ppo[name]).any() for name in sft)
+
+
+class Stop(Exception):
+    pass
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(Place("sft", 20), marks=SLOW),
+        pytest.param(Place("sft", 30), marks=SLOW),
+        Place("ppo", 1),
+    ],
+    ids=lambda place: place.name,
+)
+def stopping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """The run stops right after one of its checkpoints."""
+    save = RunFolder.save
+
+    def save_and_stop(self: RunFolder, place: Place, *args: Any) -> None:
+        save(self, place, *args)
+        if place == request.param:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", save_and_stop)
+        yield request.param
+
+
+def test_a_run_resumed_where_it_stopped_is_the_same_run(
+    whole: Path, tmp_path: Path, stopping: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Stop):
+        train(tiny(), out)
+    assert len(metrics(out)) == (stopping.step if stopping.stage == "sft" else 30 + stopping.step)
+    monkeypatch.undo()
+    train(tiny(), out, resume=True)
+    assert_same_run(out, whole)
+
+
+# The process kills itself at a moment that no handler sees: in the middle of imitation, of writing a checkpoint, and of
+# collecting rollouts.
+KILLED = """
+import os, signal, sys
+from agile.cli import main
+from agile.engine import Engine
+from agile.executor import Executor
+
+moment = sys.argv.pop(1)
+count = 0
+
+def die_at(number):
+    global count
+    count += 1
+    if count == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+step, save, play = Engine.step, Engine.save, Executor.run
+
+def step_and_die(self):
+    norm = step(self)
+    die_at(17)
+    return norm
+
+def save_and_die(self, folder, tag):
+    save(self, folder, tag)
+    die_at(2)  # DeepSpeed's files are there, what says that the checkpoint is complete is not
+
+async def play_and_die(self, *args, stream_id, **kwargs):
+    session = await play(self, *args, stream_id=stream_id, **kwargs)
+    if "#" not in stream_id:  # those of imitation are numbered
+        die_at(2 * 8 + 5)
+    return session
+
+match moment:
+    case "imitation": Engine.step = step_and_die
+    case "checkpoint": Engine.save = save_and_die
+    case "collection": Executor.run = play_and_die
+main()
+"""
+
+
+def agile_train(out: Path, *arguments: str, moment: str | None = None) -> subprocess.CompletedProcess[str]:
+    program = ["-m", "agile.cli"] if moment is None else ["-c", KILLED, moment]
+    return subprocess.run(
+        [sys.executable, *program, "train", str(CONFIG), *TINY, f"out={out}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1200,
+    )
+
+
+@SLOW
+@pytest.mark.timeout(3600)
+def test_a_run_killed_three_times_is_the_same_run(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert agile_train(whole).returncode == 0
+    for moment, logged in (("imitation", 16), ("checkpoint", 30), ("collection", 31)):
+        arguments = [] if moment == "imitation" else ["--resume"]
+        ended = agile_train(killed, *arguments, moment=moment)
+        assert ended.returncode == -9, ended.stderr
+        assert len(metrics(killed)) == logged, moment
+    resumed = agile_train(killed, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(killed, whole)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+
+def trajectory(stream_id: str, *rewards: float, advised: tuple[int, ...] = ()) -> Trajectory:
+    """A stream of sessions with these rewards; `advised` are those whom an expert answered."""
+
+    def one(index: int, reward: float) -> Session:
+        status = AdviceStatus.ANSWERED if index in advised else AdviceStatus.TIMEOUT
+        return replace(
+            session(stream_id=stream_id, index=index, advice=Advice("yes", status=status)),
+            reward=Reward({"correct": reward}),
+        )
+
+    return Trajectory(stream_id, tuple(one(i, r) for i, r in enumerate(rewards)))
+
+
+# Of four questions 0, 2 and 3 are alike in stream a; in stream b none are.
+SIMILAR = {"a": np.eye(4, dtype=np.float32), "b": np.eye(2, dtype=np.float32)}
+for i, j in ((0, 2), (0, 3), (2, 3)):
+    SIMILAR["a"][i, j] = SIMILAR["a"][j, i] = 0.5
+PLAYED = [trajectory("a", 0.7, 1.0, 0.7, 0.0, advised=(0, 2, 3)), trajectory("b", 0.7, 0.7, advised=(0, 1))]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["ppo.credit=none"], [[0.7, 1.0, 0.7, 0.0], [0.7, 0.7]]),
+        (["ppo.credit=chain", "ppo.gamma_session=0.5"], [[0.7, 1.0, 0.7, 0.0], [0.7, 0.7]]),
+        # 0 comes up again, never before: 0.2 / 1; 2 again, once before: 0.2 / 2; 3 never again
+        (["ppo.credit=utility", "ppo.utility_beta=0.2"], [[0.9, 1.0, 0.8, 0.0], [0.7, 0.7]]),
+        (["ppo.credit=utility", "ppo.utility_similarity=0.6"], [[0.7, 1.0, 0.7, 0.0], [0.7, 0.7]]),
+    ],
+)
+def test_rewards_of_each_credit_mode(overrides: list[str], expected: list[list[float]]) -> None:
+    found = terminal_rewards(tiny(*overrides), SIMILAR.__getitem__, PLAYED, np.random.default_rng(0))
+    for row, expected_row in zip(found, expected, strict=True):
+        assert row == pytest.approx(expected_row)
+
+
+def test_shuffled_rewards_are_the_same_ones_elsewhere() -> None:
+    config = tiny("demo.shuffle_rewards=true")
+    played = [trajectory(str(i), *(10.0 * i + j for j in range(5))) for i in range(4)]
+    true = [float(10 * i + j) for i in range(4) for j in range(5)]
+    shuffled, again, other = (
+        [r for row in terminal_rewards(config, SIMILAR.__getitem__, played, np.random.default_rng(s)) for r in row]
+        for s in (0, 0, 1)
+    )
+    assert sorted(shuffled) == true
+    assert sum(a == b for a, b in zip(shuffled, true, strict=True)) < 5
+    assert shuffled == again != other
