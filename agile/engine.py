@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from agile.errors import AgileError
@@ -19,14 +19,13 @@ from agile.errors import AgileError
 _UNREADABLE = (RuntimeError, KeyError, ValueError, AssertionError, EOFError, OSError, pickle.UnpicklingError)
 
 
-def _single_process_environment() -> None:
-    """DeepSpeed reads its place in the world from the environment; without a launcher there is one process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+def _join_processes() -> None:
+    """Without a launcher there is one process: it needs no port, which two runs could fight over."""
+    if "RANK" not in os.environ and not torch.distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # documented, but not in __all__
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")
 
 
 class Engine:
@@ -50,7 +49,7 @@ class Engine:
         schedule: Callable[[int], float] = lambda step: 1.0,
     ):
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-        _single_process_environment()
+        _join_processes()
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

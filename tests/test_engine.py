@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import resource
 import weakref
 from collections.abc import Iterator, Sequence
@@ -152,6 +153,13 @@ def test_a_full_disk_is_an_operating_system_error(tmp_path: Path) -> None:
     engine = Engine(net(), lr=0.1)
     with pytest.raises(OSError, match="checkpoint was not written"), largest_file(1000):
         engine.save(tmp_path, "mine")
+
+
+@pytest.mark.skipif("RANK" in os.environ, reason="a launcher gave this process its port")
+def test_a_run_without_a_launcher_takes_no_port() -> None:
+    """A port in the environment would be handed on to programs that this one starts, and they would fight over it."""
+    Engine(net(), lr=0.1)
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} & os.environ.keys()
 
 
 def test_a_closed_engine_lets_go_of_its_module() -> None:

@@ -26,9 +26,10 @@ CONFIG = ROOT / "configs" / "demo.yaml"
 TINY = [
     "task.num_train_worlds=3",
     "task.num_test_worlds=2",
-    "task.num_questions=8",
+    "task.num_questions=4",
     "memory.encoder=hashing",
     "model.hidden_size=32",
+    "model.num_layers=1",
     "rollout.max_failed=1.0",
     "rollout.max_turns=3",
     "sft.num_steps=30",
@@ -79,7 +80,7 @@ def test_a_run_leaves_its_agents_and_figures(whole: Path) -> None:
     assert all(line["first_ratio"] == pytest.approx(1, abs=1e-6) for line in lines[30:])
     assert all(line["rollout_ratio"] == pytest.approx(1, abs=1e-4) for line in lines[30:])
     sessions = (whole / "sessions-0.jsonl").read_text().splitlines()
-    assert len(sessions) == 2 * 2 * 8
+    assert len(sessions) == 2 * 2 * 4
     sft, ppo = (load_file(whole / name / "model.safetensors") for name in ("sft", "ppo"))
     assert sft.keys() == ppo.keys()
     assert any((sft[name] != ppo[name]).any() for name in sft)
@@ -157,7 +158,7 @@ def save_and_die(self, folder, tag):
 async def play_and_die(self, *args, stream_id, **kwargs):
     session = await play(self, *args, stream_id=stream_id, **kwargs)
     if "#" not in stream_id:  # those of imitation are numbered
-        die_at(2 * 8 + 5)
+        die_at(2 * 4 + 5)
     return session
 
 match moment:
