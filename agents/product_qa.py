@@ -8,20 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from agile.policies.scripted import ScriptedPolicy
+from agile.protocols import Memory
 from agile.tokens import END, ActionCodec
-from agile.types import (
-    Action,
-    ActionSpec,
-    Advice,
-    AgentSpec,
-    Fn,
-    Item,
-    Memory,
-    MemoryItem,
-    MemoryKind,
-    Retrieved,
-    Scope,
-)
+from agile.types import Action, ActionSpec, Advice, AgentSpec, Fn, Item, MemoryItem, MemoryKind, Retrieved, Scope
 
 SEARCH = "SearchProduct"
 _DECISIONS = (SEARCH, Fn.SEEK_ADVICE, Fn.PREDICT_ANSWER)

@@ -21,11 +21,12 @@ from agile.imitation import imitation_sessions
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
 from agile.model import load_lm, small_llama
+from agile.protocols import Advisor, Memory
 from agile.run_folder import writing
 from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
 from agile.tokens import ActionCodec, add_action_tokens, build_tokenizer
-from agile.types import Advisor, Memory, Stream
+from agile.types import Stream
 
 
 @dataclass

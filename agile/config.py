@@ -77,6 +77,13 @@ class ModelConfig(_Config):
 
 
 class RolloutConfig(_Config):
+    policy: Literal["hf", "vllm", "vllm-server"] = Field(
+        "hf", description="What samples: transformers, vLLM in this process, or vLLM servers."
+    )
+    servers: tuple[str, ...] = Field((), description="vllm-server: addresses, http://127.0.0.1:8000 and the like.")
+    weights_dir: UserPath | None = Field(
+        None, description="vllm-server: folder for new weights, under the same path on every server."
+    )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of training rollouts.")
     max_batch_size: Count = Field(256, description="Most sessions in one generate.")
     chunk_tokens: Count = Field(

@@ -8,33 +8,34 @@ session ends with a status.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from agile.advice import AdviceDesk
 from agile.errors import AgileError
+from agile.protocols import Agent, Memory, Policy, Score, Tool
 from agile.seeding import derive_seed
 from agile.tokens import ActionCodec
 from agile.types import (
     Action,
     Advice,
-    Agent,
     Completion,
     Fn,
     Item,
-    Memory,
+    MemoryItem,
+    MemoryRead,
     Observation,
-    Policy,
+    Retrieved,
     Reward,
-    Score,
+    Scope,
     Segment,
     SegmentEnd,
     Session,
     SessionStatus,
     Source,
     Span,
-    Tool,
+    Usage,
 )
 
 
@@ -62,6 +63,16 @@ class Limits:
 class _StageError(Exception):
     """Something outside the LLM failed; the message names the stage."""
 
+    status = SessionStatus.FAILED
+
+
+class _StageTimeout(_StageError):
+    """A stage was not done after its time."""
+
+    def __init__(self, stage: str, limit_s: float):
+        super().__init__(f"{stage}: not done after {limit_s:g} s")
+        self.status = SessionStatus(f"{stage}_timeout")
+
 
 class _Truncated(Exception):
     pass
@@ -82,6 +93,30 @@ def _stage(name: str) -> Iterator[None]:
         raise _StageError(f"{name}: {type(error).__name__}: {error}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class _RecordedMemory:
+    """A memory whose reads are kept for the session's log."""
+
+    memory: Memory
+    reads: list[MemoryRead]
+
+    def write(self, items: Sequence[MemoryItem]) -> list[int]:
+        return self.memory.write(items)
+
+    def retrieve(self, query: str, k: int, scope: Scope) -> list[Retrieved]:
+        entries = self.memory.retrieve(query, k, scope)
+        self.reads.append(MemoryRead(tuple(entries)))
+        return entries
+
+    def count_similar(self, query: str, threshold: float, scope: Scope) -> int:
+        count = self.memory.count_similar(query, threshold, scope)
+        self.reads.append(MemoryRead(count=count))
+        return count
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+
 @dataclass(slots=True)
 class _Draft:
     """A session while it runs."""
@@ -97,11 +132,13 @@ class _Draft:
     segments: list[Segment] = field(default_factory=list)
     steps: list[Observation] = field(default_factory=list)
     retrieved: list[tuple[int, float]] = field(default_factory=list)
+    reads: list[MemoryRead] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
     advice: Advice | None = None
     reflection: str = ""
     prediction: str | None = None
     answer: str | None = None
+    usage: Usage = field(default_factory=Usage)
     turns: int = 0
     invalid: int = 0
 
@@ -199,6 +236,8 @@ class Executor:
             answer=draft.answer,
             status=status,
             error=error,
+            reads=tuple(draft.reads),
+            usage=draft.usage,
         )
         try:
             reward = self.score(item, session)
@@ -270,6 +309,7 @@ class Executor:
                 raise ValueError(f"sampled {len(completion.token_ids)} tokens, expected at most {room}")
             sampled = Span(Source.LLM, completion.token_ids, completion.logprobs, completion.policy_version)
         draft.turns += 1
+        draft.usage += completion.usage
         draft.spans.append(sampled)
         return completion
 
@@ -282,7 +322,7 @@ class Executor:
                     source, text = Source.TASK, self.agent.question(draft.item, draft.progress)
             case Fn.RETRIEVE_MEMORY:
                 with _stage("memory"):
-                    entries, text = self.agent.recall(draft.item, draft.memory)
+                    entries, text = self.agent.recall(draft.item, _RecordedMemory(draft.memory, draft.reads))
                 source = Source.MEMORY
                 draft.retrieved += [(e.item.id, e.similarity) for e in entries]
             case Fn.SEEK_ADVICE:

@@ -9,8 +9,9 @@ import numpy as np
 from rich.progress import track
 
 from agile.executor import Executor
+from agile.protocols import Memory, Policy
 from agile.seeding import derive_seed
-from agile.types import Item, Memory, MemoryItem, Policy, Session, Stream
+from agile.types import Item, MemoryItem, Session, Stream
 
 Teach = Callable[[Item, Memory, np.random.Generator], Policy]
 InitialMemory = Callable[[Item, Sequence[Item], np.random.Generator], list[MemoryItem]]

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 from agile.errors import AgileError
 from agile.executor import Executor
+from agile.protocols import Memory, Policy
 from agile.seeding import derive_seed
-from agile.types import Item, Memory, Policy, Session, Stream, Trajectory
+from agile.types import Item, Session, Stream, Trajectory
 
 MemoryFor = Callable[[Stream], Memory]
 PolicyFor = Callable[[Item, Memory], Policy]

@@ -14,7 +14,11 @@ from agile.types import (
     Action,
     Advice,
     AdviceStatus,
+    MemoryItem,
+    MemoryKind,
+    MemoryRead,
     Observation,
+    Retrieved,
     Reward,
     Segment,
     SegmentEnd,
@@ -22,6 +26,7 @@ from agile.types import (
     SessionStatus,
     Source,
     Span,
+    Usage,
     to_json,
 )
 
@@ -53,8 +58,17 @@ def session_from_json(data: Mapping[str, Any]) -> Session:
             "advice": None if advice is None else Advice(**{**advice, "status": AdviceStatus(advice["status"])}),
             "status": SessionStatus(data["status"]),
             "reward": None if data["reward"] is None else Reward(data["reward"]["components"]),
+            "reads": tuple(
+                MemoryRead(tuple(Retrieved(_memory_item(e["item"]), e["similarity"]) for e in r["entries"]), r["count"])
+                for r in data["reads"]
+            ),
+            "usage": Usage(**data["usage"]),
         }
     )
+
+
+def _memory_item(data: Mapping[str, Any]) -> MemoryItem:
+    return MemoryItem(**{**data, "kind": MemoryKind(data["kind"])})
 
 
 class JsonLines:

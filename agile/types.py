@@ -1,16 +1,16 @@
-"""Every noun of AGILE in one place.
+"""Every noun of AGILE in one place: frozen, slotted dataclasses.
 
-The nouns are frozen, slotted dataclasses and small protocols. This module imports nothing of the project and no torch,
-so anything may import it. Start reading here.
+This module imports nothing of the project and no torch, so anything may import it. Start reading here; what is plugged
+in (policies, memories, tools, experts, tasks) is described by `agile.protocols`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 # --------------------------------------------------------------------------------------------------------------------
 # Actions
@@ -118,6 +118,24 @@ class AgentSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What completions took: tokens read, how many of those a cache held, tokens written, and money."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cost + other.cost,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """What a policy sampled for one prompt.
 
@@ -126,12 +144,14 @@ class Completion:
         logprobs: Log-probability (nats) of each sampled id under the sampling distribution, same length.
         finish_reason: `stop` (a stop token was sampled) or `length`.
         policy_version: Number of weight updates the policy had seen.
+        usage: What it took.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
     policy_version: int = 0
+    usage: Usage = Usage()
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
@@ -146,6 +166,7 @@ class Source(StrEnum):
 
     LLM = "llm"
     EXECUTOR = "executor"
+    TEMPLATE = "template"  # what a chat template puts around turns
     TASK = "task"
     MEMORY = "memory"
     TOOL = "tool"
@@ -283,22 +304,12 @@ class Retrieved:
     similarity: float
 
 
-class Memory(Protocol):
-    """What the agent remembers."""
+@dataclass(frozen=True, slots=True)
+class MemoryRead:
+    """One read of memory: the entries that it found, or the number that it counted."""
 
-    def write(self, items: Sequence[MemoryItem]) -> list[int]:
-        """Store items durably and return their ids."""
-        ...
-
-    def retrieve(self, query: str, k: int, scope: Scope) -> list[Retrieved]:
-        """At most `k` items of the scope, most similar first, ties by lower id."""
-        ...
-
-    def count_similar(self, query: str, threshold: float, scope: Scope) -> int:
-        """How many items of the scope have at least this similarity."""
-        ...
-
-    def __len__(self) -> int: ...
+    entries: tuple[Retrieved, ...] = ()
+    count: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,16 +318,6 @@ class ToolResult:
 
     text: str
     ok: bool = True
-
-
-class Tool(Protocol):
-    """Something the agent can call. It answers every argument with a result and never raises for a bad one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def description(self) -> str: ...
-    async def __call__(self, argument: str, item: Item) -> ToolResult: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,12 +358,6 @@ class Advice:
         return self.status is AdviceStatus.ANSWERED
 
 
-class Advisor(Protocol):
-    """A human or other expert. May raise or take forever: `agile.advice.AdviceDesk` handles both."""
-
-    async def advise(self, request: AdviceRequest) -> Advice: ...
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Sessions
 
@@ -383,6 +378,10 @@ class SessionStatus(StrEnum):
     TRUNCATED = "truncated"  # a limit on turns, tokens or time
     INVALID_ACTION = "invalid_action"  # too many malformed or illegal actions
     FAILED = "failed"  # policy, memory or task raised; `Session.error` says which
+    POLICY_TIMEOUT = "policy_timeout"  # from here on: the stage that was still not done after its time
+    TOOL_TIMEOUT = "tool_timeout"
+    ADVISOR_TIMEOUT = "advisor_timeout"
+    MEMORY_TIMEOUT = "memory_timeout"
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,6 +405,7 @@ class Session:
         segments: Context windows in order.
         steps: Actions with what they brought back, in order.
         retrieved: `(memory id, similarity)` of every entry it was shown.
+        reads: Every read of memory in order, in full: what a replay needs.
         written: Ids of the memory items it wrote.
         answer: What it submitted; None if it never did.
         reward: None until scored.
@@ -426,6 +426,8 @@ class Session:
     status: SessionStatus
     error: str = ""
     reward: Reward | None = None
+    reads: tuple[MemoryRead, ...] = ()
+    usage: Usage = Usage()
 
     @property
     def advised(self) -> bool:
@@ -446,54 +448,6 @@ class Trajectory:
 
     stream_id: str
     sessions: tuple[Session, ...]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Protocols of what is plugged in
-
-
-class Policy(Protocol):
-    """Something that continues token ids: a model, or a script."""
-
-    async def complete(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, stop: Collection[int], seed: int
-    ) -> Completion:
-        """Sample until a token of `stop` (kept) or `max_tokens`; the same seed gives the same sample."""
-        ...
-
-
-class Agent(Protocol):
-    """How one kind of agent talks: its actions and the text of everything it is shown."""
-
-    @property
-    def spec(self) -> AgentSpec: ...
-
-    def question(self, item: Item, progress: float) -> str:
-        """The opening text; `progress` is the share of the stream that lies behind, in [0, 1)."""
-        ...
-
-    def recall(self, item: Item, memory: Memory) -> tuple[list[Retrieved], str]:
-        """Read memory for this question: the entries, and the text that shows them."""
-        ...
-
-    def advice(self, advice: Advice) -> str:
-        """The text that shows advice, or that there was none."""
-        ...
-
-    def remember(self, item: Item, session_id: str, advice: Advice | None, reflection: str) -> list[MemoryItem]:
-        """What `[UpdateMemory]` writes."""
-        ...
-
-
-class Task(Protocol):
-    """Where questions and rewards come from."""
-
-    def streams(self, split: str) -> Sequence[Stream]: ...
-
-    def score(self, item: Item, session: Session) -> Reward: ...
-
-
-Score = Callable[[Item, Session], Reward]
 
 
 def to_json(value: Any) -> Any:

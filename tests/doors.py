@@ -23,6 +23,7 @@ from agile.engine import Engine
 from agile.executor import Executor, Limits
 from agile.model import ActorCritic, small_llama
 from agile.policies import HFPolicy
+from agile.protocols import Memory
 from agile.rollout import collect
 from agile.tokens import ActionCodec, build_tokenizer
 from agile.types import (
@@ -31,7 +32,6 @@ from agile.types import (
     AgentSpec,
     Fn,
     Item,
-    Memory,
     MemoryItem,
     Retrieved,
     Reward,

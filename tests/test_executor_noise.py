@@ -70,5 +70,5 @@ def test_no_token_stream_raises(spec: AgentSpec) -> None:
         check_session(session, codec, limits)
         seen[session.status] += 1
         seen["cleared"] += len(session.segments) > 1
-    expected = {*SessionStatus} | ({"cleared"} if spec is NOTES else set())
+    expected = {s for s in SessionStatus if not s.endswith("timeout")} | ({"cleared"} if spec is NOTES else set())
     assert all(seen[kind] >= 20 for kind in expected), f"the streams are too tame: {seen}"

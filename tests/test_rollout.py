@@ -10,21 +10,10 @@ from agile.advice import CallbackAdvisor
 from agile.errors import AgileError
 from agile.executor import Executor, Limits
 from agile.policies import HFPolicy, ScriptedPolicy
+from agile.protocols import Memory, Policy
 from agile.rollout import collect
 from agile.seeding import derive_seed
-from agile.types import (
-    Action,
-    AdviceRequest,
-    Completion,
-    Fn,
-    Item,
-    Memory,
-    Policy,
-    Segment,
-    Session,
-    Stream,
-    Trajectory,
-)
+from agile.types import Action, AdviceRequest, Completion, Fn, Item, Segment, Session, Stream, Trajectory
 from tests.worlds import ListMemory, Replay, item, make_codec, make_executor
 
 STREAMS = [

@@ -13,6 +13,7 @@ from agile.advice import AdviceDesk, DatasetAdvisor
 from agile.agents.product_qa import SPEC, ProductQAAgent
 from agile.executor import Executor, Limits
 from agile.policies.scripted import ScriptedPolicy
+from agile.protocols import Advisor, Agent, Memory, Policy, Score, Tool
 from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
 from agile.tokens import ActionCodec, build_tokenizer
@@ -20,25 +21,19 @@ from agile.types import (
     Action,
     ActionSpec,
     Advice,
-    Advisor,
-    Agent,
     AgentSpec,
     Completion,
     Fn,
     Item,
-    Memory,
     MemoryItem,
     MemoryKind,
-    Policy,
     Retrieved,
     Reward,
     Scope,
-    Score,
     SegmentEnd,
     Session,
     SessionStatus,
     Source,
-    Tool,
     ToolResult,
 )
 

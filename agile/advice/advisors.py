@@ -11,7 +11,8 @@ from typing import Any
 
 from agile.advice import threads
 from agile.errors import AgileError
-from agile.types import Advice, AdviceRequest, AdviceStatus, Advisor, Item
+from agile.protocols import Advisor
+from agile.types import Advice, AdviceRequest, AdviceStatus, Item
 
 Reply = str | Advice | None
 

@@ -6,7 +6,8 @@ import asyncio
 from dataclasses import dataclass, field, replace
 
 from agile.errors import AgileError
-from agile.types import Advice, AdviceRequest, AdviceStatus, Advisor, Item
+from agile.protocols import Advisor
+from agile.types import Advice, AdviceRequest, AdviceStatus, Item
 
 
 @dataclass(slots=True)

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from agile.advice import AdviceDesk, CallbackAdvisor, DatasetAdvisor, NoisyAdvisor, TerminalAdvisor
 from agile.errors import AgileError
-from agile.types import Advice, AdviceRequest, AdviceStatus, Advisor, Item
+from agile.protocols import Advisor
+from agile.types import Advice, AdviceRequest, AdviceStatus, Item
 
 ITEM = Item("q0", "Is it [bold]oven safe[/bold]?", "yes", "fact", "pans", "B01", {"long_answer": "Yes, to 400 F."})
 

@@ -9,7 +9,8 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from agile.policies import HFPolicy, ScriptedPolicy
-from agile.types import Action, Completion, Fn, Policy
+from agile.protocols import Policy
+from agile.types import Action, Completion, Fn
 from tests.worlds import make_codec
 
 CODEC = make_codec("word")

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from agile.errors import AgileError
+from agile.protocols import Tool
 from agile.tools.sql import MAX_RESULT_CHARS, SqlSearch, write_products
-from agile.types import Item, Tool
+from agile.types import Item
 
 COLUMNS = {"price": "NUMERIC(10,2)", "brand": "VARCHAR(50)"}
 ROWS: list[dict[str, object]] = [

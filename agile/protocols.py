@@ -1,0 +1,119 @@
+"""What is plugged in: policies, memories, tools, experts, agents and tasks. One method each, or a few."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, Protocol
+
+from agile.types import (
+    Advice,
+    AdviceRequest,
+    AgentSpec,
+    Completion,
+    Item,
+    MemoryItem,
+    Retrieved,
+    Reward,
+    Scope,
+    Session,
+    Stream,
+    ToolResult,
+)
+
+
+class Policy(Protocol):
+    """Something that continues token ids: a model, or a script."""
+
+    async def complete(
+        self, prompt_ids: Sequence[int], *, max_tokens: int, stop: Collection[int], seed: int
+    ) -> Completion:
+        """Sample until a token of `stop` (kept) or `max_tokens`; the same seed gives the same sample."""
+        ...
+
+
+class TrainablePolicy(Policy, Protocol):
+    """A policy whose weights the trainer replaces between collections."""
+
+    def update_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+        """Take over the weights, forget whatever was cached under the old ones, and stamp `version` from now on.
+
+        Args:
+            weights: `(name, tensor)` of every parameter by its name in the Hugging Face model, tied ones included, each
+                tensor valid only until the next is asked for.
+
+        Raises:
+            AgileError: The engine did not take them.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back memory, processes and connections."""
+        ...
+
+
+class Agent(Protocol):
+    """How one kind of agent talks: its actions and the text of everything it is shown."""
+
+    @property
+    def spec(self) -> AgentSpec: ...
+
+    def question(self, item: Item, progress: float) -> str:
+        """The opening text; `progress` is the share of the stream that lies behind, in [0, 1)."""
+        ...
+
+    def recall(self, item: Item, memory: Memory) -> tuple[list[Retrieved], str]:
+        """Read memory for this question: the entries, and the text that shows them."""
+        ...
+
+    def advice(self, advice: Advice) -> str:
+        """The text that shows advice, or that there was none."""
+        ...
+
+    def remember(self, item: Item, session_id: str, advice: Advice | None, reflection: str) -> list[MemoryItem]:
+        """What `[UpdateMemory]` writes."""
+        ...
+
+
+class Task(Protocol):
+    """Where questions and rewards come from."""
+
+    def streams(self, split: str) -> Sequence[Stream]: ...
+
+    def score(self, item: Item, session: Session) -> Reward: ...
+
+
+class Memory(Protocol):
+    """What the agent remembers."""
+
+    def write(self, items: Sequence[MemoryItem]) -> list[int]:
+        """Store items durably and return their ids."""
+        ...
+
+    def retrieve(self, query: str, k: int, scope: Scope) -> list[Retrieved]:
+        """At most `k` items of the scope, most similar first, ties by lower id."""
+        ...
+
+    def count_similar(self, query: str, threshold: float, scope: Scope) -> int:
+        """How many items of the scope have at least this similarity."""
+        ...
+
+    def __len__(self) -> int: ...
+
+
+class Tool(Protocol):
+    """Something the agent can call. It answers every argument with a result and never raises for a bad one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    async def __call__(self, argument: str, item: Item) -> ToolResult: ...
+
+
+class Advisor(Protocol):
+    """A human or other expert. May raise or take forever: `agile.advice.AdviceDesk` handles both."""
+
+    async def advise(self, request: AdviceRequest) -> Advice: ...
+
+
+Score = Callable[[Item, Session], Reward]
