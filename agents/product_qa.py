@@ -9,7 +9,7 @@ import numpy as np
 
 from agile.policies.scripted import ScriptedPolicy
 from agile.protocols import Memory
-from agile.tokens import END, ActionCodec
+from agile.tokens import ActionCodec
 from agile.types import Action, ActionSpec, Advice, AgentSpec, Fn, Item, MemoryItem, MemoryKind, Retrieved, Scope
 
 SEARCH = "SearchProduct"
@@ -173,7 +173,7 @@ class Teacher:
             if item.context["sql"]:
                 if f"[{SEARCH}]" not in context:
                     return Action(SEARCH, item.context["sql"])
-                return Action(Fn.PREDICT_ANSWER, context.rsplit(END, 1)[-1].strip())
+                return Action(Fn.PREDICT_ANSWER, context.rsplit(self.codec.end, 1)[-1].strip())
             if answerable or f"[{Fn.SEEK_ADVICE}]" in context:
                 return Action(Fn.PREDICT_ANSWER, str(item.answer))
             return Action(Fn.SEEK_ADVICE)

@@ -76,6 +76,30 @@ class ModelConfig(_Config):
         return self
 
 
+class PromptConfig(_Config):
+    """How prompts are written as tokens."""
+
+    format: Literal["plain", "chat"] = Field("plain", description="Text alone, or the model's own chat template.")
+    special_tokens: bool = Field(True, description="Whether an action's name is one special token, or plain text.")
+    instructions: Literal["none", "system", "user"] = Field(
+        "none",
+        description="Where the table of actions and prices is told: nowhere, in a system turn (chat), or before the "
+        "first text of each context.",
+    )
+    thinking: Literal["keep", "cut"] = Field(
+        "keep", description="Whether thinking blocks stay in the context; cut starts a new context window after each."
+    )
+    template_options: dict[str, Any] = Field({}, description="Variables of the chat template, as enable_thinking.")
+
+    @model_validator(mode="after")
+    def _fits_the_format(self) -> PromptConfig:
+        if self.format == "plain" and self.instructions == "system":
+            raise ValueError(
+                "instructions is system, but format is plain, which has no turns; set instructions to user"
+            )
+        return self
+
+
 class RolloutConfig(_Config):
     policy: Literal["hf", "vllm", "vllm-server"] = Field(
         "hf", description="What samples: transformers, vLLM in this process, or vLLM servers."
@@ -190,6 +214,7 @@ class RunConfig(_Config):
     agent: AgentConfig = AgentConfig()
     memory: MemoryConfig = MemoryConfig()
     model: ModelConfig = ModelConfig()
+    prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     sft: SFTConfig = SFTConfig()
     ppo: PPOConfig = PPOConfig()

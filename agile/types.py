@@ -167,6 +167,7 @@ class Source(StrEnum):
     LLM = "llm"
     EXECUTOR = "executor"
     TEMPLATE = "template"  # what a chat template puts around turns
+    CARRIED = "carried"  # what an earlier window held and this one starts with
     TASK = "task"
     MEMORY = "memory"
     TOOL = "tool"
