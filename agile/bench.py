@@ -17,7 +17,6 @@ from agile.config import RunConfig, differences, load_config
 from agile.errors import AgileError
 from agile.evaluate import Outcome, by_stream, outcomes, paired_difference, summarise
 from agile.executor import Executor
-from agile.policies import HFPolicy
 from agile.report import save_plots, write_report
 from agile.rollout import collect
 from agile.run_folder import claim, writing
@@ -119,13 +118,7 @@ def play_agent(setup: Setup, folder: Path, name: str, out: Path) -> tuple[list[T
     """Play the test streams greedily with the model in `folder`; sessions go to `<out>/test-<name>.jsonl`."""
     tokenizer = setup.tokenizer(folder)
     executor = setup.executor(tokenizer)
-    policy = HFPolicy(
-        setup.language_model(tokenizer, folder),
-        tokenizer.pad_token_id,
-        temperature=0.0,
-        max_batch_size=setup.config.rollout.max_batch_size,
-        chunk_tokens=setup.config.rollout.chunk_tokens,
-    )
+    policy = setup.policy(setup.language_model(tokenizer, folder), tokenizer, folder, temperature=0.0)
     streams = setup.task.streams("test")
     with Progress(transient=True, disable=not get_console().is_terminal) as progress:
         bar = progress.add_task(f"test {name}", total=sum(len(s.items) for s in streams))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from agile.advice import AdviceDesk, DatasetAdvisor
 from agile.agents.product_qa import ProductQAAgent, Teacher, random_memory
 from agile.baselines import BaselineRun, run_baselines
 from agile.batching import Row, session_rows
+from agile.chat_template import chat_turns
 from agile.config import RunConfig
 from agile.errors import AgileError
 from agile.executor import Executor, Limits
@@ -21,11 +23,13 @@ from agile.imitation import imitation_sessions
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
 from agile.model import load_lm, small_llama
-from agile.protocols import Advisor, Memory
+from agile.policies import HFPolicy
+from agile.prompts import instructions
+from agile.protocols import Advisor, Memory, TrainablePolicy
 from agile.run_folder import writing
 from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
-from agile.tokens import ActionCodec, add_action_tokens, build_tokenizer
+from agile.tokens import ActionCodec, Turns, add_action_tokens, build_tokenizer
 from agile.types import Stream
 
 
@@ -94,7 +98,8 @@ class Setup:
                 "only that keeps what users type apart from action tokens. Choose a model that has one."
             )
         if saved is None:
-            add_action_tokens(tokenizer, self.agent.spec)
+            if self.config.prompt.special_tokens:
+                add_action_tokens(tokenizer, self.agent.spec)
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -122,11 +127,59 @@ class Setup:
             seed=self.config.seed,
         )
 
+    def policy(
+        self,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        folder: Path,
+        *,
+        temperature: float,
+        copy: bool = False,
+    ) -> TrainablePolicy:
+        """What samples for a language model, by `rollout.policy`.
+
+        Args:
+            lm: The model in this process.
+            folder: The same model on disk; engines start from it.
+            copy: Whether the policy keeps weights of its own while those of `lm` change.
+        """
+        rollout = self.config.rollout
+        if rollout.policy == "hf":
+            return HFPolicy(
+                deepcopy(lm) if copy else lm,
+                tokenizer.pad_token_id,
+                temperature=temperature,
+                max_batch_size=rollout.max_batch_size,
+            )
+        raise AgileError(f"rollout.policy={rollout.policy} is not there yet.")
+
+    def codec(self, tokenizer: PreTrainedTokenizerFast) -> ActionCodec:
+        """Tokenizer, actions and prompt format.
+
+        Raises:
+            AgileError: The chat template cannot be extended turn by turn, see `agile.chat_template`.
+        """
+        prompt, spec = self.config.prompt, self.agent.spec
+        told = "" if prompt.instructions == "none" else instructions(spec, self.config.task.advice_price)
+        keep = prompt.thinking == "keep"
+        if prompt.format == "chat":
+            turns, end_id = chat_turns(
+                tokenizer,
+                instructions=told,
+                role="system" if prompt.instructions == "system" else "user",
+                keep_thinking=keep,
+                options=prompt.template_options,
+            )
+            return ActionCodec(tokenizer, spec, special_tokens=prompt.special_tokens, turns=turns, end_id=end_id)
+        opening = tuple(tokenizer(f"{told}\n\n", add_special_tokens=False)["input_ids"]) if told else ()
+        turns = Turns(opening=opening, keep_thinking=keep)
+        return ActionCodec(tokenizer, spec, special_tokens=prompt.special_tokens, turns=turns)
+
     def executor(self, tokenizer: PreTrainedTokenizerFast, advisor: Advisor | None = None) -> Executor:
         rollout = self.config.rollout
         return Executor(
             self.agent,
-            ActionCodec(tokenizer, self.agent.spec),
+            self.codec(tokenizer),
             {"SearchProduct": self.task.search},
             AdviceDesk(advisor or DatasetAdvisor(), self.config.task.advice_price),
             self.task.score,
@@ -136,6 +189,7 @@ class Setup:
                 max_context_tokens=rollout.max_context_tokens,
                 max_action_tokens=rollout.max_action_tokens,
                 max_invalid_actions=rollout.max_invalid_actions,
+                max_stage_s=rollout.max_stage_s,
             ),
         )
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agile.errors import AgileError
+from agile.types import BLAMELESS, SessionStatus
 
 Price = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -118,7 +119,24 @@ class RolloutConfig(_Config):
     max_session_tokens: Count = 1024
     max_action_tokens: Count = 32
     max_invalid_actions: int = Field(1, ge=0, description="Bad actions answered with an error before a session ends.")
+    max_stage_s: float | None = Field(
+        600, gt=0, description="Seconds after which a policy, tool, expert or memory is given up and its session ends."
+    )
+    max_concurrent: Count = Field(1024, description="Streams under way at a time; the others wait.")
     max_failed: Share = Field(0.5, description="Share of failed sessions above which a run stops.")
+    masked: tuple[SessionStatus, ...] = Field(
+        BLAMELESS, description="Sessions that end so are left out of the loss; the others have their reward."
+    )
+    failed_reward: float | None = Field(None, description="Reward of the failed sessions; by default the task's.")
+    lag: int = Field(
+        0, ge=0, description="Updates that collection may be behind training; above 0 they run at the same time."
+    )
+    max_difference: float = Field(
+        0.01,
+        gt=0,
+        description="Largest difference, in nats, between the logprobs of rollout and trainer in float32 and without "
+        "lag; above, the weights are not the same and the run stops.",
+    )
 
 
 class OptimizerConfig(_Config):

@@ -18,8 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from agile.config import RunConfig, differences, load_config
 from agile.engine import Engine
 from agile.errors import AgileError
-from agile.session_log import JsonLines, append_sessions
-from agile.types import Session
+from agile.session_log import JsonLines, append_sessions, read_lines, session_from_json
+from agile.types import Session, Trajectory
 
 KEPT_CHECKPOINTS = 2
 
@@ -158,10 +158,19 @@ class RunFolder:
         with writing(self.path):
             append_sessions(self._sessions, sessions, **tags)
 
-    def save(self, place: Place, engine: Engine) -> None:
-        """Write a checkpoint: it is there whole or not at all. The last ones are kept."""
+    def save(self, place: Place, engine: Engine, ahead: Mapping[int, Sequence[Trajectory]] | None = None) -> None:
+        """Write a checkpoint: it is there whole or not at all. The last ones are kept.
+
+        Args:
+            ahead: What was collected for later iterations, by iteration; `ahead()` gives it back.
+        """
         with _whole(self.path / "checkpoints" / place.name) as draft:
             engine.save(draft, "engine")
+            if ahead:
+                log = JsonLines(draft / "ahead.jsonl")
+                for iteration, trajectories in ahead.items():
+                    append_sessions(log, [s for t in trajectories for s in t.sessions], iteration=iteration)
+                log.close()
             sizes = {"sessions": self._sessions.size, "metrics": self._metrics.size}
             (draft / "state.json").write_text(json.dumps({"place": asdict(place), "sizes": sizes}))
         with writing(self.path):
@@ -173,6 +182,17 @@ class RunFolder:
         """Restore the engine from the last checkpoint."""
         if self.place is not None:
             engine.load(self.path / "checkpoints" / self.place.name, "engine")
+
+    def ahead(self) -> dict[int, list[Trajectory]]:
+        """What the last checkpoint holds of trajectories for later iterations."""
+        if self.place is None:
+            return {}
+        path = self.path / "checkpoints" / self.place.name / "ahead.jsonl"
+        streams: dict[int, dict[str, list[Session]]] = {}
+        for record in read_lines(path) if path.exists() else ():
+            session = session_from_json(record["session"])
+            streams.setdefault(record["iteration"], {}).setdefault(session.stream_id, []).append(session)
+        return {i: [Trajectory(name, tuple(found)) for name, found in s.items()] for i, s in streams.items()}
 
     def export(self, name: str, model: Any, tokenizer: Any) -> None:
         """Write an agent's weights and tokenizer as a Hugging Face folder `<run>/<name>`."""

@@ -385,6 +385,16 @@ class SessionStatus(StrEnum):
     MEMORY_TIMEOUT = "memory_timeout"
 
 
+# Ends that were not the policy's doing.
+BLAMELESS = (
+    SessionStatus.FAILED,
+    SessionStatus.POLICY_TIMEOUT,
+    SessionStatus.TOOL_TIMEOUT,
+    SessionStatus.ADVISOR_TIMEOUT,
+    SessionStatus.MEMORY_TIMEOUT,
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """What an action brought back: shown to the LLM as `text`."""
