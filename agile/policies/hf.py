@@ -1,90 +1,95 @@
-"""A Hugging Face causal LM as a policy: many sessions at once through one `generate`."""
+"""A Hugging Face causal LM as a policy: many sessions at once, each with its keys and values kept between its turns."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+import inspect
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel
 
-from agile.types import Completion
+from agile.errors import AgileError
+from agile.policies.slots import SlotCache
+from agile.types import Completion, Usage
+
+# What a forward pass costs besides its tokens, in tokens: up to so many of padding are cheaper than a pass of their own.
+PASS_COST = 128
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """A row of the cache.
+
+    Attributes:
+        ids: The tokens whose keys and values it holds, while no request runs in it.
+        length: Their number, also while one does.
+        used: When its last request ended; 0 if it holds nothing.
+    """
+
+    row: int
+    ids: list[int] = field(default_factory=list)
+    length: int = 0
+    used: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class _Request:
     """One prompt, what was sampled for it so far, and the noise that is to come."""
 
-    prompt_ids: Sequence[int]
+    ids: list[int]  # prompt and what was sampled
+    num_prompt: int
     max_tokens: int
     stop: Collection[int]
     seed: int
     generator: torch.Generator
     future: asyncio.Future[Completion] | None = None
-    token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    slot: _Slot | None = None
+    num_cached: int = 0
 
     @property
     def stopped(self) -> bool:
-        return bool(self.token_ids) and self.token_ids[-1] in self.stop
+        return bool(self.logprobs) and self.ids[-1] in self.stop
 
     @property
     def done(self) -> bool:
-        return self.stopped or len(self.token_ids) >= self.max_tokens
+        return len(self.logprobs) >= self.max_tokens or self.stopped
 
     @property
-    def length(self) -> int:
-        return len(self.prompt_ids) + len(self.token_ids)
+    def gone(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.future is not None and (self.future.done() or self.future.get_loop().is_closed())
 
-
-class _GumbelNoise(LogitsProcessor):
-    """Makes greedy decoding sample: argmax(logits / T + Gumbel) is a draw from softmax(logits / T).
-
-    Every row draws from a generator of its own, so that a sample depends on its seed and not on who shares the batch.
-    """
-
-    def __init__(self, requests: Sequence[_Request], temperature: float):
-        self.requests = requests
-        self.temperature = temperature
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        noise = torch.empty_like(scores)
-        for row, request in zip(noise, self.requests, strict=True):
-            row.exponential_(generator=request.generator)
-        return scores / self.temperature - noise.log()
-
-
-class _StopPerRow(StoppingCriteria):
-    """Each row ends at a token of its own stop set, or at its own limit."""
-
-    def __init__(self, stop: Tensor, limits: Tensor, prompt_length: int):
-        self.stop = stop  # (B, V) bool
-        self.limits = limits  # (B,)
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        last = input_ids[:, -1:]
-        return self.stop.gather(1, last).squeeze(1) | (input_ids.shape[1] - self.prompt_length >= self.limits)
+    def completion(self, version: int) -> Completion:
+        usage = Usage(self.num_prompt, self.num_cached, len(self.logprobs))
+        finish = "stop" if self.stopped else "length"
+        return Completion(tuple(self.ids[self.num_prompt :]), tuple(self.logprobs), finish, version, usage)
 
 
 class HFPolicy:
-    """Batches the requests of concurrent sessions and samples them with transformers' `generate`.
+    """Samples the requests of concurrent sessions together, one token of each at a time.
 
-    A batch is formed when no further session can ask before it gets an answer. It is sampled a few tokens at a time:
-    then finished sessions go on, and what they ask next joins the unfinished ones: nobody waits for the longest.
+    A finished request leaves at once, and what its session asks next joins at the next token: nobody waits for the
+    longest. Keys and values stay in their slot until another session needs it; a prompt that begins with the tokens of
+    a slot computes only the rest. Requests of sessions that still have a slot go first, all others in their order.
+
     The distribution is softmax(logits / temperature), never truncated, so that the returned logprobs are those of what
-    was sampled; temperature 0 is greedy, its logprobs those of temperature 1.
+    was sampled; temperature 0 is greedy, its logprobs those of temperature 1. A sample depends on its prompt and seed;
+    who shares the batch changes its logprobs by rounding alone.
 
     Args:
-        model: A causal LM; it is used as it is, in its device and dtype.
-        pad_id: Padding token id (padding is on the left).
+        model: A causal LM; it is used as it is, in its device and dtype. A trainer may share it, see `update_weights`.
+        pad_id: Padding token id.
         temperature: Of sampling.
-        max_batch_size: Most sequences in one `generate`.
-        chunk_tokens: Most tokens that one `generate` samples before the batch is formed anew.
+        max_batch_size: Slots: most sequences that are sampled at once and kept. Further requests wait.
+        reuse: Whether keys and values are kept between requests; without, each computes its whole prompt.
+
+    Raises:
+        AgileError: The model cannot have sequences of different lengths in one cache.
     """
 
     def __init__(
@@ -94,26 +99,80 @@ class HFPolicy:
         *,
         temperature: float = 1.0,
         max_batch_size: int = 256,
-        chunk_tokens: int = 4,
+        reuse: bool = True,
     ):
         self.model = model
         self.pad_id = pad_id
         self.temperature = temperature
         self.max_batch_size = max_batch_size
-        self.chunk_tokens = chunk_tokens
-        self.version = 0
-        self._pending: list[_Request] = []
-        self._flush: asyncio.Task[None] | None = None
+        self.reuse = reuse
+        self.num_prefilled = 0
+        self._version = 0
+        self._max_context, self._limit_name = _max_context(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._arrived: list[_Request] = []  # since the last step
+        self._waiting: list[_Request] = []
+        self._running: list[_Request] = []
+        self._loop_task: asyncio.Task[None] | None = None
+        self.close()
+
+    @property
+    def version(self) -> int:
+        """Number of weight updates; only `update_weights` changes it, as it alone forgets what old weights cached."""
+        return self._version
+
+    def update_weights(self, weights: Iterable[tuple[str, Any]] | None, version: int) -> None:
+        """Forget all keys and values, stamp `version`, and copy `weights` into the model, if there are any.
+
+        Args:
+            weights: `(name, tensor)` of every parameter of the model; none if the trainer shares the model.
+
+        Raises:
+            AgileError: Requests are running, or names or shapes are not those of the model.
+        """
+        if running := [r for r in (*self._arrived, *self._waiting, *self._running) if not r.gone]:
+            raise AgileError(f"{len(running)} requests are being sampled; update the weights when all are answered.")
+        self.close()
+        expected = dict(self.model.named_parameters(remove_duplicate=False))
+        found = set()
+        with torch.no_grad():
+            for name, tensor in weights or ():
+                if name not in expected:
+                    raise AgileError(f"{type(self.model).__name__} has no parameter {name!r}; send those that it has.")
+                if tensor.shape != expected[name].shape:
+                    raise AgileError(
+                        f"Parameter {name} came with shape {tuple(tensor.shape)}, expected "
+                        f"{tuple(expected[name].shape)}; send the weights of a model of the same config."
+                    )
+                expected[name].copy_(tensor)
+                found.add(name)
+        if found and (missing := sorted(expected.keys() - found)):
+            raise AgileError(f"The update lacks the parameters {missing}; send all of them, tied ones included.")
+        self._version = version
+
+    def close(self) -> None:
+        """Give back the memory of the cache; the policy can be used again."""
+        layers = self.model.config.get_text_config().num_hidden_layers
+        self._cache = SlotCache(layers, self.model.device)
+        self._free = [_Slot(row) for row in reversed(range(self.max_batch_size))]
+        self._idle: list[_Slot] = []  # least recently used first
+        self._weights_seen = self._fingerprint()
 
     async def complete(
         self, prompt_ids: Sequence[int], *, max_tokens: int, stop: Collection[int], seed: int
     ) -> Completion:
+        """Sample until a token of `stop` (kept) or `max_tokens`.
+
+        Raises:
+            AgileError: The model's context is shorter than the prompt and `max_tokens`.
+        """
         loop = asyncio.get_running_loop()
         request = self._request(prompt_ids, max_tokens, stop, seed)
         request.future = loop.create_future()
-        self._pending.append(request)
-        if self._flush is None or self._flush.done():
-            self._flush = loop.create_task(self._flush_when_idle())
+        self._arrived.append(request)
+        task = self._loop_task
+        if task is None or task.done() or task.get_loop() is not loop:
+            self._loop_task = loop.create_task(self._serve())
         return await request.future
 
     def sample(
@@ -126,88 +185,228 @@ class HFPolicy:
     ) -> list[Completion]:
         """Sample one completion per prompt, without an event loop; all arguments have one entry per prompt."""
         requests = [self._request(*parts) for parts in zip(prompts, max_tokens, stop, seeds, strict=True)]
-        while unfinished := [r for r in requests if not r.done]:
-            self._extend(unfinished[: self.max_batch_size])
-        return [self._completion(r) for r in requests]
+        self._arrived += requests
+        self._forget_stale()
+        while not all(r.done for r in requests):
+            self._admit()
+            if error := self._step():
+                raise error
+        return [r.completion(self._version) for r in requests]
 
     def _request(self, prompt_ids: Sequence[int], max_tokens: int, stop: Collection[int], seed: int) -> _Request:
+        num_prompt = len(prompt_ids)
+        if num_prompt < 1 or max_tokens < 1:
+            raise ValueError(f"A prompt of {num_prompt} tokens, max_tokens {max_tokens}; both must be at least 1.")
+        if num_prompt + max_tokens > self._max_context:
+            raise AgileError(
+                f"A prompt of {num_prompt} tokens and up to {max_tokens} sampled ones are {num_prompt + max_tokens}, "
+                f"but {self._limit_name} of {type(self.model).__name__} is {self._max_context}. Lower "
+                "rollout.max_context_tokens to that, or take a model with a longer context."
+            )
         generator = torch.Generator(self.model.device).manual_seed(seed)
-        return _Request(prompt_ids, max_tokens, stop, seed, generator)
+        return _Request(list(prompt_ids), num_prompt, max_tokens, stop, seed, generator)
 
-    def _completion(self, request: _Request) -> Completion:
-        finish = "stop" if request.stopped else "length"
-        return Completion(tuple(request.token_ids), tuple(request.logprobs), finish, self.version)
+    # ------------------------------------------------------------------------------------------------------------------
+    # Who runs
 
-    async def _flush_when_idle(self) -> None:
-        """Let every other ready task run until none adds a request, then extend all of them."""
-        while self._pending:
-            seen, quiet = len(self._pending), 0
-            while quiet < 10:  # a session needs some turns of the loop between two requests
-                await asyncio.sleep(0)
-                quiet = quiet + 1 if len(self._pending) == seen else 0
-                seen = len(self._pending)
-            self._pending = [r for r in self._pending if r.future is not None and not r.future.done()]
-            # equal lengths together: less padding, and the same batches whatever order the requests came in
-            self._pending.sort(key=lambda r: (r.length, r.seed))
-            batch, waiting = self._pending[: self.max_batch_size], self._pending[self.max_batch_size :]
-            try:
-                self._extend(batch)
-            except Exception as error:
-                for request in batch:
-                    if request.future is not None and not request.future.done():
-                        request.future.set_exception(error)
-                batch = []
-            self._pending = waiting
-            for request in batch:
-                if request.future is None or request.future.done():  # whoever asked is gone
-                    continue
-                if request.done:
-                    request.future.set_result(self._completion(request))
-                else:
-                    self._pending.append(request)
+    async def _serve(self) -> None:
+        """Sample while there are requests."""
+        self._forget_stale()
+        changed = True
+        while self._arrived or self._waiting or self._running:
+            if changed:
+                await self._settle()
+            else:
+                await asyncio.sleep(0)  # tools, experts and cancellations have their turn
+            self._admit()
+            before = len(self._running)
+            self._step()
+            changed = len(self._running) < before
+
+    async def _settle(self) -> None:
+        """Let every other ready task run until none adds a request."""
+        seen, quiet = len(self._arrived), 0
+        while quiet < 10:  # a session needs some turns of the loop between two requests
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if len(self._arrived) == seen else 0
+            seen = len(self._arrived)
+
+    def _forget_stale(self) -> None:
+        """Start with an empty cache if somebody changed the weights in place."""
+        if not self._running and self._fingerprint() != self._weights_seen:
+            self.close()
+
+    def _fingerprint(self) -> tuple[tuple[int, int], ...]:
+        return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+
+    def _admit(self) -> None:
+        """Give slots to requests: the one that holds most of the prompt, a free one, or the least recently used one."""
+        for request in [r for r in self._running if r.gone]:
+            self._running.remove(request)
+            self._release(request)
+        # sessions may come in any order from their tools; the same requests must give the same batches
+        self._waiting += sorted(self._arrived, key=lambda r: (r.num_prompt, r.seed))
+        self._arrived = []
+        if not self._waiting:
+            return
+        strangers = []
+        for request in self._waiting:
+            if request.gone:
+                continue
+            slot = max((s for s in self._idle if _holds(s, request.ids)), key=lambda s: s.length, default=None)
+            if slot is None:
+                strangers.append(request)
+            else:
+                self._idle.remove(slot)
+                self._start(request, slot)
+        taken = strangers[: len(self._free) + len(self._idle)]
+        for request in taken:
+            slot = self._free.pop() if self._free else self._idle.pop(0)
+            slot.length = 0
+            self._start(request, slot)
+        self._waiting = strangers[len(taken) :]
+
+    def _start(self, request: _Request, slot: _Slot) -> None:
+        request.slot, request.num_cached = slot, slot.length
+        self._running.append(request)
+
+    def _release(self, request: _Request) -> None:
+        """Keep what the request's slot holds for the next turn of its session."""
+        slot = request.slot
+        assert slot is not None
+        slot.ids = request.ids[: slot.length]
+        if self.reuse and slot.ids:
+            self._idle.append(slot)
+        else:
+            self._free.append(slot)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # One token of each
+
+    def _step(self) -> Exception | None:
+        """Sample one token of every running request; a failure is the answer to all of them."""
+        running = self._running
+        if not running:
+            return None
+        was_training = self.model.training
+        try:
+            if was_training:
+                self.model.eval()
+            self._sample(running)
+        except Exception as error:
+            self._running = []
+            for request in running:
+                assert request.slot is not None
+                self._free.append(request.slot)  # it may be half written
+                if request.future is not None and not request.gone:
+                    request.future.set_exception(error)
+            return error
+        finally:
+            if was_training:
+                self.model.train()
+        self._running = [r for r in running if not r.done]
+        for request in running:
+            if request.done:
+                self._release(request)
+                if request.future is not None and not request.gone:
+                    request.future.set_result(request.completion(self._version))
+        return None
 
     @torch.no_grad()
-    def _extend(self, requests: Sequence[_Request]) -> None:
-        """Sample up to `chunk_tokens` more tokens of each."""
-        device = self.model.device
-        length = max(r.length for r in requests)
-        room = [min(r.max_tokens - len(r.token_ids), self.chunk_tokens) for r in requests]
-        input_ids = torch.full((len(requests), length), self.pad_id, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        stop = torch.zeros(len(requests), self.model.config.vocab_size, dtype=torch.bool)
-        for row, request in enumerate(requests):
-            input_ids[row, length - request.length :] = torch.tensor([*request.prompt_ids, *request.token_ids])
-            attention_mask[row, length - request.length :] = 1
-            stop[row, list(request.stop)] = True
-        # generate() fills what its config leaves open (end tokens, repetition penalty, ...) from the model's own.
-        was_training, own_config = self.model.training, self.model.generation_config
-        self.model.eval()
-        self.model.generation_config = GenerationConfig()
-        try:
-            output = cast(Any, self.model).generate(  # a method of a mixin that PreTrainedModel lacks
-                input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                generation_config=GenerationConfig(
-                    max_new_tokens=max(room),
-                    do_sample=False,
-                    pad_token_id=self.pad_id,
-                    output_logits=True,
-                    return_dict_in_generate=True,
-                ),
-                logits_processor=LogitsProcessorList(
-                    [_GumbelNoise(requests, self.temperature)] if self.temperature > 0 else []
-                ),
-                stopping_criteria=StoppingCriteriaList(
-                    [_StopPerRow(stop.to(device), torch.tensor(room, device=device), length)]
-                ),
-            )
-        finally:
-            self.model.generation_config = own_config
-            self.model.train(was_training)
-        sampled = output.sequences[:, length:]  # (B, T)
-        logits = torch.stack(output.logits, dim=1).float()  # (B, T, V)
-        logprobs = (logits / (self.temperature or 1.0)).log_softmax(-1).gather(-1, sampled[..., None]).squeeze(-1)
-        for request, ids, row, limit in zip(requests, sampled.tolist(), logprobs.tolist(), room, strict=True):
-            n = next((i + 1 for i, token in enumerate(ids[:limit]) if token in request.stop), min(limit, len(ids)))
-            request.token_ids += ids[:n]
-            request.logprobs += row[:n]
+    def _sample(self, running: Sequence[_Request]) -> None:
+        groups = _groups(running)
+        requests = [r for group in groups for r in group]
+        logits = torch.cat([self._forward(group) for group in groups])  # (B, V)
+        logprobs = (logits / (self.temperature or 1.0)).log_softmax(-1)
+        scores = logprobs
+        if self.temperature > 0:
+            # argmax(logprob + Gumbel) is a draw from the distribution; each row's noise is its own generator's
+            noise = torch.empty_like(logprobs)
+            for row, request in zip(noise.unbind(), requests, strict=True):
+                row.exponential_(generator=request.generator)
+            scores = logprobs - noise.log_()
+        tokens = scores.argmax(-1, keepdim=True)  # (B, 1)
+        chosen = logprobs.gather(1, tokens)
+        for request, token, logprob in zip(requests, tokens[:, 0].tolist(), chosen[:, 0].tolist(), strict=True):
+            request.ids.append(token)
+            request.logprobs.append(logprob)
+
+    def _forward(self, group: Sequence[_Request]) -> Tensor:
+        """Logits (B, V) after the last token of each request, in float32; its slot then holds all its tokens."""
+        slots = [r.slot for r in group if r.slot is not None]
+        counts = [_num_new(r) for r in group]
+        width = max(counts)
+        ids = [[self.pad_id] * (width - n) + r.ids[len(r.ids) - n :] for r, n in zip(group, counts, strict=True)]
+        places = self._cache.prepare([s.row for s in slots], [s.length for s in slots], counts)  # (B, T)
+        length = self._cache.plan.length
+        hidden = places[..., None] < torch.arange(length, device=places.device)  # (B, T, K)
+        dtype = self.model.dtype
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=places.device)
+        mask.masked_fill_(hidden, torch.finfo(dtype).min)
+        output = self.model(
+            input_ids=torch.tensor(ids, device=places.device),
+            attention_mask=mask[:, None],
+            position_ids=places.clamp(max=self._max_context - 1),  # of padding, whatever the model can embed
+            past_key_values=self._cache,
+            use_cache=True,
+            **({"logits_to_keep": 1} if self._keeps_logits else {}),
+        )
+        for slot, count in zip(slots, counts, strict=True):
+            slot.length += count
+        self.num_prefilled += sum(n for r, n in zip(group, counts, strict=True) if not r.logprobs)
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+
+def _num_new(request: _Request) -> int:
+    """How many of its tokens the cache does not hold."""
+    assert request.slot is not None
+    return len(request.ids) - request.slot.length
+
+
+def _holds(slot: _Slot, ids: list[int]) -> bool:
+    """Whether the slot's tokens begin the prompt, and leave at least its last one to compute."""
+    n = slot.length
+    return n < len(ids) and slot.ids[-1] == ids[n - 1] and slot.ids == ids[:n]
+
+
+def _groups(requests: Sequence[_Request]) -> list[list[_Request]]:
+    """Requests that share a forward pass: those with like numbers of new tokens, in the order of their rows."""
+    groups: list[list[_Request]] = []
+    width = 0
+    for request in sorted(requests, key=_num_new):
+        count = _num_new(request)
+        if groups and len(groups[-1]) * (count - width) <= PASS_COST:
+            groups[-1].append(request)
+        else:
+            groups.append([request])
+        width = count
+    for group in groups:
+        group.sort(key=lambda r: r.slot.row if r.slot else -1)
+    return groups
+
+
+def _max_context(model: PreTrainedModel) -> tuple[int, str]:
+    """Most tokens of a sequence, and the name of what limits it.
+
+    Raises:
+        AgileError: The model's state is more than keys and values, or its attention takes no mask.
+    """
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    remedy = "Serve it with vLLM, or choose a model like Llama, Qwen or Mistral."
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if getattr(model, "_is_stateful", False) or kinds - {"full_attention", "sliding_attention"}:
+        raise AgileError(f"{name} keeps more than keys and values of each token ({sorted(kinds) or 'a state'}). {remedy}")
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise AgileError(f"{name} takes no cache of keys and values. {remedy}")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise AgileError(
+            f"{name} was loaded with attn_implementation={config._attn_implementation!r}, which takes no mask of its "
+            "own for each sequence; load it with attn_implementation='sdpa'."
+        )
+    limits = [(getattr(config, "max_position_embeddings", None) or 2**31, "max_position_embeddings")]
+    window = getattr(config, "sliding_window", None)
+    if window and (not kinds or "sliding_attention" in kinds):
+        limits.append((window, "sliding_window"))
+    return min(limits)
