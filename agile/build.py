@@ -22,7 +22,7 @@ from agile.executor import Executor, Limits
 from agile.imitation import imitation_sessions
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
-from agile.model import load_lm, small_llama
+from agile.model import check_context, load_lm, small_llama
 from agile.policies import HFPolicy
 from agile.prompts import instructions
 from agile.protocols import Advisor, Memory, TrainablePolicy
@@ -109,7 +109,9 @@ class Setup:
         model = self.config.model
         if path := saved or model.path:
             try:
-                return load_lm(str(path), tokenizer)
+                lm = load_lm(str(path), tokenizer, grow=saved is None)
+                check_context(lm, self.config.rollout.max_context_tokens)
+                return lm
             except AgileError as error:
                 if "mismatched_sizes" not in str(error):
                     raise

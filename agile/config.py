@@ -111,9 +111,6 @@ class RolloutConfig(_Config):
     )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of training rollouts.")
     max_batch_size: Count = Field(256, description="Most sessions in one generate.")
-    chunk_tokens: Count = Field(
-        4, description="Tokens that one generate samples before finished sessions make room; more for long prompts."
-    )
     max_turns: Count = 8
     max_context_tokens: Count = 512
     max_session_tokens: Count = 1024
@@ -137,6 +134,25 @@ class RolloutConfig(_Config):
         description="Largest difference, in nats, between the logprobs of rollout and trainer in float32 and without "
         "lag; above, the weights are not the same and the run stops.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _does_not_truncate(cls, values: Any) -> Any:
+        for name in ("top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff"):
+            if isinstance(values, dict) and name in values:
+                raise ValueError(
+                    f"{name} is {values[name]!r}, but a truncated distribution is not the one that the trainer "
+                    "computes, and would bias every importance ratio; remove it and sharpen with rollout.temperature"
+                )
+        return values
+
+    @model_validator(mode="after")
+    def _servers_are_given(self) -> RolloutConfig:
+        if self.policy == "vllm-server":
+            for name in ("servers", "weights_dir"):
+                if not getattr(self, name):
+                    raise ValueError(f"policy is vllm-server, but {name} is missing; see docs/vllm.md")
+        return self
 
 
 class OptimizerConfig(_Config):
