@@ -105,7 +105,7 @@ def small_llama(
 
 
 # Models pad their vocabulary to a round number; more rows than that without a token belong to another tokenizer.
-MAX_UNUSED_IDS = 1024
+MAX_UNUSED_IDS = 2048
 
 
 def load_lm(path: str, tokenizer: PreTrainedTokenizerFast, *, grow: bool = True) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from agile.build import Setup
 from agile.config import RolloutConfig, RunConfig
@@ -67,6 +67,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
 
 
 def _progress() -> Progress:
+    """A bar in a terminal; elsewhere `_advance` prints lines."""
     return Progress(
         TextColumn("{task.description:>10}"),
         BarColumn(),
@@ -74,6 +75,13 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
+
+
+def _advance(progress: Progress, bar: TaskID, step: int, note: str) -> None:
+    progress.update(bar, completed=step, note=note)
+    task = progress.tasks[bar]
+    if not progress.console.is_terminal and task.total and step % max(1, int(task.total) // 10) == 0:
+        progress.console.print(f"{task.description} {step}/{task.total:.0f} {note}")
 
 
 def _imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor, model: ActorCritic) -> None:
@@ -94,7 +102,7 @@ def _imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor
 
         def on_step(step: int, loss: float) -> None:
             run.log("sft", step, {"loss": loss, "lr": engine.lr})
-            progress.update(bar, completed=step, note=f"loss {loss:.3f}")
+            _advance(progress, bar, step, f"loss {loss:.3f}")
             if step % sft.checkpoint_every == 0 or step == sft.num_steps:
                 run.save(Place("sft", step), engine)
 
@@ -245,7 +253,7 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
             }
             started = time.monotonic()
             run.log("ppo", iteration, figures)
-            progress.update(bar, completed=iteration, note=f"score {figures['score']:.3f}")
+            _advance(progress, bar, iteration, f"score {figures['score']:.3f}")
             if iteration % ppo.checkpoint_every == 0 or iteration == ppo.num_iterations:
                 run.save(Place("ppo", iteration), engine, collector.ahead())
 
