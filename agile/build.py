@@ -24,6 +24,8 @@ from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
 from agile.model import check_context, load_lm, small_llama
 from agile.policies import HFPolicy
+from agile.policies.vllm import VLLMPolicy
+from agile.policies.vllm_server import VLLMServerPolicy
 from agile.prompts import instructions
 from agile.protocols import Advisor, Memory, TrainablePolicy
 from agile.run_folder import writing
@@ -145,7 +147,7 @@ class Setup:
             folder: The same model on disk; engines start from it.
             copy: Whether the policy keeps weights of its own while those of `lm` change.
         """
-        rollout = self.config.rollout
+        rollout, vllm = self.config.rollout, self.config.vllm
         if rollout.policy == "hf":
             return HFPolicy(
                 deepcopy(lm) if copy else lm,
@@ -153,7 +155,30 @@ class Setup:
                 temperature=temperature,
                 max_batch_size=rollout.max_batch_size,
             )
-        raise AgileError(f"rollout.policy={rollout.policy} is not there yet.")
+        if rollout.policy == "vllm":
+            return VLLMPolicy(
+                folder,
+                num_tokens=len(tokenizer),
+                dtype=vllm.dtype,
+                max_model_len=rollout.max_context_tokens,
+                max_num_seqs=rollout.max_batch_size,
+                temperature=temperature,
+                kv_cache_gib=vllm.kv_cache_gib,
+                gpu_memory_utilization=vllm.gpu_memory_utilization,
+                enforce_eager=vllm.enforce_eager,
+                block_size=vllm.block_size,
+            )
+        return VLLMServerPolicy(
+            folder,
+            vllm.servers,
+            num_tokens=len(tokenizer),
+            name=vllm.name,
+            dtype=str(lm.dtype).removeprefix("torch.") if vllm.dtype == "auto" else vllm.dtype,
+            max_model_len=rollout.max_context_tokens,
+            temperature=temperature,
+            weights_dir=vllm.weights_dir,
+            timeout_s=vllm.timeout_s,
+        )
 
     def codec(self, tokenizer: PreTrainedTokenizerFast) -> ActionCodec:
         """Tokenizer, actions and prompt format.

@@ -101,13 +101,25 @@ class PromptConfig(_Config):
         return self
 
 
+class VLLMConfig(_Config):
+    """vLLM in this process (`rollout.policy=vllm`) or in servers (`vllm-server`), see docs/vllm.md."""
+
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="auto: the saved model's.")
+    kv_cache_gib: float | None = Field(None, gt=0, description="Size of the KV cache; vLLM's choice by default.")
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="Share of the memory that vLLM may take.")
+    enforce_eager: bool = Field(False, description="Compile nothing: starts in seconds; steps are slower on a GPU.")
+    block_size: Count | None = Field(None, description="Tokens per block of the prefix cache; vLLM's choice.")
+    servers: tuple[str, ...] = Field((), description="Addresses of the servers, such as http://127.0.0.1:8000.")
+    name: str = Field("agile", description="What the servers call the model.")
+    weights_dir: UserPath | None = Field(
+        None, description="Folder for new weights, under the same path here and on every server."
+    )
+    timeout_s: float = Field(300, gt=0, description="How long a request may go unanswered before the run ends.")
+
+
 class RolloutConfig(_Config):
     policy: Literal["hf", "vllm", "vllm-server"] = Field(
         "hf", description="What samples: transformers, vLLM in this process, or vLLM servers."
-    )
-    servers: tuple[str, ...] = Field((), description="vllm-server: addresses, http://127.0.0.1:8000 and the like.")
-    weights_dir: UserPath | None = Field(
-        None, description="vllm-server: folder for new weights, under the same path on every server."
     )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of training rollouts.")
     max_batch_size: Count = Field(256, description="Most sessions in one generate.")
@@ -145,14 +157,6 @@ class RolloutConfig(_Config):
                     "computes, and would bias every importance ratio; remove it and sharpen with rollout.temperature"
                 )
         return values
-
-    @model_validator(mode="after")
-    def _servers_are_given(self) -> RolloutConfig:
-        if self.policy == "vllm-server":
-            for name in ("servers", "weights_dir"):
-                if not getattr(self, name):
-                    raise ValueError(f"policy is vllm-server, but {name} is missing; see docs/vllm.md")
-        return self
 
 
 class OptimizerConfig(_Config):
@@ -250,10 +254,19 @@ class RunConfig(_Config):
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VLLMConfig = VLLMConfig()
     sft: SFTConfig = SFTConfig()
     ppo: PPOConfig = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     demo: DemoConfig = DemoConfig()
+
+    @model_validator(mode="after")
+    def _servers_are_given(self) -> RunConfig:
+        if self.rollout.policy == "vllm-server":
+            for name in ("servers", "weights_dir"):
+                if not getattr(self.vllm, name):
+                    raise ValueError(f"rollout.policy is vllm-server, but vllm.{name} is missing; see docs/vllm.md")
+        return self
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
