@@ -222,7 +222,7 @@ def check_session(session: Session, codec: ActionCodec, limits: Limits) -> None:
         SessionStatus.INVALID_ACTION: SegmentEnd.TERMINATED,
         SessionStatus.TRUNCATED: SegmentEnd.TRUNCATED,
         SessionStatus.FAILED: SegmentEnd.TRUNCATED,
-    }[session.status]
+    }.get(session.status, SegmentEnd.TRUNCATED)  # timeouts
     cleared = [SegmentEnd.CONTEXT_CLEARED] * (len(session.segments) - 1)
     assert [segment.end for segment in session.segments] == [*cleared, last]
     total, turns = 0, 0
