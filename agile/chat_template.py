@@ -86,7 +86,10 @@ class _Renderer:
         self.instructions = instructions
         self.role = role
         self.options = options
-        today, other = (self(1, strftime_now=lambda form, day=day: day) for day in ("1999", "2001"))
+        # A macro, since variables of a template cannot be functions.
+        clock = "{%% macro strftime_now(form) %%}%s{%% endmacro %%}"
+        template = tokenizer.get_chat_template()
+        today, other = (self(1, chat_template=clock % day + template) for day in ("1999", "2001"))
         if today != other:
             raise AgileError(
                 "The chat template writes today's date into the prompt, so that a run resumed tomorrow would be "
@@ -140,7 +143,7 @@ def _check_growth(parts: Sequence[Sequence[str]], role: str, instructions: str) 
     longer = [two[0], *two[1:3], *two[1:3], two[3]]
     if one == [two[0], two[3]] and three == longer:
         return
-    if instructions and role == "system" and one[0] != three[0]:
+    if role == "system" and instructions.strip() in one[0] and instructions.strip() not in three[0]:
         remedy = "It moves the system turn; set prompt.instructions=user."
     else:
         remedy = "Take a template that only appends, or set prompt.format=plain."

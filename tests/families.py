@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -10,7 +11,22 @@ from transformers import PreTrainedTokenizerFast
 
 from agile.chat_template import chat_turns
 from agile.tokens import ActionCodec, add_action_tokens
+from agile.types import ActionSpec, AgentSpec, Fn
 from tests.worlds import AGENT, NOTES, item
+
+# The agent of notes, who may also ask; then the name of its answer is written for it.
+ASKS = AgentSpec(
+    "asks",
+    (
+        *(
+            replace(a, followed_by=(*a.followed_by, Fn.SEEK_ADVICE)) if a.name == "Add" else a
+            for a in NOTES.actions
+            if a.name != Fn.RETRIEVE_MEMORY
+        ),
+        ActionSpec(Fn.RETRIEVE_MEMORY, "Look.", ("Add", Fn.SEEK_ADVICE, Fn.PREDICT_ANSWER)),
+        ActionSpec(Fn.SEEK_ADVICE, "Ask.", (Fn.PREDICT_ANSWER,)),
+    ),
+)
 
 LLAMA = """\
 {{- bos_token }}{% for message in messages %}\
@@ -79,13 +95,11 @@ def family_tokenizer(family: str, template: str | None = None) -> PreTrainedToke
 
 @cache
 def family_codec(family: str, special_tokens: bool, keep_thinking: bool = True, *options: str) -> ActionCodec:
-    """A codec for the agent of notes; `options` are set true, `-name` false."""
+    """A codec for the agent that asks; `options` are set true, `-name` false."""
     tokenizer = family_tokenizer(family)
     if special_tokens:
-        add_action_tokens(tokenizer, NOTES)
+        add_action_tokens(tokenizer, ASKS)
     values: dict[str, Any] = {name.removeprefix("-"): not name.startswith("-") for name in options}
     role: Any = "user" if family == "mistral" else "system"
-    turns, end_id = chat_turns(
-        tokenizer, instructions="Act.", role=role, keep_thinking=keep_thinking, options=values
-    )
-    return ActionCodec(tokenizer, NOTES, special_tokens=special_tokens, turns=turns, end_id=end_id)
+    turns, end_id = chat_turns(tokenizer, instructions="Act.", role=role, keep_thinking=keep_thinking, options=values)
+    return ActionCodec(tokenizer, ASKS, special_tokens=special_tokens, turns=turns, end_id=end_id)

@@ -236,6 +236,8 @@ def check_session(session: Session, codec: ActionCodec, limits: Limits) -> None:
                 turns += 1
                 assert len(span.token_ids) <= limits.max_action_tokens
                 continue
+            if span.source in (Source.TEMPLATE, Source.CARRIED):  # may end a turn, and hold what was sampled
+                continue
             names = [codec.name_of(i) for i in span.token_ids]
             if span.source is Source.EXECUTOR:  # the name it wrote comes last, after an error if there was one
                 names.pop()
