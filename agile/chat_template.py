@@ -14,7 +14,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerFast
 
 from agile.errors import AgileError
-from agile.tokens import Turns
+from agile.tokens import THINK_END, Turns
 
 _THINKING = re.compile(r"<think>\s*(</think>\s*)?$")
 
@@ -46,6 +46,11 @@ def chat_turns(
     render = _Renderer(tokenizer, instructions, role, dict(options or {}))
     parts = [_split(render(n), n) for n in (1, 2, 3)]
     _check_growth(parts, role, instructions)
+    if instructions.strip() not in parts[0][0]:
+        raise AgileError(
+            "The chat template leaves the system turn out, so that the LLM would never see its instructions. Set "
+            "prompt.instructions=user."
+        )
     opening, *middle, to_llm = parts[2]
     before, after = middle[0], middle[1]  # user to LLM and LLM to user, in turns that lie behind
     if _THINKING.sub("", to_llm).rstrip() != _THINKING.sub("", before).rstrip():
@@ -54,17 +59,20 @@ def chat_turns(
             "was sampled would stand elsewhere afterwards. Set prompt.template_options so that both agree, or "
             "prompt.format=plain."
         )
-    end, *to_user = _ids(tokenizer, after)
-    if end not in tokenizer.added_tokens_decoder:
+    end, *to_user = _ids(tokenizer, after.lstrip()) or (None,)  # white space before the end is the LLM's to write
+    if end is None or end not in tokenizer.added_tokens_decoder:
         raise AgileError(
             f"The chat template ends the LLM's turn with {after!r}, which does not start with a special token; an "
             "action's end could not be told from text. Set prompt.format=plain."
         )
+    # Without thinking, both differ in white space at most, which the sampled text may bring itself.
+    thinks = _THINKING.search(to_llm)
     turns = Turns(
         opening=_ids(tokenizer, opening),
         to_llm=_ids(tokenizer, to_llm),
-        to_llm_before=_ids(tokenizer, before),
+        to_llm_before=_ids(tokenizer, before if thinks else to_llm),
         to_user=tuple(to_user),
+        end_thinking=_ids(tokenizer, f"{THINK_END}\n\n") if thinks and not thinks[1] else (),
         keep_thinking=keep_thinking,
     )
     return turns, end
@@ -78,7 +86,10 @@ class _Renderer:
         self.instructions = instructions
         self.role = role
         self.options = options
-        today, other = (self(1, strftime_now=lambda form, day=day: day) for day in ("1999", "2001"))
+        # A macro, since variables of a template cannot be functions.
+        clock = "{%% macro strftime_now(form) %%}%s{%% endmacro %%}"
+        template = tokenizer.get_chat_template()
+        today, other = (self(1, chat_template=clock % day + template) for day in ("1999", "2001"))
         if today != other:
             raise AgileError(
                 "The chat template writes today's date into the prompt, so that a run resumed tomorrow would be "
@@ -103,7 +114,8 @@ class _Renderer:
         except Exception as error:  # templates raise errors of their own, and jinja its
             system = messages[0]["role"] == "system"
             remedy = " It may know no system turn: set prompt.instructions=user." if system else ""
-            raise AgileError(f"The chat template cannot render a conversation: {error}.{remedy}") from error
+            reason = str(error).rstrip(".")
+            raise AgileError(f"The chat template cannot render a conversation: {reason}.{remedy}") from error
 
 
 def _mark(kind: str, i: int) -> str:
@@ -131,7 +143,7 @@ def _check_growth(parts: Sequence[Sequence[str]], role: str, instructions: str) 
     longer = [two[0], *two[1:3], *two[1:3], two[3]]
     if one == [two[0], two[3]] and three == longer:
         return
-    if instructions and role == "system" and one[0] != three[0]:
+    if role == "system" and instructions.strip() in one[0] and instructions.strip() not in three[0]:
         remedy = "It moves the system turn; set prompt.instructions=user."
     else:
         remedy = "Take a template that only appends, or set prompt.format=plain."
@@ -142,5 +154,10 @@ def _check_growth(parts: Sequence[Sequence[str]], role: str, instructions: str) 
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:
-    """Ids of a piece of the template, whose special tokens are special."""
+    """Ids of a piece of the template, whose special tokens are special.
+
+    A space at its end is left to what follows, where the tokenizer starts every text with one.
+    """
+    if tokenizer.tokenize("x")[0].startswith("\N{LOWER ONE EIGHTH BLOCK}"):
+        text = text.removesuffix(" ")
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()

@@ -84,7 +84,7 @@ def _stage(name: str) -> Iterator[None]:
     """Every failure of a collaborator passes here and gets the name of its stage."""
     try:
         yield
-    except (AgileError, StageTimeout):
+    except AgileError:
         raise
     except Exception as error:
         raise _StageError(f"{name}: {type(error).__name__}: {error}") from error
@@ -270,8 +270,8 @@ class Executor:
             completion = await self._sample(draft, legal, forced)
             with _stage("policy"):  # no tokenizer decodes a negative id
                 parsed = self.codec.parse(completion.token_ids, legal, forced)
+            self._cut_thinking(draft)
             if isinstance(parsed, Action):
-                self._cut_thinking(draft)
                 return parsed
             draft.invalid += 1
             text = f"error : {parsed}"
@@ -285,18 +285,28 @@ class Executor:
     def _show(self, draft: _Draft, source: Source, token_ids: tuple[int, ...], speaker: Speaker = "user") -> None:
         """Append observed tokens, and before them what the prompt format puts between turns, if all of it fits."""
         between = self._between(draft, speaker)
+        if speaker == "llm" and token_ids:  # a name that is written here comes after thinking
+            between += self.codec.turns.end_thinking
         num_tokens = len(between) + len(token_ids)
-        context, total = draft.num_context_tokens() + num_tokens, draft.num_tokens() + num_tokens
-        if context > self.limits.max_context_tokens or total > self.limits.max_session_tokens:
-            raise _Truncated(f"{total} tokens, {context} of them in context, do not fit the limit")
+        self._check_room(draft.num_context_tokens() + num_tokens, draft.num_tokens() + num_tokens)
         if between:
             draft.spans.append(Span(Source.TEMPLATE, between))
         if token_ids:
             draft.spans.append(Span(source, token_ids))
         draft.speaker = speaker
 
+    def _check_room(self, context: int, total: int) -> None:
+        if context > self.limits.max_context_tokens or total > self.limits.max_session_tokens:
+            raise _Truncated(f"{total} tokens, {context} of them in context, do not fit the limit")
+
     def _between(self, draft: _Draft, speaker: Speaker) -> tuple[int, ...]:
-        turns = self.codec.turns
+        turns, end_id = self.codec.turns, self.codec.end_id
+        if draft.speaker == "llm":
+            last = draft.spans[-1]
+            if not (turns.to_llm or turns.to_user) or last.source is Source.EXECUTOR:  # a name, its argument to come
+                return ()
+            to_user = turns.to_user if last.token_ids[-1:] == (end_id,) else (end_id, *turns.to_user)
+            return to_user if speaker == "user" else to_user + turns.to_llm
         match draft.speaker, speaker:
             case None, "user":
                 return turns.opening
@@ -304,9 +314,6 @@ class Executor:
                 return turns.opening + turns.to_llm
             case "user", "llm":
                 return turns.to_llm
-            case "llm", "user" if turns.to_user:
-                ended = draft.spans[-1].token_ids[-1:] == (self.codec.end_id,)
-                return turns.to_user if ended else (self.codec.end_id, *turns.to_user)
         return ()
 
     def _cut_thinking(self, draft: _Draft) -> None:
@@ -317,8 +324,10 @@ class Executor:
         before = draft.context()[: -len(sampled)]
         if turns.to_llm and tuple(before[-len(turns.to_llm) :]) == turns.to_llm:
             before = [*before[: -len(turns.to_llm)], *turns.to_llm_before]
+        carried = (*before, *sampled[thinking:])
+        self._check_room(len(carried), draft.num_tokens() + len(carried))
         draft.close(SegmentEnd.CONTEXT_CLEARED)
-        draft.spans.append(Span(Source.CARRIED, (*before, *sampled[thinking:])))
+        draft.spans.append(Span(Source.CARRIED, carried))
         draft.speaker = "llm"
 
     async def _sample(self, draft: _Draft, legal: tuple[str, ...], forced: str | None) -> Completion:
@@ -390,8 +399,6 @@ class Executor:
                     call = self.tools[name](action.argument, draft.item)
                     result = await within("tool", self.limits.max_stage_s, call)
                     text, ok = str(result.text), result.ok
-                except StageTimeout:
-                    raise
                 except Exception as error:  # a tool that raises is answered like one that reports an error
                     text, ok = f"error : {type(error).__name__}: {error}", False
         draft.steps.append(Observation(action, source, text, ok))

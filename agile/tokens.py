@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +16,7 @@ from agile.errors import AgileError
 from agile.types import Action, AgentSpec
 
 END, PAD, UNK = "<end>", "<pad>", "<unk>"
-THINK_END = "</think>"
+THINK, THINK_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Turns:
         to_llm_before: The same in a turn that is already answered; differs where the template puts an empty thinking
             block into the turn that is to be sampled.
         to_user: After the end of the LLM's turn: opens the user's.
+        end_thinking: Ends the thinking that `to_llm` opens, if it does: actions come after it.
         keep_thinking: Whether thinking stays in the context. If not, the window ends with each turn that thought, and
             the next one starts with the same tokens but the thinking.
     """
@@ -35,6 +38,7 @@ class Turns:
     to_llm: tuple[int, ...] = ()
     to_llm_before: tuple[int, ...] = ()
     to_user: tuple[int, ...] = ()
+    end_thinking: tuple[int, ...] = ()
     keep_thinking: bool = True
 
 
@@ -83,11 +87,16 @@ class ActionCodec:
         self.end_id: int = tokenizer.eos_token_id if end_id is None else end_id
         self.action_ids: dict[str, int] = {a.name: vocab[a.token] for a in spec.actions} if special_tokens else {}
         self._names = {i: n for n, i in self.action_ids.items()}
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        # What is special is not found in text; some families leave `</think>` and the like plain additions.
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        for token in backend["added_tokens"]:
+            token["special"] |= bool(token["content"].strip())  # but runs of spaces are text
+        self._backend = Tokenizer.from_str(json.dumps(backend))
         self._backend.encode_special_tokens = True
         # A model of whole words holds the names of special tokens as words: nothing but their ids tells them apart.
         unk = tokenizer.unk_token_id
-        self._reserved = ({*tokenizer.all_special_ids} - {unk}) | {self.end_id, *self._names}
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._reserved = (special | {*tokenizer.all_special_ids} - {unk}) | {self.end_id, *self._names}
         self._plain = () if unk is None or unk in self._reserved else (int(unk),)
         self.encode = lru_cache(maxsize=65536)(self._encode)
 
@@ -138,20 +147,24 @@ class ActionCodec:
 
     def encode_action(self, action: Action) -> tuple[int, ...]:
         """What an LLM that chooses `action` emits: its name, its argument, and the end if it takes an argument."""
+        thought = self.turns.end_thinking
         if not self.special_tokens:
-            return (*self.encode(str(action)), self.end_id)
-        head = (self.action_ids[action.name],)
+            return (*thought, *self.encode(str(action)), self.end_id)
+        head = (*thought, self.action_ids[action.name])
         return head + self.encode_argument(action) if self.spec[action.name].takes_argument else head
 
     def encode_argument(self, action: Action) -> tuple[int, ...]:
         return (*self.encode(action.argument), self.end_id)
 
     def num_thinking(self, token_ids: Sequence[int]) -> int:
-        """How many of the sampled ids, from the first, are a thinking block, its end included."""
-        text = self.decode(token_ids)
-        if THINK_END not in text:
+        """How many of the sampled ids, from the first, are a thinking block, its end and white space included."""
+        if THINK_END not in self.decode(token_ids):
             return 0
-        return 1 + next(n for n in range(len(token_ids)) if THINK_END in self.decode(token_ids[: n + 1]))
+        lengths = range(len(token_ids) + 1)
+        num = bisect_left(lengths, True, key=lambda n: THINK_END in self.decode(token_ids[:n]))
+        while num < len(token_ids) and not self.decode(token_ids[num : num + 1]).strip():
+            num += 1
+        return num
 
     def parse(self, token_ids: Sequence[int], legal: Sequence[str], forced: str | None) -> Action | str:
         """The action in sampled ids, or a sentence that says what is wrong with them; a thinking block is skipped.
@@ -161,10 +174,13 @@ class ActionCodec:
             legal: Names of the legal actions.
             forced: The action whose name the executor wrote already, so that only its argument was sampled.
         """
-        ids = list(token_ids)
+        thinking = self.num_thinking(token_ids)
+        ids = list(token_ids[thinking:])
+        opened = forced is None and self.turns.end_thinking
+        if (opened and not thinking) or self.decode(ids).lstrip().startswith(THINK):
+            return "the thinking did not end"
         if not self.special_tokens:
             return self._parse_text(ids, legal, forced)
-        ids = ids[self.num_thinking(ids) :]
         if forced is None:
             name = self.name_of(ids[0]) if ids else None
             if name is None or name not in legal:
@@ -183,13 +199,13 @@ class ActionCodec:
     def _parse_text(self, ids: list[int], legal: Sequence[str], forced: str | None) -> Action | str:
         if not ids or ids[-1] != self.end_id:
             return f"{forced or 'the action'} did not end"
-        ids = ids[self.num_thinking(ids) : -1]
+        ids = ids[:-1]
         if not self._reserved.isdisjoint(ids):
             return f"{forced or 'the action'} holds a special token"
         text = self.decode(ids).strip()
         if forced is not None:
             return Action(forced, text)
-        found = re.match(r"\[(\w+)\]\s*(.*)", text, re.DOTALL)
+        found = re.match(r"\[([^\[\]]+)\]\s*(.*)", text, re.DOTALL)
         if found is None or found[1] not in legal:
             return "expected one of " + " ".join(f"[{name}]" for name in legal)
         if found[2] and not self.spec[found[1]].takes_argument:
