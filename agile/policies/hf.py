@@ -13,11 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agile.errors import AgileError
-from agile.policies.slots import SlotCache
+from agile.policies.slots import Plan, SlotCache, slot_attention
 from agile.types import Completion, Usage
 
-# What a forward pass costs besides its tokens, in tokens: up to so many of padding are cheaper than a pass of their own.
-PASS_COST = 128
+MAX_PASS_TOKENS = 8192  # of one forward pass, unless a single prompt has more: bounds memory
 
 
 @dataclass(slots=True, eq=False)
@@ -109,7 +108,6 @@ class HFPolicy:
         self.num_prefilled = 0
         self._version = 0
         self._max_context, self._limit_name = _max_context(model)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._arrived: list[_Request] = []  # since the last step
         self._waiting: list[_Request] = []
         self._running: list[_Request] = []
@@ -288,10 +286,7 @@ class HFPolicy:
         running = self._running
         if not running:
             return None
-        was_training = self.model.training
         try:
-            if was_training:
-                self.model.eval()
             self._sample(running)
         except Exception as error:
             self._running = []
@@ -301,9 +296,6 @@ class HFPolicy:
                 if request.future is not None and not request.gone:
                     request.future.set_exception(error)
             return error
-        finally:
-            if was_training:
-                self.model.train()
         self._running = [r for r in running if not r.done]
         for request in running:
             if request.done:
@@ -314,9 +306,10 @@ class HFPolicy:
 
     @torch.no_grad()
     def _sample(self, running: Sequence[_Request]) -> None:
-        groups = _groups(running)
-        requests = [r for group in groups for r in group]
-        logits = torch.cat([self._forward(group) for group in groups])  # (B, V)
+        passes = _passes(running)
+        requests = [r for group in passes for r in group]
+        with slot_attention(self.model):
+            logits = torch.cat([self._forward(group) for group in passes])  # (B, V)
         logprobs = (logits / (self.temperature or 1.0)).log_softmax(-1)
         scores = logprobs
         if self.temperature > 0:
@@ -335,26 +328,12 @@ class HFPolicy:
         """Logits (B, V) after the last token of each request, in float32; its slot then holds all its tokens."""
         slots = [r.slot for r in group if r.slot is not None]
         counts = [_num_new(r) for r in group]
-        width = max(counts)
-        ids = [[self.pad_id] * (width - n) + r.ids[len(r.ids) - n :] for r, n in zip(group, counts, strict=True)]
-        places = self._cache.prepare([s.row for s in slots], [s.length for s in slots], counts)  # (B, T)
-        length = self._cache.plan.length
-        hidden = places[..., None] < torch.arange(length, device=places.device)  # (B, T, K)
-        dtype = self.model.dtype
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=places.device)
-        mask.masked_fill_(hidden, torch.finfo(dtype).min)
-        output = self.model(
-            input_ids=torch.tensor(ids, device=places.device),
-            attention_mask=mask[:, None],
-            position_ids=places.clamp(max=self._max_context - 1),  # of padding, whatever the model can embed
-            past_key_values=self._cache,
-            use_cache=True,
-            **({"logits_to_keep": 1} if self._keeps_logits else {}),
-        )
-        for slot, count in zip(slots, counts, strict=True):
+        plan = self._cache.prepare([s.row for s in slots], [s.length for s in slots], counts)
+        ids = [i for r, n in zip(group, counts, strict=True) for i in r.ids[-n:]]
+        logits = _logits(self.model, self._cache, plan, torch.tensor([ids], device=self.model.device))
+        for slot, request, count in zip(slots, group, counts, strict=True):
             slot.length += count
-        self.num_prefilled += sum(n for r, n in zip(group, counts, strict=True) if not r.logprobs)
-        logits: Tensor = output.logits[:, -1].float()
+            self.num_prefilled += 0 if request.logprobs else count
         return logits
 
 
@@ -370,20 +349,33 @@ def _holds(slot: _Slot, ids: list[int]) -> bool:
     return n < len(ids) and slot.ids[-1] == ids[n - 1] and slot.ids == ids[:n]
 
 
-def _groups(requests: Sequence[_Request]) -> list[list[_Request]]:
-    """Requests that share a forward pass: those with like numbers of new tokens, in the order of their rows."""
-    groups: list[list[_Request]] = []
-    width = 0
-    for request in sorted(requests, key=_num_new):
-        count = _num_new(request)
-        if groups and len(groups[-1]) * (count - width) <= PASS_COST:
-            groups[-1].append(request)
-        else:
-            groups.append([request])
-        width = count
-    for group in groups:
-        group.sort(key=lambda r: r.slot.row if r.slot else -1)
-    return groups
+def _passes(requests: Sequence[_Request]) -> list[list[_Request]]:
+    """Requests that share a forward pass, those of one new token first, each kind in the order of its rows."""
+    passes: list[list[_Request]] = []
+    room = 0
+    for request in sorted(requests, key=lambda r: (min(_num_new(r), 2), r.slot.row if r.slot else -1)):
+        if not passes or _num_new(request) > room:
+            passes.append([])
+            room = MAX_PASS_TOKENS
+        passes[-1].append(request)
+        room -= _num_new(request)
+    return passes
+
+
+def _logits(model: PreTrainedModel, cache: SlotCache, plan: Plan, ids: Tensor) -> Tensor:
+    """Logits (B, V) after the last token of each sequence of the plan, of token ids (1, N), in float32."""
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    output = model(
+        input_ids=ids,
+        position_ids=plan.positions,
+        attention_mask=ids.new_zeros(1, 1, 1, 1),  # nobody reads it; without one, models would make their own
+        past_key_values=cache,
+        use_cache=True,
+        slot_plan=plan,
+        **({"logits_to_keep": plan.last} if keeps else {}),
+    )
+    logits: Tensor = output.logits[0].float()
+    return logits if keeps else logits[plan.last]
 
 
 def _max_context(model: PreTrainedModel) -> tuple[int, str]:
