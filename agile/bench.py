@@ -124,7 +124,6 @@ def play_agent(setup: Setup, folder: Path, name: str, out: Path) -> tuple[list[T
         tokenizer.pad_token_id,
         temperature=0.0,
         max_batch_size=setup.config.rollout.max_batch_size,
-        chunk_tokens=setup.config.rollout.chunk_tokens,
     )
     streams = setup.task.streams("test")
     with Progress(transient=True, disable=not get_console().is_terminal) as progress:

@@ -85,9 +85,9 @@ class RolloutConfig(_Config):
         None, description="vllm-server: folder for new weights, under the same path on every server."
     )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of training rollouts.")
-    max_batch_size: Count = Field(256, description="Most sessions in one generate.")
-    chunk_tokens: Count = Field(
-        4, description="Tokens that one generate samples before finished sessions make room; more for long prompts."
+    max_batch_size: Count = Field(
+        256,
+        description="hf: most sequences sampled at once, and whose keys and values are kept; fewer take less memory.",
     )
     max_turns: Count = 8
     max_context_tokens: Count = 512

@@ -153,7 +153,6 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
         executor.codec.tokenizer.pad_token_id,
         temperature=rollout.temperature,
         max_batch_size=rollout.max_batch_size,
-        chunk_tokens=rollout.chunk_tokens,
     )
     streams = setup.task.streams("train")
     count = min(ppo.streams_per_iteration, len(streams))
@@ -162,7 +161,7 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
     def play(iteration: int) -> list[Trajectory]:
         nonlocal started
         started = time.monotonic()
-        policy.version = iteration
+        policy.update_weights((), iteration)  # the trainer changed the model in place
         rng = np.random.default_rng(derive_seed(config.seed, "streams", iteration))
         chosen = [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))]
         trajectories = asyncio.run(

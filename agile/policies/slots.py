@@ -7,20 +7,28 @@ function registered with transformers' `AttentionInterface`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from agile.errors import AgileError
+
 ATTENTION = "agile_slots"
 MIN_CAPACITY = 64
+REMEDY = "Serve it with vLLM, or choose a model like Llama, Qwen or Mistral."
+
+_Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +159,7 @@ class SlotCache(Cache):
         )
         return self.plan
 
-    def _part(self, rows: Any, starts: Any, counts: Any) -> _Part:
+    def _part(self, rows: _Ints, starts: _Ints, counts: _Ints) -> _Part:
         width, length = int(counts.max()), int((starts + counts).max())
         first, end = int(rows.min()), int(rows.max()) + 1
         # a view of all rows in between is cheaper than a copy, unless most of them have no query
@@ -173,7 +181,7 @@ class SlotCache(Cache):
             self._tensor(visible),
         )
 
-    def _tensor(self, array: Any) -> Tensor:
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
 
@@ -208,16 +216,95 @@ AttentionInterface.register(ATTENTION, _attend)
 
 
 @contextmanager
-def slot_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model attends by slots, in evaluation mode; it may be a trainer's, so both are restored."""
-    config, was_training = model.config.get_text_config(), model.training
-    own = config._attn_implementation
+def evaluation(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model, which may be a trainer's, is in evaluation mode."""
+    was_training = model.training
+    if was_training:
+        model.eval()
     try:
-        if was_training:
-            model.eval()
-        config._attn_implementation = ATTENTION
         yield
     finally:
-        config._attn_implementation = own
         if was_training:
             model.train()
+
+
+@contextmanager
+def slot_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model attends by slots, in evaluation mode."""
+    config = model.config.get_text_config()
+    own = config._attn_implementation
+    with evaluation(model):
+        config._attn_implementation = ATTENTION
+        try:
+            yield
+        finally:
+            config._attn_implementation = own
+
+
+def last_logits(model: PreTrainedModel, slots: SlotCache, plan: Plan, ids: Tensor) -> Tensor:
+    """Logits (B, V) after the last token of each sequence of the plan, of token ids (1, N), in float32."""
+    keeps = "logits_to_keep" in _parameters(type(model))
+    output = model(
+        input_ids=ids,
+        position_ids=plan.positions,
+        attention_mask=ids.new_zeros(1, 1, 1, 1),  # nobody reads it; without one, models would make their own
+        past_key_values=slots,
+        use_cache=True,
+        slot_plan=plan,
+        **({"logits_to_keep": plan.last} if keeps else {}),
+    )
+    logits: Tensor = output.logits[0].float()
+    return logits if keeps else logits[plan.last]
+
+
+def max_context(model: PreTrainedModel) -> tuple[int, str]:
+    """Most tokens of a sequence, and the name of what limits it.
+
+    Raises:
+        AgileError: The model's state is more than keys and values, or its attention takes no mask.
+    """
+    config = model.config.get_text_config()
+    name = type(model).__name__
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if getattr(model, "_is_stateful", False) or kinds - {"full_attention", "sliding_attention"}:
+        raise AgileError(
+            f"{name} keeps more than keys and values of each token ({sorted(kinds) or 'a state'}). {REMEDY}"
+        )
+    if "past_key_values" not in _parameters(type(model)):
+        raise AgileError(f"{name} takes no cache of keys and values. {REMEDY}")
+    limits = [(getattr(config, "max_position_embeddings", None) or 2**31, "max_position_embeddings")]
+    window = getattr(config, "sliding_window", None)
+    if window and (not kinds or "sliding_attention" in kinds):
+        limits.append((window, "sliding_window"))
+    return min(limits)
+
+
+def check_attention(model: PreTrainedModel) -> None:
+    """Compare a short sequence that comes in two parts, beside another one, to a plain forward pass.
+
+    Raises:
+        AgileError: They differ, or the model fails.
+    """
+    ids = torch.arange(4, device=model.device)[None]
+    slots = SlotCache(model.config.get_text_config().num_hidden_layers, model.device)
+    problem: Exception | str
+    try:
+        with torch.no_grad(), slot_attention(model):
+            last_logits(model, slots, slots.prepare([1, 0], [0, 0], [1, 2]), ids[:, [3, 0, 1]])
+            found = last_logits(model, slots, slots.prepare([1, 0], [1, 2], [1, 2]), ids[:, [3, 2, 3]])[1]
+        with torch.no_grad(), evaluation(model):
+            expected = model(input_ids=ids).logits[0, -1].float()
+        problem = f"logits differ by up to {float((found - expected).abs().max()):.2g}"
+        if torch.allclose(found, expected, rtol=0.0, atol=0.05 * float(expected.std()) + 1e-6):
+            return
+    except Exception as error:
+        problem = error
+    raise AgileError(
+        f"{type(model).__name__} cannot sample sequences of different lengths from one cache ({problem}): its "
+        f"attention is not the usual one of transformers. {REMEDY}"
+    )
+
+
+@cache
+def _parameters(model: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(inspect.signature(model.forward).parameters)
