@@ -8,11 +8,11 @@ function registered with transformers' `AttentionInterface`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class _Part:
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:
         """Of queries (H, n, D) to the rows of stores (rows, tokens, heads, D); (n, H, D)."""
         lines, _, width, length = self.visible.shape
-        queries = query.index_select(1, self.pad).unflatten(1, (lines, width)).transpose(0, 1)  # (B, H, T, D)
+        queries = query.index_select(1, self.pad).view(len(query), lines, width, -1).transpose(0, 1)  # (B, H, T, D)
         keys, values = (self._held(store, length).transpose(1, 2) for store in (keys, values))  # (B, heads, K, D)
         output = scaled_dot_product_attention(
             queries, keys, values, attn_mask=self.visible, scale=scale, enable_gqa=keys.shape[1] != queries.shape[1]
@@ -88,28 +88,29 @@ class _SlotLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, cache: SlotCache):
-        super().__init__()
+        CacheLayerMixin.__init__(cast(Any, self))
         self.cache = cache
+        self.stores: tuple[Tensor, ...] = ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the store as large as the cache is to be, and keep what it holds."""
+        """Make the stores as large as the cache is to be, and keep what they hold."""
         # zeros, not empty: what is masked has weight 0, and 0 times a NaN that lay in memory would be NaN
-        stores = [s.new_zeros(*self.cache.shape, s.shape[1], s.shape[3]) for s in (key_states, value_states)]
-        if self.is_initialized:
-            for new, old in zip(stores, (self.keys, self.values), strict=True):
-                new[: old.shape[0], : old.shape[1]] = old
-        self.keys, self.values = stores
+        stores = tuple(s.new_zeros(*self.cache.shape, s.shape[1], s.shape[3]) for s in (key_states, value_states))
+        for new, old in zip(stores, self.stores, strict=False):  # at first there is no old one
+            new[: old.shape[0], : old.shape[1]] = old
+        self.stores = stores
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write (1, heads, N, D) where the plan says; returns the whole stores, of which `attend` takes its part."""
-        if not self.is_initialized or self.keys.shape[:2] != self.cache.shape:
+        """Write (1, heads, N, D) where the plan says; returns the whole stores, of which `_attend` takes its part."""
+        if not self.stores or self.stores[0].shape[:2] != self.cache.shape:
             self.lazy_initialization(key_states, value_states)
-        for store, states in ((self.keys, key_states), (self.values, value_states)):
+        keys, values = self.stores
+        for store, states in ((keys, key_states), (values, value_states)):
             store.flatten(0, 1).index_copy_(0, self.cache.plan.write, states[0].transpose(0, 1))
-        return self.keys, self.values
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -243,7 +244,7 @@ def slot_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def last_logits(model: PreTrainedModel, slots: SlotCache, plan: Plan, ids: Tensor) -> Tensor:
     """Logits (B, V) after the last token of each sequence of the plan, of token ids (1, N), in float32."""
-    keeps = "logits_to_keep" in _parameters(type(model))
+    keeps = "logits_to_keep" in _parameters(type(model).forward)
     output = model(
         input_ids=ids,
         position_ids=plan.positions,
@@ -270,7 +271,7 @@ def max_context(model: PreTrainedModel) -> tuple[int, str]:
         raise AgileError(
             f"{name} keeps more than keys and values of each token ({sorted(kinds) or 'a state'}). {REMEDY}"
         )
-    if "past_key_values" not in _parameters(type(model)):
+    if "past_key_values" not in _parameters(type(model).forward):
         raise AgileError(f"{name} takes no cache of keys and values. {REMEDY}")
     limits = [(getattr(config, "max_position_embeddings", None) or 2**31, "max_position_embeddings")]
     window = getattr(config, "sliding_window", None)
@@ -306,5 +307,5 @@ def check_attention(model: PreTrainedModel) -> None:
 
 
 @cache
-def _parameters(model: type[PreTrainedModel]) -> frozenset[str]:
-    return frozenset(inspect.signature(model.forward).parameters)
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

@@ -381,8 +381,7 @@ def test_the_least_recently_used_slot_is_evicted(model: LlamaForCausalLM) -> Non
 
 
 def test_a_slot_is_taken_only_by_a_prompt_that_goes_on_from_it(model: LlamaForCausalLM) -> None:
-    policy = HFPolicy(model, PAD)
-    first = policy.sample([[7, 8, 9]], max_tokens=[2], stop=[()], seeds=[1])[0]
+    first = HFPolicy(model, PAD).sample([[7, 8, 9]], max_tokens=[2], stop=[()], seeds=[1])[0]
     held = [7, 8, 9, first.token_ids[0]]
     for prompt, cached in (
         ([7, 8, 9, 10], 0),
@@ -391,6 +390,8 @@ def test_a_slot_is_taken_only_by_a_prompt_that_goes_on_from_it(model: LlamaForCa
         ([*held[:-1], held[-1] + 1, 4], 0),
         ([*held, 4], 4),
     ):
+        policy = HFPolicy(model, PAD)
+        assert policy.sample([[7, 8, 9]], max_tokens=[2], stop=[()], seeds=[1]) == [first]
         assert sample(policy, [prompt], [2], 1)[0].usage.cached_tokens == cached
 
 
@@ -468,13 +469,13 @@ def test_an_update_while_requests_run_is_refused(model: LlamaForCausalLM) -> Non
 def tiny(kind: str) -> PreTrainedModel:
     """Logits of a deviation of about 1."""
     torch.manual_seed(1)
-    sizes: dict[str, Any] = dict(vocab_size=60, hidden_size=32, num_hidden_layers=2, max_position_embeddings=64)
-    sizes |= dict(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=None)
-    sizes |= dict(eos_token_id=None, tie_word_embeddings=kind == "qwen2", initializer_range=0.3)
+    sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"max_position_embeddings": 64, "initializer_range": 0.3}
+    sizes |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    gpt2 = GPT2Config(**sizes)
+    sizes |= {"intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": kind == "qwen2"}
     models: dict[str, Callable[[], PreTrainedModel]] = {
-        "gpt2": lambda: GPT2LMHeadModel(
-            GPT2Config(60, 64, 32, 2, 4, initializer_range=0.2, bos_token_id=None, eos_token_id=None)
-        ),
+        "gpt2": lambda: GPT2LMHeadModel(gpt2),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**sizes)),
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16)),
         "mistral": lambda: MistralForCausalLM(MistralConfig(**sizes, sliding_window=40)),
