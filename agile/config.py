@@ -122,7 +122,10 @@ class RolloutConfig(_Config):
         "hf", description="What samples: transformers, vLLM in this process, or vLLM servers."
     )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of training rollouts.")
-    max_batch_size: Count = Field(256, description="Most sessions in one generate.")
+    max_batch_size: Count = Field(
+        256,
+        description="hf: most sequences sampled at once, and whose keys and values are kept; fewer take less memory.",
+    )
     max_turns: Count = 8
     max_context_tokens: Count = 512
     max_session_tokens: Count = 1024

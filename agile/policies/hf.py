@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,27 +12,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agile.errors import AgileError
-from agile.policies.slots import SlotCache
+from agile.policies.slots import SlotCache, check_attention, last_logits, max_context, slot_attention
 from agile.types import Completion, Usage
 
-# What a forward pass costs besides its tokens, in tokens: up to so many of padding are cheaper than a pass of their own.
-PASS_COST = 128
+MAX_PASS_TOKENS = 8192  # of one forward pass, unless a single prompt has more: bounds memory
 
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """A row of the cache.
-
-    Attributes:
-        ids: The tokens whose keys and values it holds, while no request runs in it.
-        length: Their number, also while one does.
-        used: When its last request ended; 0 if it holds nothing.
-    """
+    """A row of the cache: the tokens whose keys and values it holds while no request runs in it, and their number."""
 
     row: int
     ids: list[int] = field(default_factory=list)
     length: int = 0
-    used: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -106,15 +97,14 @@ class HFPolicy:
         self.temperature = temperature
         self.max_batch_size = max_batch_size
         self.reuse = reuse
-        self.num_prefilled = 0
         self._version = 0
-        self._max_context, self._limit_name = _max_context(model)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._max_context, self._limit_name = max_context(model)
         self._arrived: list[_Request] = []  # since the last step
         self._waiting: list[_Request] = []
         self._running: list[_Request] = []
-        self._loop_task: asyncio.Task[None] | None = None
+        self._server: asyncio.Task[None] | None = None
         self.close()
+        check_attention(model)
 
     @property
     def version(self) -> int:
@@ -130,8 +120,6 @@ class HFPolicy:
         Raises:
             AgileError: Requests are running, or names or shapes are not those of the model.
         """
-        if running := [r for r in (*self._arrived, *self._waiting, *self._running) if not r.gone]:
-            raise AgileError(f"{len(running)} requests are being sampled; update the weights when all are answered.")
         self.close()
         expected = dict(self.model.named_parameters(remove_duplicate=False))
         found = set()
@@ -151,7 +139,14 @@ class HFPolicy:
         self._version = version
 
     def close(self) -> None:
-        """Give back the memory of the cache; the policy can be used again."""
+        """Give back the memory of the cache; the policy can be used again.
+
+        Raises:
+            AgileError: Requests are running.
+        """
+        self._drop_gone()
+        if count := len(self._arrived) + len(self._waiting) + len(self._running):
+            raise AgileError(f"{count} requests are being sampled; update or close a policy when all are answered.")
         layers = self.model.config.get_text_config().num_hidden_layers
         self._cache = SlotCache(layers, self.model.device)
         self._free = [_Slot(row) for row in reversed(range(self.max_batch_size))]
@@ -170,9 +165,8 @@ class HFPolicy:
         request = self._request(prompt_ids, max_tokens, stop, seed)
         request.future = loop.create_future()
         self._arrived.append(request)
-        task = self._loop_task
-        if task is None or task.done() or task.get_loop() is not loop:
-            self._loop_task = loop.create_task(self._serve())
+        if self._server is None or self._server.done() or self._server.get_loop() is not loop:
+            self._server = loop.create_task(self._serve())
         return await request.future
 
     def sample(
@@ -185,11 +179,12 @@ class HFPolicy:
     ) -> list[Completion]:
         """Sample one completion per prompt, without an event loop; all arguments have one entry per prompt."""
         requests = [self._request(*parts) for parts in zip(prompts, max_tokens, stop, seeds, strict=True)]
-        self._arrived += requests
         self._forget_stale()
+        self._arrived += requests
         while not all(r.done for r in requests):
             self._admit()
             if error := self._step():
+                self._waiting = [r for r in self._waiting if r not in requests]
                 raise error
         return [r.completion(self._version) for r in requests]
 
@@ -212,16 +207,16 @@ class HFPolicy:
     async def _serve(self) -> None:
         """Sample while there are requests."""
         self._forget_stale()
-        changed = True
+        some_left = True
         while self._arrived or self._waiting or self._running:
-            if changed:
+            if some_left:
                 await self._settle()
             else:
                 await asyncio.sleep(0)  # tools, experts and cancellations have their turn
             self._admit()
             before = len(self._running)
             self._step()
-            changed = len(self._running) < before
+            some_left = len(self._running) < before
 
     async def _settle(self) -> None:
         """Let every other ready task run until none adds a request."""
@@ -232,18 +227,26 @@ class HFPolicy:
             seen = len(self._arrived)
 
     def _forget_stale(self) -> None:
-        """Start with an empty cache if somebody changed the weights in place."""
+        """Start with an empty cache if somebody changed the weights in place and did not say so."""
+        self._drop_gone()
         if not self._running and self._fingerprint() != self._weights_seen:
+            arrived, self._arrived = self._arrived, []
             self.close()
+            self._arrived = arrived
 
     def _fingerprint(self) -> tuple[tuple[int, int], ...]:
         return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
 
-    def _admit(self) -> None:
-        """Give slots to requests: the one that holds most of the prompt, a free one, or the least recently used one."""
+    def _drop_gone(self) -> None:
+        self._arrived = [r for r in self._arrived if not r.gone]
+        self._waiting = [r for r in self._waiting if not r.gone]
         for request in [r for r in self._running if r.gone]:
             self._running.remove(request)
             self._release(request)
+
+    def _admit(self) -> None:
+        """Give slots to requests: the one that holds most of the prompt, a free one, or the least recently used one."""
+        self._drop_gone()
         # sessions may come in any order from their tools; the same requests must give the same batches
         self._waiting += sorted(self._arrived, key=lambda r: (r.num_prompt, r.seed))
         self._arrived = []
@@ -251,8 +254,6 @@ class HFPolicy:
             return
         strangers = []
         for request in self._waiting:
-            if request.gone:
-                continue
             slot = max((s for s in self._idle if _holds(s, request.ids)), key=lambda s: s.length, default=None)
             if slot is None:
                 strangers.append(request)
@@ -288,10 +289,7 @@ class HFPolicy:
         running = self._running
         if not running:
             return None
-        was_training = self.model.training
         try:
-            if was_training:
-                self.model.eval()
             self._sample(running)
         except Exception as error:
             self._running = []
@@ -301,9 +299,6 @@ class HFPolicy:
                 if request.future is not None and not request.gone:
                     request.future.set_exception(error)
             return error
-        finally:
-            if was_training:
-                self.model.train()
         self._running = [r for r in running if not r.done]
         for request in running:
             if request.done:
@@ -314,9 +309,10 @@ class HFPolicy:
 
     @torch.no_grad()
     def _sample(self, running: Sequence[_Request]) -> None:
-        groups = _groups(running)
-        requests = [r for group in groups for r in group]
-        logits = torch.cat([self._forward(group) for group in groups])  # (B, V)
+        passes = _passes(running)
+        requests = [r for group in passes for r in group]
+        with slot_attention(self.model):
+            logits = torch.cat([self._forward(group) for group in passes])  # (B, V)
         logprobs = (logits / (self.temperature or 1.0)).log_softmax(-1)
         scores = logprobs
         if self.temperature > 0:
@@ -335,26 +331,11 @@ class HFPolicy:
         """Logits (B, V) after the last token of each request, in float32; its slot then holds all its tokens."""
         slots = [r.slot for r in group if r.slot is not None]
         counts = [_num_new(r) for r in group]
-        width = max(counts)
-        ids = [[self.pad_id] * (width - n) + r.ids[len(r.ids) - n :] for r, n in zip(group, counts, strict=True)]
-        places = self._cache.prepare([s.row for s in slots], [s.length for s in slots], counts)  # (B, T)
-        length = self._cache.plan.length
-        hidden = places[..., None] < torch.arange(length, device=places.device)  # (B, T, K)
-        dtype = self.model.dtype
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=places.device)
-        mask.masked_fill_(hidden, torch.finfo(dtype).min)
-        output = self.model(
-            input_ids=torch.tensor(ids, device=places.device),
-            attention_mask=mask[:, None],
-            position_ids=places.clamp(max=self._max_context - 1),  # of padding, whatever the model can embed
-            past_key_values=self._cache,
-            use_cache=True,
-            **({"logits_to_keep": 1} if self._keeps_logits else {}),
-        )
+        plan = self._cache.prepare([s.row for s in slots], [s.length for s in slots], counts)
+        ids = [i for r, n in zip(group, counts, strict=True) for i in r.ids[-n:]]
+        logits = last_logits(self.model, self._cache, plan, torch.tensor([ids], device=self.model.device))
         for slot, count in zip(slots, counts, strict=True):
             slot.length += count
-        self.num_prefilled += sum(n for r, n in zip(group, counts, strict=True) if not r.logprobs)
-        logits: Tensor = output.logits[:, -1].float()
         return logits
 
 
@@ -370,43 +351,14 @@ def _holds(slot: _Slot, ids: list[int]) -> bool:
     return n < len(ids) and slot.ids[-1] == ids[n - 1] and slot.ids == ids[:n]
 
 
-def _groups(requests: Sequence[_Request]) -> list[list[_Request]]:
-    """Requests that share a forward pass: those with like numbers of new tokens, in the order of their rows."""
-    groups: list[list[_Request]] = []
-    width = 0
-    for request in sorted(requests, key=_num_new):
-        count = _num_new(request)
-        if groups and len(groups[-1]) * (count - width) <= PASS_COST:
-            groups[-1].append(request)
-        else:
-            groups.append([request])
-        width = count
-    for group in groups:
-        group.sort(key=lambda r: r.slot.row if r.slot else -1)
-    return groups
-
-
-def _max_context(model: PreTrainedModel) -> tuple[int, str]:
-    """Most tokens of a sequence, and the name of what limits it.
-
-    Raises:
-        AgileError: The model's state is more than keys and values, or its attention takes no mask.
-    """
-    config = model.config.get_text_config()
-    name = type(model).__name__
-    remedy = "Serve it with vLLM, or choose a model like Llama, Qwen or Mistral."
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if getattr(model, "_is_stateful", False) or kinds - {"full_attention", "sliding_attention"}:
-        raise AgileError(f"{name} keeps more than keys and values of each token ({sorted(kinds) or 'a state'}). {remedy}")
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise AgileError(f"{name} takes no cache of keys and values. {remedy}")
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise AgileError(
-            f"{name} was loaded with attn_implementation={config._attn_implementation!r}, which takes no mask of its "
-            "own for each sequence; load it with attn_implementation='sdpa'."
-        )
-    limits = [(getattr(config, "max_position_embeddings", None) or 2**31, "max_position_embeddings")]
-    window = getattr(config, "sliding_window", None)
-    if window and (not kinds or "sliding_attention" in kinds):
-        limits.append((window, "sliding_window"))
-    return min(limits)
+def _passes(requests: Sequence[_Request]) -> list[list[_Request]]:
+    """Requests that share a forward pass, those of one new token first, each kind in the order of its rows."""
+    passes: list[list[_Request]] = []
+    room = 0
+    for request in sorted(requests, key=lambda r: (min(_num_new(r), 2), r.slot.row if r.slot else -1)):
+        if not passes or _num_new(request) > room:
+            passes.append([])
+            room = MAX_PASS_TOKENS
+        passes[-1].append(request)
+        room -= _num_new(request)
+    return passes

@@ -1,21 +1,41 @@
-"""The batched Hugging Face policy: exact log-probabilities, seeds, stops, and what happens when generate fails."""
+"""The Hugging Face policy: exact log-probabilities, seeds, stops, kept keys and values, and failures of the model."""
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from agile.errors import AgileError
 from agile.executor import Limits
 from agile.policies.hf import HFPolicy
 from agile.rollout import collect
-from agile.types import Completion, SessionStatus, Stream
+from agile.types import Completion, SessionStatus, Stream, Usage
 from tests.worlds import ListMemory, item, make_codec, make_executor
 
 PAD = make_codec("word").tokenizer.pad_token_id
@@ -35,9 +55,9 @@ def logits_after(model: LlamaForCausalLM, ids: Sequence[int]) -> torch.Tensor:
 
 
 def assert_same(found: Sequence[Completion], expected: Sequence[Completion]) -> None:
-    """Equal ids, and log-probabilities that differ by rounding alone."""
+    """Equal ids, and log-probabilities that differ by rounding alone; what they took may differ."""
     for a, b in zip(found, expected, strict=True):
-        assert replace(a, logprobs=b.logprobs) == b
+        assert replace(a, logprobs=b.logprobs, usage=b.usage) == b
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
 
 
@@ -79,9 +99,8 @@ def test_a_sample_depends_on_its_seed_alone(model: LlamaForCausalLM) -> None:
     assert_same(sample(policy, [PROMPTS[i] for i in order], [SEEDS[i] for i in order]), [expected[i] for i in order])
     for i, prompt in enumerate(PROMPTS):
         assert_same(sample(policy, [prompt], [SEEDS[i]]), [expected[i]])
-    for chunk_tokens, max_batch_size in ((1, 256), (3, 2), (50, 3)):
-        other = HFPolicy(model, PAD, chunk_tokens=chunk_tokens, max_batch_size=max_batch_size)
-        assert_same(sample(other, PROMPTS, SEEDS), expected)
+    for max_batch_size in (1, 2, 3):
+        assert_same(sample(HFPolicy(model, PAD, max_batch_size=max_batch_size), PROMPTS, SEEDS), expected)
 
 
 def test_greedy_is_the_argmax(model: LlamaForCausalLM) -> None:
@@ -136,15 +155,16 @@ def test_the_models_own_generation_config_changes_nothing(model: LlamaForCausalL
 
 @pytest.fixture
 def batches(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of all batches that `generate` is called with."""
+    """The numbers of sequences of all forward passes."""
     sizes: list[int] = []
-    generate = cast(Any, model).generate
+    forward = model.forward
 
-    def counted(input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        sizes.append(len(input_ids))
-        return generate(input_ids, **kwargs)
+    def counted(**kwargs: Any) -> Any:
+        if "slot_plan" in kwargs:
+            sizes.append(len(kwargs["slot_plan"].last))
+        return forward(**kwargs)
 
-    monkeypatch.setattr(model, "generate", counted)
+    monkeypatch.setattr(model, "forward", counted)
     return sizes
 
 
@@ -156,23 +176,28 @@ def ask(policy: HFPolicy, i: int, max_tokens: int = 4) -> asyncio.Task[Completio
     return asyncio.ensure_future(policy.complete(PROMPTS[i % len(PROMPTS)], max_tokens=max_tokens, stop={1}, seed=i))
 
 
-@pytest.mark.parametrize(("max_batch_size", "expected"), [(256, [32]), (8, [8, 8, 8, 8])])
-def test_concurrent_requests_form_few_batches(
-    model: LlamaForCausalLM, batches: list[int], max_batch_size: int, expected: list[int]
+@pytest.mark.parametrize("max_batch_size", [256, 8])
+def test_requests_share_steps_and_wait_for_a_slot(
+    model: LlamaForCausalLM, batches: list[int], max_batch_size: int
 ) -> None:
+    """Whoever ends makes room for the next: no step but the last ones has a free slot."""
     policy = HFPolicy(model, PAD, max_batch_size=max_batch_size)
+    batches.clear()
 
     async def together() -> list[Completion]:
         return await asyncio.gather(*(ask(policy, i) for i in range(32)))
 
     found = asyncio.run(together())
-    assert batches == expected
+    total = sum(len(c.token_ids) for c in found)
+    assert sum(batches) == total and max(batches) == min(32, max_batch_size)
+    assert len(batches) <= total // min(32, max_batch_size) + 4
     alone = [policy.sample([PROMPTS[i % len(PROMPTS)]], max_tokens=[4], stop=[{1}], seeds=[i])[0] for i in range(32)]
     assert_same(found, alone)
 
 
 def test_sessions_share_batches(model: LlamaForCausalLM, batches: list[int]) -> None:
     policy = HFPolicy(model, PAD)
+    batches.clear()
     run = collect(
         make_executor(codec=make_codec("word"), limits=Limits(max_action_tokens=8)),
         policy,
@@ -186,43 +211,63 @@ def test_sessions_share_batches(model: LlamaForCausalLM, batches: list[int]) -> 
     assert requests >= 16 * 3
     assert batches[0] == 16, "the first requests of all streams are one batch"
     assert sum(batches) / len(batches) >= 8
+    usage = sum((s.usage for s in sessions), Usage())
+    assert usage.completion_tokens == sum(batches)
 
 
-@pytest.fixture
-def broken(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """`generate` fails at its calls of these numbers."""
+def fail_at(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, failing: Callable[[int], bool]) -> None:
+    """From now on forward passes of these numbers fail, counted from 1, after their first layer has written."""
     calls: list[int] = []
-    failing: list[int] = []
-    generate = cast(Any, model).generate
+    layer = model.model.layers[1]
+    forward = layer.forward
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        if not failing or len(calls) in failing:
+        if failing(len(calls)):
             raise RuntimeError("out of memory")
-        return generate(*args, **kwargs)
+        return forward(*args, **kwargs)
 
-    monkeypatch.setattr(model, "generate", fails)
-    yield failing
+    monkeypatch.setattr(layer, "forward", fails)
 
 
-def test_a_failing_model_fails_every_waiting_session_and_hangs_none(model: LlamaForCausalLM, broken: list[int]) -> None:
+def test_a_failing_model_fails_every_waiting_session_and_hangs_none(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     executor = make_executor(codec=make_codec("word"), limits=Limits(max_action_tokens=8))
+    policy = HFPolicy(model, PAD)
 
     async def bounded(numbers: int) -> list[str]:
-        run = collect(executor, HFPolicy(model, PAD), streams(numbers), lambda s: ListMemory(), seed=0, max_failed=1.0)
+        run = collect(executor, policy, streams(numbers), lambda s: ListMemory(), seed=0, max_failed=1.0)
         trajectories = await asyncio.wait_for(run, 60)
         return [f"{s.status} {s.error}" for t in trajectories for s in t.sessions]
 
-    assert asyncio.run(bounded(4)) == ["failed policy: RuntimeError: out of memory"] * 12
-    broken += [14]  # the calls so far are three: one a question of the four streams
-    later = asyncio.run(bounded(4))
-    assert 1 <= sum(s.startswith(SessionStatus.FAILED) for s in later) <= 4, "one call fails those that wait for it"
+    with monkeypatch.context() as patch:
+        fail_at(model, patch, lambda n: True)
+        assert asyncio.run(bounded(4)) == ["failed policy: RuntimeError: out of memory"] * 12
+    with monkeypatch.context() as patch:
+        fail_at(model, patch, lambda n: n == 11)
+        later = asyncio.run(bounded(4))
+    assert 1 <= sum(s.startswith(SessionStatus.FAILED) for s in later) <= 4, "one step fails those that are in it"
+    assert not model.training and model.config._attn_implementation == "sdpa"
+    assert_same(sample(policy, PROMPTS, SEEDS), sample(HFPolicy(model, PAD), PROMPTS, SEEDS))
 
 
-def test_a_cancelled_request_leaves_the_others_alone(model: LlamaForCausalLM, batches: list[int]) -> None:
-    policy = HFPolicy(model, PAD, chunk_tokens=2)
+def test_a_failing_sample_leaves_nothing_behind(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = HFPolicy(model, PAD, max_batch_size=2)
+    expected = sample(policy, PROMPTS, SEEDS)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        fail_at(model, patch, lambda n: n == 3)
+        sample(policy, PROMPTS, SEEDS)
+    policy.close()  # it would refuse if requests were left
+    assert_same(sample(policy, PROMPTS, SEEDS), expected)
 
-    async def two_of_three(turns: int) -> list[Completion]:
+
+@pytest.mark.parametrize("turns", [1, 12, 14, 16])
+def test_a_cancelled_request_leaves_the_others_alone(model: LlamaForCausalLM, batches: list[int], turns: int) -> None:
+    """Whether it waits, runs, or is done."""
+    policy = HFPolicy(model, PAD, max_batch_size=2)
+
+    async def two_of_three() -> list[Completion]:
         tasks = [ask(policy, i, 6) for i in range(3)]
         for _ in range(turns):
             await asyncio.sleep(0)
@@ -231,11 +276,12 @@ def test_a_cancelled_request_leaves_the_others_alone(model: LlamaForCausalLM, ba
             await tasks[1]
         return [await tasks[0], await tasks[2]]
 
-    expected = [policy.sample([PROMPTS[i]], max_tokens=[6], stop=[{1}], seeds=[i])[0] for i in (0, 2)]
+    expected = [HFPolicy(model, PAD).sample([PROMPTS[i]], max_tokens=[6], stop=[{1}], seeds=[i])[0] for i in (0, 2)]
     batches.clear()
-    assert_same(asyncio.run(two_of_three(turns=1)), expected)
-    assert batches[0] == 2, "a cancelled request costs nothing"
-    assert_same(asyncio.run(two_of_three(turns=15)), expected)
+    assert_same(asyncio.run(two_of_three()), expected)
+    if turns == 1:
+        assert sum(batches) == sum(len(c.token_ids) for c in expected), "it costs nothing before it runs"
+    policy.close()
 
 
 def test_requests_of_a_loop_that_was_torn_down_do_not_haunt_the_next(
@@ -251,5 +297,227 @@ def test_requests_of_a_loop_that_was_torn_down_do_not_haunt_the_next(
         return await ask(policy, 1)
 
     asyncio.run(abandoned())
+    batches.clear()
     assert asyncio.run(one()).token_ids
-    assert batches == [1]
+    assert set(batches) == {1}
+
+
+def test_a_short_session_does_not_wait_for_a_long_one(model: LlamaForCausalLM, batches: list[int]) -> None:
+    """Ten short requests in turn, beside a long one, take no step more than their own tokens."""
+    policy = HFPolicy(model, PAD)
+    batches.clear()
+
+    async def both() -> tuple[int, Completion]:
+        long = asyncio.ensure_future(policy.complete([7], max_tokens=100, stop=(), seed=0))
+        prompt = [3, 5]
+        for seed in range(10):
+            prompt += (await policy.complete(prompt, max_tokens=2, stop=(), seed=seed)).token_ids
+        return len(batches), await long
+
+    steps, long = asyncio.run(both())
+    assert steps == 20 and batches == [2] * 20 + [1] * 80
+    assert_same([long], sample(policy, [[7]], [0], 100))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Keys and values kept between turns
+
+
+def talk(policy: HFPolicy, seeds: Sequence[int], num_turns: int = 4) -> list[list[Completion]]:
+    """Concurrent sessions of some turns each, whose observations and turns are of different lengths."""
+
+    async def session(seed: int) -> list[Completion]:
+        ids, turns = [2 + seed % 5, 9, 11][: 1 + seed % 3], []
+        for turn in range(num_turns):
+            turns.append(await policy.complete(ids, max_tokens=1 + (seed + turn) % 4, stop={5}, seed=seed + 100 * turn))
+            ids = [*ids, *turns[-1].token_ids, *range(20, 20 + (seed * turn) % 6)]
+        return turns
+
+    async def together() -> list[list[Completion]]:
+        return await asyncio.gather(*(session(s) for s in seeds))
+
+    return asyncio.run(together())
+
+
+@pytest.mark.parametrize("max_batch_size", [64, 12, 5])
+def test_reuse_changes_nothing_but_the_usage(model: LlamaForCausalLM, max_batch_size: int) -> None:
+    kept = talk(HFPolicy(model, PAD, max_batch_size=max_batch_size), range(12))
+    fresh = talk(HFPolicy(model, PAD, max_batch_size=max_batch_size, reuse=False), range(12))
+    for ours, theirs in zip(kept, fresh, strict=True):
+        assert_same(ours, theirs)
+        assert all(turn.usage.cached_tokens == 0 for turn in theirs)
+        for before, turn in pairwise(ours):
+            held = before.usage.prompt_tokens + len(before.token_ids) - 1  # the last one sampled was not computed yet
+            expected = {held} if max_batch_size >= 12 else {held, 0}
+            assert turn.usage.cached_tokens in expected
+    assert sum(turn.usage.cached_tokens > 0 for turns in kept for turn in turns) >= 12
+
+
+def test_the_same_requests_give_the_same_bits(model: LlamaForCausalLM) -> None:
+    """Also after the cache was dropped: a resumed run is the same run."""
+    policy = HFPolicy(model, PAD, max_batch_size=7)
+    first = talk(policy, range(12))
+    policy.update_weights((), 0)
+    assert talk(policy, range(12)) == first
+    assert talk(HFPolicy(model, PAD, max_batch_size=7), range(12)) == first
+
+
+def test_the_least_recently_used_slot_is_evicted(model: LlamaForCausalLM) -> None:
+    policy = HFPolicy(model, PAD, max_batch_size=2)
+
+    def turn(prompt: list[int]) -> tuple[list[int], int]:
+        completion = policy.sample([prompt], max_tokens=[3], stop=[()], seeds=[1])[0]
+        return [*prompt, *completion.token_ids], completion.usage.cached_tokens
+
+    a, _ = turn([7, 8])
+    b, _ = turn([9, 10])
+    a, cached = turn(a)
+    assert cached == 4
+    c, cached = turn([11, 12])  # b makes room
+    assert cached == 0
+    assert turn(a)[1] == 7
+    assert turn(b)[1] == 0
+    assert turn(c)[1] == 0
+
+
+def test_a_slot_is_taken_only_by_a_prompt_that_goes_on_from_it(model: LlamaForCausalLM) -> None:
+    first = HFPolicy(model, PAD).sample([[7, 8, 9]], max_tokens=[2], stop=[()], seeds=[1])[0]
+    held = [7, 8, 9, first.token_ids[0]]
+    for prompt, cached in (
+        ([7, 8, 9, 10], 0),
+        (held[:-1], 0),
+        (held, 0),
+        ([*held[:-1], held[-1] + 1, 4], 0),
+        ([*held, 4], 4),
+    ):
+        policy = HFPolicy(model, PAD)
+        assert policy.sample([[7, 8, 9]], max_tokens=[2], stop=[()], seeds=[1]) == [first]
+        assert sample(policy, [prompt], [2], 1)[0].usage.cached_tokens == cached
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def other_model(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    return other
+
+
+@pytest.mark.parametrize("how", ["sent", "shared", "unannounced"])
+def test_new_weights_leave_nothing_stale(model: LlamaForCausalLM, how: str) -> None:
+    """Whether they are sent, or changed in place by a trainer that says so, or does not."""
+    mine, new = copy.deepcopy(model), other_model(model)
+    policy = HFPolicy(mine, PAD)
+    prompts = [[*p, *c.token_ids, 4] for p, c in zip(PROMPTS, sample(policy, PROMPTS, SEEDS), strict=True)]
+    if how == "sent":
+        policy.update_weights(new.state_dict().items(), 3)
+    else:
+        with torch.no_grad():
+            for parameter, changed in zip(mine.parameters(), new.parameters(), strict=True):
+                parameter.copy_(changed)
+        if how == "shared":
+            policy.update_weights((), 3)
+    found = sample(policy, prompts, SEEDS)
+    assert {c.policy_version for c in found} == {0 if how == "unannounced" else 3}
+    assert [c.usage.cached_tokens for c in found] == [0] * len(prompts)
+    expected = sample(HFPolicy(new, PAD), prompts, SEEDS)
+    assert_same([replace(c, policy_version=0) for c in found], expected)
+
+
+def test_the_version_is_stamped_by_an_update_alone(model: LlamaForCausalLM) -> None:
+    policy = HFPolicy(model, PAD)
+    with pytest.raises(AttributeError):
+        policy.version = 4  # type: ignore[misc]
+    policy.update_weights(None, 4)
+    assert policy.version == 4
+
+
+def test_weights_of_another_model_are_refused(model: LlamaForCausalLM) -> None:
+    policy = HFPolicy(copy.deepcopy(model), PAD)
+    weights = dict(model.named_parameters())
+    with pytest.raises(AgileError, match=r"no parameter 'lm_head\.bias'"):
+        policy.update_weights([("lm_head.bias", torch.zeros(1))], 1)
+    with pytest.raises(AgileError, match=r"lm_head\.weight came with shape \(2, 3\), expected \(117, 16\)"):
+        policy.update_weights([("lm_head.weight", torch.zeros(2, 3))], 1)
+    del weights["model.norm.weight"]
+    with pytest.raises(AgileError, match=r"lacks the parameters \['model\.norm\.weight'\]"):
+        policy.update_weights(weights.items(), 1)
+
+
+def test_an_update_while_requests_run_is_refused(model: LlamaForCausalLM) -> None:
+    policy = HFPolicy(model, PAD)
+
+    async def during() -> None:
+        task = ask(policy, 0)
+        await asyncio.sleep(0)
+        with pytest.raises(AgileError, match="1 requests are being sampled"):
+            policy.update_weights((), 1)
+        await task
+        policy.update_weights((), 1)
+
+    asyncio.run(during())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def tiny(kind: str) -> PreTrainedModel:
+    """Logits of a deviation of about 1."""
+    torch.manual_seed(1)
+    sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"max_position_embeddings": 64, "initializer_range": 0.3}
+    sizes |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    gpt2 = GPT2Config(**sizes)
+    sizes |= {"intermediate_size": 64, "num_key_value_heads": 2, "tie_word_embeddings": kind == "qwen2"}
+    models: dict[str, Callable[[], PreTrainedModel]] = {
+        "gpt2": lambda: GPT2LMHeadModel(gpt2),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**sizes)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=16)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**sizes, sliding_window=40)),
+        "eager": lambda: LlamaForCausalLM._from_config(LlamaConfig(**sizes), attn_implementation="eager"),
+        "mamba": lambda: MambaForCausalLM(MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1)),
+        "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=60, hidden_size=32, n_layer=1, n_head=4)),
+    }
+    return models[kind]()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "qwen3", "mistral", "eager"])
+def test_other_architectures(kind: str) -> None:
+    """Grouped heads, learned positions, tied embeddings, dropout: each turn is that of a plain forward pass."""
+    lm = tiny(kind).train()
+    policy = HFPolicy(lm, 0, max_batch_size=6)
+    own, ids = lm.config._attn_implementation, [list(range(1 + i)) for i in range(6)]
+    for turn in range(3):
+        completions = policy.sample(ids, max_tokens=[1 + i % 3 for i in range(6)], stop=[()] * 6, seeds=range(6))
+        assert lm.training and lm.config._attn_implementation == own
+        lm.eval()
+        for prompt, completion in zip(ids, completions, strict=True):
+            assert (completion.usage.cached_tokens > 0) == (turn > 0)
+            with torch.no_grad():
+                logits = lm(input_ids=torch.tensor([[*prompt, *completion.token_ids]])).logits[0]
+            expected = (
+                logits[len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])
+            )
+            assert completion.logprobs == pytest.approx(expected[:, 0].tolist(), abs=1e-5)
+        lm.train()
+        ids = [[*p, *c.token_ids, 7, 8][: 40 + i] for i, (p, c) in enumerate(zip(ids, completions, strict=True))]
+
+
+@pytest.mark.parametrize("kind", ["mamba", "bloom"])
+def test_a_model_that_cannot_is_named(kind: str) -> None:
+    with pytest.raises(AgileError, match=r"(MambaForCausalLM|BloomForCausalLM) .*Serve it with vLLM"):
+        HFPolicy(tiny(kind), 0)
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("gpt2", 64), ("mistral", 40)])
+def test_a_context_that_is_too_long_is_refused_before_anything_is_computed(kind: str, limit: int) -> None:
+    policy = HFPolicy(tiny(kind), 0)
+    assert len(policy.sample([[1] * (limit - 4)], max_tokens=[4], stop=[()], seeds=[0])[0].token_ids) == 4
+    name = "sliding_window" if kind == "mistral" else "max_position_embeddings"
+    with pytest.raises(AgileError, match=rf"are {limit + 1}, but {name} .* is {limit}"):
+        asyncio.run(policy.complete([1] * (limit - 3), max_tokens=4, stop=(), seed=0))
