@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import gc
+import json
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as hf_logging
@@ -18,6 +21,7 @@ from agile.errors import AgileError
 
 # How far log-probabilities may lie apart, on average, when vLLM and transformers hold the same weights.
 TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}
+MAX_SHARD_BYTES = 4 << 30
 
 
 @contextmanager
@@ -138,18 +142,57 @@ class ServedModel:
                 "every parameter, tied ones too (`named_parameters(remove_duplicate=False)`)."
             )
 
+    def write(self, weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+        """Write the weights as a model folder, which is there when it is complete and not before.
+
+        Raises:
+            AgileError: Weights are missing or wrong, or the disk does not take them.
+        """
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            part.mkdir(parents=True)
+            shard: dict[str, Tensor] = {}
+            files: dict[str, str] = {}
+            for name, tensor in self.all_weights(weights):
+                shard[name] = tensor
+                if sum(t.nbytes for t in shard.values()) > MAX_SHARD_BYTES:
+                    _write_shard(shard, part, files)
+            _write_shard(shard, part, files)
+            index = {"metadata": {}, "weight_map": files}
+            (part / "model.safetensors.index.json").write_text(json.dumps(index))
+            self.config.save_pretrained(part)
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+        except (OSError, SafetensorError) as error:
+            raise AgileError(f"The weights cannot be written to {folder} ({error}). Free space or name another.") from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def written_logprobs(self, folder: Path) -> list[float]:
+        """`expected_logprobs` of weights that `write` wrote."""
+        weights: dict[str, Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            weights |= load_file(file)
+        return self.expected_logprobs(weights)
+
     @torch.no_grad()
-    def expected_logprobs(self, weights: dict[str, Tensor], temperature: float = 1.0) -> list[float]:
+    def expected_logprobs(self, weights: dict[str, Tensor]) -> list[float]:
         """What transformers says of each token of `probe` but the first, under these weights, on the CPU."""
         dtype = next(iter(weights.values())).dtype
         with quiet_loading():
             lm = self.architecture.from_pretrained(None, config=self.config, state_dict=weights, dtype=dtype).eval()
         ids = torch.tensor([self.probe])
-        logits = lm(input_ids=ids).logits[0, :-1].float() / temperature
+        logits = lm(input_ids=ids).logits[0, :-1].float()
         found: list[float] = logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1).tolist()
-        del lm
-        gc.collect()
         return found
+
+
+def _write_shard(shard: dict[str, Tensor], folder: Path, files: dict[str, str]) -> None:
+    name = f"model-{len(set(files.values())):05}.safetensors"
+    save_file(shard, folder / name, metadata={"format": "pt"})
+    files |= dict.fromkeys(shard, name)
+    shard.clear()
 
 
 def check_logprobs(found: Collection[float], expected: Collection[float], dtype: str, engine: str) -> None:

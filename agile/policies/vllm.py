@@ -118,6 +118,7 @@ class VLLMPolicy:
             logprobs_mode="processed_logprobs",
             generation_config="vllm",  # the model's own could truncate or penalise
             disable_log_stats=True,
+            use_tqdm_on_load=False,
         )
         try:
             with _process_restored():
