@@ -165,7 +165,7 @@ class ServedModel:
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
         except (OSError, SafetensorError) as error:
-            raise AgileError(f"The weights cannot be written to {folder} ({error}). Free space or name another.") from None
+            raise AgileError(f"The weights cannot be written to {folder} ({error}). Free space there.") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
 

@@ -146,7 +146,8 @@ class VLLMPolicy:
         if self._driver is None or self._driver.done():
             self._driver = loop.create_task(self._drive())
         try:
-            return await future
+            completion: Completion = await future
+            return completion
         finally:
             if self._waiting.pop(request_id, None) is not None:  # whoever asked was cancelled
                 self._engine.abort_request([request_id])

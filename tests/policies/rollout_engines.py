@@ -21,7 +21,7 @@ PROMPTS: list[list[int]] = [[7], [3, 5, 9, 11], [20, 21], [7, 8, 9, 10, 12, 13, 
 def make_model(seed: int = 0, *, tied: bool = False, vocab_size: int | None = None) -> LlamaForCausalLM:
     """Next tokens are neither certain nor uniform."""
     torch.manual_seed(seed)
-    lm = LlamaForCausalLM(
+    lm: LlamaForCausalLM = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocab_size or len(CODEC.tokenizer),
             hidden_size=64,
@@ -34,7 +34,8 @@ def make_model(seed: int = 0, *, tied: bool = False, vocab_size: int | None = No
             bos_token_id=None,
             eos_token_id=CODEC.tokenizer.eos_token_id,
         )
-    ).eval()
+    )
+    lm.eval()
     with torch.no_grad():
         lm.lm_head.weight.mul_(3 if tied else 10)
     return lm

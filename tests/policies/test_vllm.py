@@ -36,10 +36,12 @@ def start(folder: Path, **arguments: Any) -> VLLMPolicy:
 @pytest.fixture(scope="module")
 def started(lm: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMPolicy]:
     torch.manual_seed(5)
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), torch.get_num_threads()
+    drawn = random.getstate(), np.random.get_state(legacy=False)["state"]["key"].tolist(), torch.get_rng_state()
+    threads = torch.get_num_threads()
     policy = start(save(lm, tmp_path_factory.mktemp("model")), max_num_seqs=16)
-    assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1]
-    assert torch.equal(torch.get_rng_state(), states[2]) and torch.get_num_threads() == states[3]
+    assert random.getstate() == drawn[0] and torch.equal(torch.get_rng_state(), drawn[2])
+    assert np.random.get_state(legacy=False)["state"]["key"].tolist() == drawn[1]
+    assert torch.get_num_threads() == threads
     assert torch.set_num_threads.__module__ != "vllm.v1.worker.cpu_worker"
     yield policy
     policy.close()
@@ -102,7 +104,8 @@ def drop_one(reload: Reload, method: str, kwargs: dict[str, Any]) -> None:
 
 
 def stale_head(reload: Reload, method: str, kwargs: dict[str, Any]) -> None:
-    reload(method, kwargs={"weights_iterator": [(n, t) for n, t in kwargs["weights_iterator"] if n != "lm_head.weight"]})
+    kept = [(n, t) for n, t in kwargs["weights_iterator"] if n != "lm_head.weight"]
+    reload(method, kwargs={"weights_iterator": kept})
 
 
 @pytest.mark.parametrize("fault", [reload_nothing, read_and_drop_all, drop_one, stale_head])
@@ -114,7 +117,7 @@ def test_a_reload_that_does_not_reload_is_noticed(
     with monkeypatch.context() as patched:
         reload = policy._engine.collective_rpc
         patched.setattr(policy._engine, "collective_rpc", lambda method, kwargs: fault(reload, method, kwargs))
-        with pytest.raises(AgileError, match="did not take over the weights|vLLM read 0 of 21 weights"):
+        with pytest.raises(AgileError, match=r"did not take over the weights|vLLM read 0 of 21 weights"):
             policy.update_weights(weights(lm), version + 1)
     with pytest.raises(AgileError, match=f"weights to version {version + 1} failed"):
         sample(policy, [[7]])
@@ -152,7 +155,12 @@ def test_an_update_while_requests_run_is_refused(policy: VLLMPolicy, lm: LlamaFo
 def test_concurrent_requests_share_steps(policy: VLLMPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
     step = policy._engine.step
-    monkeypatch.setattr(policy._engine, "step", lambda: (steps.append(1), step())[1])
+
+    def counted() -> Any:
+        steps.append(1)
+        return step()
+
+    monkeypatch.setattr(policy._engine, "step", counted)
     sample(policy, PROMPTS * 3)
     assert len(steps) <= 14
 

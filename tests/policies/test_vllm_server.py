@@ -1,4 +1,4 @@
-"""Real vLLM servers: the same log-probabilities as in process, weights through a folder, and servers that are killed."""
+"""Real vLLM servers: log-probabilities as in process, weights through a folder, and servers that are killed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from agile.types import Completion
 from tests.policies.contract import PolicyContract
 from tests.policies.rollout_engines import PROMPTS, largest_error, make_model, perturb, sample, save, weights
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
 class Server:
@@ -48,7 +48,7 @@ class Server:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, start_new_session=True)
         return self
 
-    def wait(self, timeout_s: float = 240.0) -> Server:
+    def wait(self, timeout_s: float = 500.0) -> Server:
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             with suppress(httpx2.RequestError):
@@ -146,7 +146,6 @@ def test_a_reload_that_does_not_reload_is_noticed(
     perturb(lm, 77)
     stale = {"nothing": "", "tensor": "model.layers.1.mlp.up_proj.weight", "head": "lm_head.weight"}[fault]
     older = policy._pushed.folder if policy._pushed else None
-    write = policy.model.write
     ask = policy._ask
 
     def faulty(server: Any, path: str, body: Any = None, timeout_s: float = 60.0) -> Any:
@@ -164,11 +163,10 @@ def test_a_reload_that_does_not_reload_is_noticed(
             body = {**body, "kwargs": {"weights_path": str(bad)}}
         return ask(server, path, body, timeout_s)
 
-    assert write
     version = policy.version + 1
     with monkeypatch.context() as patched:
         patched.setattr(policy, "_ask", faulty)
-        with pytest.raises(AgileError, match="127.0.0.1:.* did not take over the weights"):
+        with pytest.raises(AgileError, match=r"127.0.0.1:.* did not take over the weights"):
             policy.update_weights(weights(lm), version)
     policy.update_weights(weights(lm), version)
     assert largest_error(lm, policy) < 1e-4
@@ -289,7 +287,7 @@ def test_a_server_without_processed_logprobs_or_dev_mode_is_refused(
         server.start().wait()
         with pytest.raises(AgileError, match=r"context of 128 tokens, expected 256.*--max-model-len 256"):
             connect(folder, [server])
-        with pytest.raises(AgileError, match="temperature 0.7. Start it with --logprobs-mode processed_logprobs"):
+        with pytest.raises(AgileError, match=r"temperature 0.7. Start it with --logprobs-mode processed_logprobs"):
             connect(folder, [server], temperature=0.7, max_model_len=128)
         policy = connect(folder, [server], max_model_len=128)
         with pytest.raises(AgileError, match=r"refuses /collective_rpc \(HTTP 404.*server_command"):
