@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from agile.types import Completion
+from agile.types import Completion, Usage
 
 
 @dataclass(slots=True, eq=False)
@@ -136,7 +136,8 @@ class HFPolicy:
 
     def _completion(self, request: _Request) -> Completion:
         finish = "stop" if request.stopped else "length"
-        return Completion(tuple(request.token_ids), tuple(request.logprobs), finish, self.version)
+        usage = Usage(len(request.prompt_ids), 0, len(request.token_ids))
+        return Completion(tuple(request.token_ids), tuple(request.logprobs), finish, self.version, usage)
 
     async def _flush_when_idle(self) -> None:
         """Let every other ready task run until none adds a request, then extend all of them."""
