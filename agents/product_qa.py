@@ -19,9 +19,7 @@ _DECISIONS = (SEARCH, Fn.SEEK_ADVICE, Fn.PREDICT_ANSWER)
 SPEC = AgentSpec(
     "product_qa",
     (
-        ActionSpec(
-            Fn.GET_QUESTION, "Read the user's question, and what is known of the product.", (Fn.RETRIEVE_MEMORY,)
-        ),
+        ActionSpec(Fn.GET_QUESTION, "Read the question, and what is known of the product.", (Fn.RETRIEVE_MEMORY,)),
         ActionSpec(
             Fn.RETRIEVE_MEMORY,
             "Look up similar questions and knowledge. `history 0.85 same Q -> A` is an earlier question with its true "

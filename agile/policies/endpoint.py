@@ -184,10 +184,13 @@ class Endpoint:
         yield
 
     async def close(self) -> None:
-        """Wait for the answers that are under way, send nothing more."""
+        """Wait for the answers that are under way, and keep them; send nothing more."""
         line, self._here = self._here, None
-        if line is None:
-            return
+        if line is not None:
+            await self._drain(line)
+        self.cache.close()
+
+    async def _drain(self, line: _Line) -> None:
         line.closing = True
         tasks = list(line.tasks.values())
         if line.sending:

@@ -75,13 +75,13 @@ class OpenAIPolicy:
         async with self.endpoint.first_alone():
             answer = await self._ask(context, seed)
         name, argument = _action(self.codec.spec, answer.message, context.forced)
-        ids = self._encode(name, argument, context.forced, whole=answer.finish_reason != "length")
+        ids = self.encode(name, argument, context.forced, whole=answer.finish_reason != "length")
         end = next((i + 1 for i, token in enumerate(ids) if token in stop), len(ids))
         ids = ids[: min(end, max_tokens)]
         finish = "stop" if ids and ids[-1] in stop else "length"
         return Completion(ids, (0.0,) * len(ids), finish, usage=answer.usage)
 
-    def _encode(self, name: str, argument: str, forced: str | None, *, whole: bool) -> tuple[int, ...]:
+    def encode(self, name: str, argument: str, forced: str | None, *, whole: bool) -> tuple[int, ...]:
         """What an LLM would have sampled; an argument that was cut off has no end."""
         end = (self.codec.end_id,)
         if forced is None and name and not self.codec.spec[name].takes_argument:

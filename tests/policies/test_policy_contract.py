@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import pytest
 from transformers import LlamaForCausalLM
 
 from agile.policies import HFPolicy, ScriptedPolicy
+from agile.policies.endpoint import Endpoint
+from agile.policies.openai import OpenAIPolicy
 from agile.protocols import Policy
 from agile.types import Action, Completion, Fn
+from tests.stub_endpoint import stub_endpoint
 from tests.worlds import make_codec
 
 CODEC = make_codec("word")
@@ -20,9 +23,13 @@ POLICIES: dict[str, Callable[[LlamaForCausalLM], Policy]] = {
 }
 
 
-@pytest.fixture(params=POLICIES)
-def policy(request: pytest.FixtureRequest, model: LlamaForCausalLM) -> Policy:
-    return POLICIES[request.param](model)
+@pytest.fixture(params=[*POLICIES, "openai"])
+def policy(request: pytest.FixtureRequest, model: LlamaForCausalLM) -> Iterator[Policy]:
+    if request.param in POLICIES:
+        yield POLICIES[request.param](model)
+        return
+    with stub_endpoint() as stub:  # its carrier has the same end token
+        yield OpenAIPolicy(make_codec("bpe"), 0.3, Endpoint(stub.url, "m", api_key_env=None), tools="text")
 
 
 def complete(policy: Policy, seed: int, max_tokens: int = 6, stop: Collection[int] = (CODEC.end_id,)) -> Completion:
