@@ -74,7 +74,7 @@ def read_context(codec: ActionCodec, token_ids: Sequence[int], none_id: int) -> 
         if name is not None:
             takes = codec.spec[name].takes_argument
             pieces.append(_Piece(name, open=takes, ended=not takes))
-        elif token == none_id and not (last and last.open):
+        elif token == none_id:
             pieces.append(_Piece("", open=True, ended=False))
         elif token == codec.end_id:
             if last is not None:
