@@ -186,7 +186,7 @@ class Endpoint:
     async def close(self) -> None:
         """Wait for the answers that are under way, and keep them; send nothing more."""
         line, self._here = self._here, None
-        if line is not None:
+        if line is not None and line.loop is asyncio.get_running_loop():
             await self._drain(line)
         self.cache.close()
 
