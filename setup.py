@@ -24,6 +24,7 @@ CORE = [
     "datasets>=5,<6",
     "faiss-cpu>=1.13,<2",
     "numpy>=2,<3",
+    "openai>=3.50,<4",
     "pydantic>=2.10,<3",
     "pyyaml>=6,<7",
     "rich>=14,<16",

@@ -106,6 +106,11 @@ class Setup:
                 tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
+    def carrier(self) -> PreTrainedTokenizerFast:
+        """A tokenizer that has tokens for every text, for agents that no model of this project reads."""
+        items = [item for stream in self.task.streams("test") for item in stream.items[:100]]
+        return build_tokenizer("bpe", self.agent.corpus(items), self.agent.spec)
+
     def language_model(self, tokenizer: PreTrainedTokenizerFast, saved: Path | None = None) -> PreTrainedModel:
         """The model saved at a checkpoint, the one of `model.path`, or a small Llama with random weights."""
         model = self.config.model

@@ -143,13 +143,16 @@ def bench(config: Config, overrides: Overrides = None) -> None:
     """Score agents and baselines on the test questions of a task.
 
     With `evaluate.checkpoint=RUN` the agents that this run trained, and the baselines; without, the baselines alone.
-    `evaluate.agents` and `evaluate.baselines` name them.
+    `evaluate.agents` and `evaluate.baselines` name them. The agent `prompted` needs no run: it is a model behind an
+    OpenAI-compatible endpoint (`evaluate.prompted`). What it answered is kept: stopped and started again, nothing is
+    paid for twice.
 
     Prints the table, and writes `report.json`, `report.html`, `report.png` and the agents' sessions to
     `runs/<name of the config>-bench`.
 
     - `agile bench configs/productqa-baselines.yaml task.data=DIR`
     - `agile bench runs/mine/config.yaml evaluate.checkpoint=runs/mine out=runs/mine`
+    - `agile bench configs/productqa-prompted.yaml task.data=DIR evaluate.prompted.model=NAME`
     """
     with _one_screen():
         from agile.config import load_config
@@ -160,8 +163,8 @@ def bench(config: Config, overrides: Overrides = None) -> None:
         from agile.bench import bench as run
         from agile.report import render_table
 
-        if loaded.evaluate.agents and loaded.evaluate.checkpoint is None:
-            console.print("The baselines alone; evaluate.checkpoint=RUN adds the agents of a run.")
+        if set(loaded.evaluate.agents) - {"prompted"} and loaded.evaluate.checkpoint is None:
+            console.print("No trained agents; evaluate.checkpoint=RUN adds the agents of a run.")
         render_table(run(loaded, out, loaded.evaluate.checkpoint), console)
         console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 

@@ -5,7 +5,8 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
     task, advice_price   str, float
     agents               {name: {accuracy, advice_rate, score, score_ci: [lo, hi], n, failed,
                          by_type: {kind: {accuracy, advice_rate, score, n}},
-                         by_position: [{from, to, accuracy, advice_rate, score, n}]}}, from and to in [0, 1]
+                         by_position: [{from, to, accuracy, advice_rate, score, n}], from and to in [0, 1]
+                         usage: {prompt_tokens, cached_tokens, completion_tokens, cost} of all its sessions, optional}}
     seconds              {stage: seconds}, or one number
     comparisons          [{a, b, difference, ci: [lo, hi], p}], paired differences in score, a minus b
     training             a list of rows: {step, loss} of imitation, and {iteration, score, accuracy, advice_rate, kl,
@@ -127,6 +128,10 @@ def _count(value: float | None) -> str:
     return DASH if value is None else f"{value:,.0f}"
 
 
+def _money(value: float | None) -> str:
+    return DASH if not value else f"{value:,.2f}" if value >= 1 else f"{value:.4f}"
+
+
 def _p_value(value: float | None) -> str:
     return "< 0.001" if value is not None and value < 0.001 else _score(value)
 
@@ -168,6 +173,24 @@ def _ranked(agents: Mapping[str, Any]) -> list[str]:
     """All names, best score first, those without a score last."""
     scored = _scored(agents)
     return scored + [name for name in agents if name not in scored]
+
+
+def _spends(agents: Mapping[str, Any]) -> tuple[str, ...]:
+    """Columns for what agents took, those that at least one of them has."""
+    usages = [agent["usage"] for agent in agents.values() if agent.get("usage")]
+    tokens = any(u["prompt_tokens"] or u["completion_tokens"] for u in usages)
+    money = any(u["cost"] for u in usages)
+    return ("tokens each",) * tokens + ("cost each", "cost in all") * money
+
+
+def _spent(agent: Mapping[str, Any], column: str) -> str:
+    """One cell of those columns: tokens read and written in a session, money of a session and of all."""
+    usage, n = agent.get("usage"), agent.get("n")
+    if not usage or not n:
+        return DASH
+    if column == "tokens each":
+        return _count((usage["prompt_tokens"] + usage["completion_tokens"]) / n)
+    return _money(usage["cost"] / n if column == "cost each" else usage["cost"])
 
 
 def _ends(agent: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -223,10 +246,11 @@ def render_table(report: Mapping[str, Any], console: Console) -> None:
     """Print the agents by score, best first; those that do not learn are dimmed."""
     report = _plain(report)
     agents, looks = report["agents"], looks_of(report["agents"])
+    spends = _spends(agents)
     title = Text(f"{report['task']}, advice at {report['advice_price']:g}", style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("agent", no_wrap=True)
-    for column in ("score", "95 % interval", "accuracy", "asks", "sessions", "failed"):
+    for column in ("score", "95 % interval", "accuracy", "asks", "sessions", "failed", *spends):
         table.add_column(column, justify="right")
     for name in _ranked(agents):
         agent = agents[name]
@@ -238,6 +262,7 @@ def render_table(report: Mapping[str, Any], console: Console) -> None:
             _percent(agent.get("advice_rate")),
             _count(agent.get("n")),
             _count(agent.get("failed")),
+            *(_spent(agent, column) for column in spends),
         )
         table.add_row(*map(Text, cells), style="bold" if looks[name].learned else "dim")
     console.print(table)
@@ -278,6 +303,8 @@ def render_html(report: Mapping[str, Any]) -> str:
         report=report,
         agents=agents,
         ranked=_ranked(agents),
+        spends=_spends(agents),
+        spent=_spent,
         looks=looks,
         index={name: k for k, name in enumerate(looks)},
         headline=_headline(agents, looks),

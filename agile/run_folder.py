@@ -89,7 +89,8 @@ def claim(path: Path, config: RunConfig) -> IO[str]:
 
 def _started(path: Path) -> bool:
     """Whether a run has left anything to keep; one that failed at once leaves its config and empty files."""
-    files = (f for f in path.rglob("*") if f.is_file() and not f.name.startswith(("config.yaml", "embeddings.")))
+    caches = ("config.yaml", "embeddings.", "answers.")
+    files = (f for f in path.rglob("*") if f.is_file() and not f.name.startswith(caches))
     return any(f.stat().st_size for f in files)
 
 

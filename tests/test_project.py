@@ -126,11 +126,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.protocols": ("agile.types",),
     "agile.errors": (),
     "agile.seeding": (),
+    "agile.prompts": NOUNS,
     "agile.tokens": NOUNS,
     "agile.memory": NOUNS,
     "agile.tools": NOUNS,
     "agile.advice": NOUNS,
-    "agile.policies": (*NOUNS, "agile.tokens"),
+    "agile.policies": (*NOUNS, "agile.tokens", "agile.prompts", "agile.memory.database"),
     "agile.chat_template": (*NOUNS, "agile.tokens"),
     "agile.watchdog": (),
     "agile.prompts": NOUNS,
@@ -154,7 +155,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.plots": (),
     "agile.report": (*NOUNS, "agile.plots"),
 }
-ENTRY_POINTS = {"agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"}
+ENTRY_POINTS = {
+    "agile.cli",
+    "agile.demo",
+    "agile.bench",
+    "agile.chat",
+    "agile.training",
+    "agile.build",
+    "agile.prompted",
+}
 
 
 def imports(path: str) -> Iterator[str]:
