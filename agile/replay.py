@@ -23,6 +23,7 @@ from agile.config import load_config
 from agile.errors import AgileError
 from agile.executor import Executor
 from agile.session_log import Logged, logged_sessions, session_logs
+from agile.show import text_of
 from agile.tokens import ActionCodec
 from agile.types import (
     Advice,
@@ -239,14 +240,6 @@ def _around(row: Sequence[tuple[int, Source]], at: int, codec: ActionCodec) -> s
         return f"... {left!r} and then the segment ends"
     token, source = row[at]
     return f"... {left!r} >> {text_of(codec, [token])!r} << {right!r} ...  (id {token}, {source})"
-
-
-def text_of(codec: ActionCodec, token_ids: Sequence[int]) -> str:
-    """Text of any ids; those that no tokenizer decodes, which a policy may have made up, stand as numbers."""
-    try:
-        return codec.decode(token_ids)
-    except (OverflowError, TypeError, ValueError):
-        return " ".join(f"<{i}>" for i in token_ids)
 
 
 def _why(expected: Session, found: Session, source: str) -> str:
