@@ -277,7 +277,9 @@ class RunParts:
     def __init__(self, run: Path):
         session_logs(run)
         if not (run / "config.yaml").exists():
-            raise AgileError(f"{run} is no run (it has no config.yaml). Name a folder of `agile train` or `agile bench`.")
+            raise AgileError(
+                f"{run} is no run (it has no config.yaml). Name a folder of `agile train` or `agile bench`."
+            )
         self.run, self.config = run, load_config(run / "config.yaml")
         self._executors: dict[Path, Executor] = {}
 

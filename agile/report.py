@@ -74,6 +74,15 @@ def save_plots(report: Mapping[str, Any], out: Path) -> None:
     _write(out / "report.png", draw_picture(_plain(report)))
 
 
+def write_page(path: Path, page: str) -> None:
+    """Write a page, whole or not at all.
+
+    Raises:
+        AgileError: It cannot be written.
+    """
+    _write(path, page.encode("utf-8", "replace"))
+
+
 def _write(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +203,20 @@ def logged_sessions(run: Path, session_id: str | None = None, step: int | None =
         raise _unknown(run, ids, session_id, step)
 
 
+def last_step(run: Path) -> int | None:
+    """The newest iteration of training that a run logged; None if its logs are of tests alone.
+
+    Raises:
+        AgileError: There are no logs.
+    """
+    steps = []
+    for path in session_logs(run):
+        with path.open("rb") as file:
+            whole = deque((line for line in file if line.endswith(b"\n")), 1)
+        steps += [json.loads(line).get("step") for line in whole]
+    return max((step for step in steps if step is not None), default=None)
+
+
 def _unknown(run: Path, ids: Mapping[str, set[int]], session_id: str | None, step: int | None) -> AgileError:
     if session_id is not None and session_id not in ids:
         near = difflib.get_close_matches(session_id, ids, 1, cutoff=0) or ["none"]
@@ -211,4 +226,6 @@ def _unknown(run: Path, ids: Mapping[str, set[int]], session_id: str | None, ste
     if not steps:
         return AgileError(f"{whose} has no step {step}: it was played in tests alone. Leave --step out.")
     nearest = min(steps, key=lambda s: abs(s - (step or 0)))
-    return AgileError(f"{whose} has no step {step}; it has {len(steps)} from {steps[0]} to {steps[-1]}, such as {nearest}.")
+    return AgileError(
+        f"{whose} has no step {step}; it has {len(steps)} from {steps[0]} to {steps[-1]}, such as {nearest}."
+    )
