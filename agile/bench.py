@@ -24,6 +24,7 @@ from agile.report import save_plots, write_report
 from agile.rollout import collect
 from agile.run_folder import claim, writing
 from agile.session_log import JsonLines, append_sessions, read_lines
+from agile.show import describe
 from agile.types import Session, Trajectory, Usage, to_json
 
 NUM_EXAMPLES = 6
@@ -249,10 +250,5 @@ def _examples(trajectories: Sequence[Trajectory], executor: Executor) -> list[di
     found: dict[tuple[str, bool], Session] = {}
     for session in (s for t in trajectories for s in t.sessions):
         found.setdefault((session.kind, session.advised), session)
-    return [
-        {
-            "title": f"{s.id}: {s.kind}, reward {s.reward.total if s.reward else 0:.1f}",
-            "spans": [(span.source, executor.codec.decode(span.token_ids)) for g in s.segments for span in g.spans],
-        }
-        for s in list(found.values())[:NUM_EXAMPLES]
-    ]
+    chosen = list(found.values())[:NUM_EXAMPLES]
+    return [to_json(describe(session, executor.codec)) for session in chosen]

@@ -15,7 +15,8 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
     groups               {group: {agent: summary}} or {group: {price: {agent: summary}}}
     details              {name: text, number or mapping}, such as {recall: {scope, threshold, sweep: [a row each]}}
     notes                [text]
-    examples             [{title, spans: [(source, text)]}] or bare lists of spans; source as in `agile.types.Source`
+    examples             [{title, facts: [(name, text)], windows: [{end, parts: [{source, text, logprob}]}]}], the
+                         `View` of `agile.show`; or {title, spans: [(source, text)]}, or bare lists of spans
 
 All after `seconds` is optional: what is missing, None or NaN is left out of the page.
 """
@@ -31,7 +32,6 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +39,8 @@ from rich.text import Text
 
 from agile.errors import AgileError
 from agile.plots import Look, draw_all, draw_picture, looks_of
-from agile.types import Source, to_json
+from agile.show import page_environment, view_from_json
+from agile.types import to_json
 
 DASH = "\N{EN DASH}"  # for what is not known, and between the ends of an interval
 BASELINE_WORDS = {
@@ -72,6 +73,15 @@ def save_plots(report: Mapping[str, Any], out: Path) -> None:
         AgileError: The folder cannot be written.
     """
     _write(out / "report.png", draw_picture(_plain(report)))
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page, whole or not at all.
+
+    Raises:
+        AgileError: It cannot be written.
+    """
+    _write(path, page.encode("utf-8", "replace"))
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -286,13 +296,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     compared = [row[side] for row in report.get("comparisons") or [] for side in ("a", "b")]
     swept = [name for sweep in sweeps.values() for summaries in sweep.values() for name in summaries]
     looks = looks_of([*agents, *compared, *swept])
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,  # what a session says is untrusted
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters.update(score=_score, signed=_signed, p_value=_p_value, percent=_percent, count=_count)
     environment.filters.update(
         interval=_interval, signed_interval=lambda ci: _interval(ci, _signed, " to "), detail=_detail
@@ -314,25 +318,10 @@ def render_html(report: Mapping[str, Any]) -> str:
         axis=_axis(agents),
         sweeps=sweeps,
         tables=_detail_tables(report.get("details") or {}),
-        examples=[_example(example) for example in report.get("examples") or []],
-        sources=[source.value for source in Source],
+        examples=[view_from_json(example) for example in report.get("examples") or []],
         baselines=BASELINE_WORDS,
         seconds={stage: value for stage, value in stages.items() if value is not None},
     )
-
-
-def _example(example: Any) -> dict[str, Any]:
-    """One session to show, neighbouring spans of one writer joined."""
-    if not isinstance(example, dict):
-        example = {"spans": example}
-    spans: list[list[str]] = []
-    for source, text in example["spans"]:
-        if spans and spans[-1][0] == source:
-            spans[-1][1] += text
-        else:
-            spans.append([source, text])
-    shown = [(source, text.strip()) for source, text in spans if text.strip()]
-    return {"title": example.get("title") or "", "spans": shown}
 
 
 def _axis(agents: Mapping[str, Any]) -> tuple[float, float]:

@@ -123,18 +123,12 @@ class RunFolder:
 
     def _rewind(self) -> Place | None:
         """Cut the logs back to the last checkpoint; returns where that was."""
-        found = self._checkpoints()
+        found = checkpoints(self.path)
         state = json.loads((found[-1] / "state.json").read_text()) if found else None
         sizes = state["sizes"] if state else {"sessions": 0, "metrics": 0}
         for name, log in (("sessions", self._sessions), ("metrics", self._metrics)):
             log.truncate(min(sizes[name], log.size))  # shorter only if somebody removed it
         return Place(**state["place"]) if state else None
-
-    def _checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first (`ppo` follows `sft`)."""
-        order = {"sft": 0, "ppo": 1}
-        folders = [p.parent for p in (self.path / "checkpoints").glob("*/state.json")]
-        return sorted(folders, key=lambda p: (order[p.name.split("-")[0]], p.name))
 
     # ---------------------------------------------------------------------------------------------------------------
 
@@ -175,7 +169,7 @@ class RunFolder:
             sizes = {"sessions": self._sessions.size, "metrics": self._metrics.size}
             (draft / "state.json").write_text(json.dumps({"place": asdict(place), "sizes": sizes}))
         with writing(self.path):
-            for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+            for old in checkpoints(self.path)[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
         self.place = place
 
@@ -208,6 +202,13 @@ class RunFolder:
             self._sessions.close()
             self._metrics.close()
             self._lock.close()
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """Complete checkpoints of a run folder, oldest first (`ppo` follows `sft`)."""
+    order = {"sft": 0, "ppo": 1}
+    folders = [p.parent for p in (path / "checkpoints").glob("*/state.json")]
+    return sorted(folders, key=lambda p: (order[p.name.split("-")[0]], p.name))
 
 
 @contextmanager

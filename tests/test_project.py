@@ -153,16 +153,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.evaluate": NOUNS,
     "agile.baselines": (*NOUNS, "agile.evaluate", "agile.memory.encoders"),
     "agile.plots": (),
-    "agile.report": (*NOUNS, "agile.plots"),
+    "agile.show": (*NOUNS, "agile.tokens"),
+    "agile.report": (*NOUNS, "agile.plots", "agile.show"),
 }
 ENTRY_POINTS = {
-    "agile.cli",
-    "agile.demo",
-    "agile.bench",
-    "agile.chat",
-    "agile.training",
-    "agile.build",
-    "agile.prompted",
+    *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
+    *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted"),
 }
 
 
