@@ -134,7 +134,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.policies": (*NOUNS, "agile.tokens", "agile.prompts", "agile.memory.database"),
     "agile.chat_template": (*NOUNS, "agile.tokens"),
     "agile.watchdog": (),
-    "agile.prompts": NOUNS,
     "agile.executor": (*NOUNS, "agile.tokens", "agile.advice", "agile.watchdog"),
     "agile.rollout": (*NOUNS, "agile.executor"),
     "agile.lag": NOUNS,
