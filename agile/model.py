@@ -121,7 +121,7 @@ def load_lm(path: str, tokenizer: PreTrainedTokenizerFast, *, grow: bool = True)
         lm = AutoModelForCausalLM.from_pretrained(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise AgileError(f"Cannot load a causal language model from {path!r}: {error}") from None
-    num_ids, num_tokens = lm.get_input_embeddings().num_embeddings, len(tokenizer)
+    num_ids, num_tokens = len(lm.get_output_embeddings().weight), len(tokenizer)
     if num_ids - num_tokens > MAX_UNUSED_IDS or (num_tokens > num_ids and not grow):
         raise AgileError(
             f"The model {path} has a vocabulary of {num_ids}, its tokenizer one of {num_tokens}: they do not belong "

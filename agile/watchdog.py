@@ -129,5 +129,6 @@ def _bury(task: asyncio.Task[T], stage: str, limit_s: float, call: Coroutine[Any
     """Nobody may be left to hear of a call's error, or to close one that never started or would not end."""
     if not task.cancelled():
         task.exception()
+        return
     with suppress(Exception, StageTimeout), interrupted(stage, limit_s):
         call.close()

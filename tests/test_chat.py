@@ -30,7 +30,7 @@ def scripted(run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[
     codec = ActionCodec(PreTrainedTokenizerFast.from_pretrained(run / "ppo"), SPEC)
 
     def install(decide: Callable[[str], Action]) -> None:
-        monkeypatch.setattr("agile.chat.HFPolicy", lambda lm, pad_id, temperature: ScriptedPolicy(codec, decide))
+        monkeypatch.setattr("agile.build.Setup.policy", lambda *args, **kwargs: ScriptedPolicy(codec, decide))
 
     return install
 

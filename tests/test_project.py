@@ -130,7 +130,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.tokens": NOUNS,
     "agile.memory": NOUNS,
     "agile.tools": NOUNS,
-    "agile.advice": NOUNS,
+    "agile.advice": (*NOUNS, "agile.watchdog"),
     "agile.policies": (*NOUNS, "agile.tokens", "agile.prompts", "agile.memory.database"),
     "agile.chat_template": (*NOUNS, "agile.tokens"),
     "agile.watchdog": (),
