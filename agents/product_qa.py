@@ -9,28 +9,52 @@ import numpy as np
 
 from agile.policies.scripted import ScriptedPolicy
 from agile.protocols import Memory
-from agile.tokens import END, ActionCodec
+from agile.tokens import ActionCodec
 from agile.types import Action, ActionSpec, Advice, AgentSpec, Fn, Item, MemoryItem, MemoryKind, Retrieved, Scope
 
 SEARCH = "SearchProduct"
+NO_KNOWLEDGE = "none"
 _DECISIONS = (SEARCH, Fn.SEEK_ADVICE, Fn.PREDICT_ANSWER)
 
 SPEC = AgentSpec(
     "product_qa",
     (
-        ActionSpec(Fn.GET_QUESTION, "Read the user's question.", (Fn.RETRIEVE_MEMORY,)),
-        ActionSpec(Fn.RETRIEVE_MEMORY, "Look up similar questions and knowledge.", _DECISIONS),
-        ActionSpec(SEARCH, "Find products by SQL.", (Fn.PREDICT_ANSWER, Fn.SEEK_ADVICE, SEARCH), takes_argument=True),
+        ActionSpec(Fn.GET_QUESTION, "Read the question, and what is known of the product.", (Fn.RETRIEVE_MEMORY,)),
+        ActionSpec(
+            Fn.RETRIEVE_MEMORY,
+            "Look up similar questions and knowledge. `history 0.85 same Q -> A` is an earlier question with its true "
+            "answer, about the same product or an other one of the group; `knowledge 0.70 TEXT` holds for the group; "
+            "the numbers are similarities, at most 1. `similar 3` counts earlier questions that are alike.",
+            _DECISIONS,
+        ),
+        ActionSpec(
+            SEARCH,
+            "Find products by one SQLite SELECT on the table `products`, whose rows are the products of the group and "
+            "whose key is `asin`, such as SELECT asin FROM products WHERE price < 20 ORDER BY price LIMIT 1. Only for "
+            "a question that asks for a product: after a search, an answer to any other question counts as wrong.",
+            (Fn.PREDICT_ANSWER, Fn.SEEK_ADVICE, SEARCH),
+            takes_argument=True,
+        ),
         ActionSpec(Fn.SEEK_ADVICE, "Ask a human expert, at a price.", (Fn.REFLECTION,)),
-        ActionSpec(Fn.REFLECTION, "Say what the advice teaches in general.", (Fn.UPDATE_MEMORY,), takes_argument=True),
+        ActionSpec(
+            Fn.REFLECTION,
+            "Say in one sentence what the advice teaches about the whole group of products, in words that help with "
+            f"later questions about other products; `{NO_KNOWLEDGE}` if it teaches nothing.",
+            (Fn.UPDATE_MEMORY,),
+            takes_argument=True,
+        ),
         ActionSpec(Fn.UPDATE_MEMORY, "Remember the answer and the knowledge.", (Fn.PREDICT_ANSWER,)),
-        ActionSpec(Fn.PREDICT_ANSWER, "Give the short answer.", (Fn.SUBMIT_ANSWER,), takes_argument=True),
+        ActionSpec(
+            Fn.PREDICT_ANSWER,
+            "Give the short answer, which is compared word by word: `yes`, `no` or a few words without a sentence "
+            "around them; after a search the asin it found, or `none`; after advice the expert's answer.",
+            (Fn.SUBMIT_ANSWER,),
+            takes_argument=True,
+        ),
         ActionSpec(Fn.SUBMIT_ANSWER, "Hand the answer to the user.", (Fn.CLEAR_CONTEXT,)),
         ActionSpec(Fn.CLEAR_CONTEXT, "Start an empty context.", (Fn.GET_QUESTION,)),
     ),
 )
-
-NO_KNOWLEDGE = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +197,7 @@ class Teacher:
             if item.context["sql"]:
                 if f"[{SEARCH}]" not in context:
                     return Action(SEARCH, item.context["sql"])
-                return Action(Fn.PREDICT_ANSWER, context.rsplit(END, 1)[-1].strip())
+                return Action(Fn.PREDICT_ANSWER, context.rsplit(self.codec.end, 1)[-1].strip())
             if answerable or f"[{Fn.SEEK_ADVICE}]" in context:
                 return Action(Fn.PREDICT_ANSWER, str(item.answer))
             return Action(Fn.SEEK_ADVICE)

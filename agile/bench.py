@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from agile.config import RunConfig, differences, load_config
 from agile.errors import AgileError
 from agile.evaluate import Outcome, by_stream, outcomes, paired_difference, summarise
 from agile.executor import Executor
-from agile.policies import HFPolicy
+from agile.prompted import check_key, prompted_policy, spent
+from agile.protocols import Policy
 from agile.report import save_plots, write_report
 from agile.rollout import collect
 from agile.run_folder import claim, writing
 from agile.session_log import JsonLines, append_sessions, read_lines
-from agile.types import Session, Trajectory
+from agile.show import describe
+from agile.types import Session, Trajectory, Usage, to_json
 
 NUM_EXAMPLES = 6
 
@@ -38,12 +41,15 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
     """
     started = time.monotonic()
     agents = [] if checkpoint is None else _trained(config, checkpoint)
+    prompted = "prompted" in config.evaluate.agents
+    if prompted:
+        check_key(config.evaluate.prompted)
     if checkpoint is None or checkpoint.resolve() != out.resolve():
         _claim(out, config)
     setup = Setup(config, checkpoint if checkpoint is not None and config.task.data is None else out)
     streams, price = setup.task.streams("test"), config.task.advice_price
     macro = config.task.name == "productqa"  # the paper reports ProductQA as the mean over its groups
-    if agents:
+    if agents or prompted:
         setup.embed(streams)
     seconds = {"embedding": time.monotonic() - started}
 
@@ -53,10 +59,16 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
 
     results: dict[str, list[Outcome]] = {}
     examples: list[dict[str, Any]] = []
-    for name, folder in agents:
+    usages: dict[str, Usage] = {}
+    details = {n: {k: v for k, v in r.detail.items() if k != "sweep"} for n, r in runs.items() if r.detail}
+    for name, folder in [*agents, *([("prompted", None)] * prompted)]:
         began = time.monotonic()
-        trajectories, executor = play_agent(setup, folder, name, out)
+        if folder is None:
+            trajectories, executor, details[name] = play_prompted(setup, out)
+        else:
+            trajectories, executor = play_agent(setup, folder, name, out)
         results[name] = outcomes(trajectories)
+        usages[name] = sum((s.usage for t in trajectories for s in t.sessions), Usage())
         examples = _examples(trajectories, executor)
         seconds[name] = time.monotonic() - began
     results |= {name: run.outcomes for name, run in runs.items()}
@@ -66,10 +78,13 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
         "advice_price": price,
         "agents": {name: summarise(o, price, macro=macro, seed=config.seed) for name, o in results.items()},
         "comparisons": _comparisons(results, price, macro, config.seed),
-        "details": {n: {k: v for k, v in r.detail.items() if k != "sweep"} for n, r in runs.items() if r.detail},
+        "details": details,
         "examples": examples,
         "notes": list(config.evaluate.notes),
     }
+    for name, usage in usages.items():
+        if usage != Usage():
+            report["agents"][name]["usage"] = to_json(usage)
     if config.evaluate.prices:
         report |= _prices(setup, macro, seconds)
     if checkpoint is not None and (checkpoint / "metrics.jsonl").exists():
@@ -91,7 +106,7 @@ def _trained(config: RunConfig, run: Path) -> list[tuple[str, Path]]:
             f"{run} is no run (it has no config.yaml). Give evaluate.checkpoint a folder of `agile train`."
         )
     trained = load_config(run / "config.yaml")
-    names = [n for n in config.evaluate.agents if n == "sft" or trained.ppo.num_iterations]
+    names = [n for n in config.evaluate.agents if n == "sft" or (n == "ppo" and trained.ppo.num_iterations)]
     for name in names:
         if not (run / name / "config.json").exists():
             raise AgileError(
@@ -119,26 +134,71 @@ def play_agent(setup: Setup, folder: Path, name: str, out: Path) -> tuple[list[T
     """Play the test streams greedily with the model in `folder`; sessions go to `<out>/test-<name>.jsonl`."""
     tokenizer = setup.tokenizer(folder)
     executor = setup.executor(tokenizer)
-    policy = HFPolicy(
-        setup.language_model(tokenizer, folder),
-        tokenizer.pad_token_id,
-        temperature=0.0,
-        max_batch_size=setup.config.rollout.max_batch_size,
-    )
+    policy = setup.policy(setup.language_model(tokenizer, folder), tokenizer, folder, temperature=0.0)
+    with closing(policy):
+        return _play(setup, executor, policy, name, out), executor
+
+
+def play_prompted(setup: Setup, out: Path) -> tuple[list[Trajectory], Executor, dict[str, Any]]:
+    """Play the test streams with the model of `evaluate.prompted`; also what its requests took in this process."""
+    config = setup.config.evaluate.prompted
+    executor = setup.executor(setup.carrier())
+    policy = prompted_policy(config, executor.codec, setup.config.task.advice_price, out)
+    endpoint = policy.endpoint
+    try:
+        trajectories = _play(
+            setup, executor, policy, "prompted", out, close=endpoint.close, remark=lambda: spent(endpoint)
+        )
+    finally:
+        get_console().print(f"The endpoint: {spent(endpoint)}; {endpoint.num_cached} answers were there already.")
+    detail = {
+        "model": config.model,
+        "actions": "as tools" if policy.native else "as text",
+        "requests sent": endpoint.num_requests,
+        "answers kept from before": endpoint.num_cached,
+        "paid in this run": endpoint.spent.cost,
+    }
+    return trajectories, executor, detail
+
+
+def _play(
+    setup: Setup,
+    executor: Executor,
+    policy: Policy,
+    name: str,
+    out: Path,
+    *,
+    close: Callable[[], Awaitable[None]] | None = None,
+    remark: Callable[[], str] = str,
+) -> list[Trajectory]:
+    """Play the test streams and keep the sessions.
+
+    Args:
+        close: Awaited at the end, however it comes.
+        remark: What the progress bar says beside the name.
+    """
     streams = setup.task.streams("test")
     with Progress(transient=True, disable=not get_console().is_terminal) as progress:
         bar = progress.add_task(f"test {name}", total=sum(len(s.items) for s in streams))
-        trajectories = asyncio.run(
-            collect(
-                executor,
-                policy,
-                streams,
-                setup.memory,
-                seed=setup.config.seed,
-                max_failed=1.0,
-                on_session=lambda session: progress.advance(bar),
-            )
-        )
+
+        async def run() -> list[Trajectory]:
+            try:
+                return await collect(
+                    executor,
+                    policy,
+                    streams,
+                    setup.memory,
+                    seed=setup.config.seed,
+                    max_failed=1.0,
+                    on_session=lambda session: progress.update(
+                        bar, advance=1, description=" ".join(["test", name, remark()]).rstrip()
+                    ),
+                )
+            finally:
+                if close is not None:
+                    await close()
+
+        trajectories = asyncio.run(run())
     sessions, draft = out / f"test-{name}.jsonl", out / f".test-{name}.jsonl"
     with writing(sessions):
         draft.unlink(missing_ok=True)
@@ -146,12 +206,12 @@ def play_agent(setup: Setup, folder: Path, name: str, out: Path) -> tuple[list[T
         append_sessions(log, [s for t in trajectories for s in t.sessions], agent=name)
         log.close()
         os.replace(draft, sessions)
-    return trajectories, executor
+    return trajectories
 
 
 def _comparisons(results: dict[str, list[Outcome]], price: float, macro: bool, seed: int) -> list[dict[str, Any]]:
     """The learned agent against imitation and every baseline."""
-    best = "ppo" if "ppo" in results else "sft"
+    best = next((name for name in ("ppo", "sft") if name in results), "prompted")
     return [
         {"a": best, "b": other, **paired_difference(results[best], results[other], price, macro=macro, seed=seed)}
         for other in results
@@ -190,10 +250,5 @@ def _examples(trajectories: Sequence[Trajectory], executor: Executor) -> list[di
     found: dict[tuple[str, bool], Session] = {}
     for session in (s for t in trajectories for s in t.sessions):
         found.setdefault((session.kind, session.advised), session)
-    return [
-        {
-            "title": f"{s.id}: {s.kind}, reward {s.reward.total if s.reward else 0:.1f}",
-            "spans": [(span.source, executor.codec.decode(span.token_ids)) for g in s.segments for span in g.spans],
-        }
-        for s in list(found.values())[:NUM_EXAMPLES]
-    ]
+    chosen = list(found.values())[:NUM_EXAMPLES]
+    return [to_json(describe(session, executor.codec)) for session in chosen]

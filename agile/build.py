@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,18 +15,23 @@ from agile.advice import AdviceDesk, DatasetAdvisor
 from agile.agents.product_qa import ProductQAAgent, Teacher, random_memory
 from agile.baselines import BaselineRun, run_baselines
 from agile.batching import Row, session_rows
+from agile.chat_template import chat_turns
 from agile.config import RunConfig
 from agile.errors import AgileError
 from agile.executor import Executor, Limits
 from agile.imitation import imitation_sessions
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
-from agile.model import load_lm, small_llama
-from agile.protocols import Advisor, Memory
+from agile.model import check_context, load_lm, small_llama
+from agile.policies import HFPolicy
+from agile.policies.vllm import VLLMPolicy
+from agile.policies.vllm_server import VLLMServerPolicy
+from agile.prompts import instructions
+from agile.protocols import Advisor, Memory, TrainablePolicy
 from agile.run_folder import writing
 from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
-from agile.tokens import ActionCodec, add_action_tokens, build_tokenizer
+from agile.tokens import ActionCodec, Turns, add_action_tokens, build_tokenizer
 from agile.types import Stream
 
 
@@ -94,17 +100,25 @@ class Setup:
                 "only that keeps what users type apart from action tokens. Choose a model that has one."
             )
         if saved is None:
-            add_action_tokens(tokenizer, self.agent.spec)
+            if self.config.prompt.special_tokens:
+                add_action_tokens(tokenizer, self.agent.spec)
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
+
+    def carrier(self) -> PreTrainedTokenizerFast:
+        """A tokenizer that has tokens for every text, for agents that no model of this project reads."""
+        items = [item for stream in self.task.streams("test") for item in stream.items[:100]]
+        return build_tokenizer("bpe", self.agent.corpus(items), self.agent.spec)
 
     def language_model(self, tokenizer: PreTrainedTokenizerFast, saved: Path | None = None) -> PreTrainedModel:
         """The model saved at a checkpoint, the one of `model.path`, or a small Llama with random weights."""
         model = self.config.model
         if path := saved or model.path:
             try:
-                return load_lm(str(path), tokenizer)
+                lm = load_lm(str(path), tokenizer, grow=saved is None)
+                check_context(lm, self.config.rollout.max_context_tokens)
+                return lm
             except AgileError as error:
                 if "mismatched_sizes" not in str(error):
                     raise
@@ -122,11 +136,82 @@ class Setup:
             seed=self.config.seed,
         )
 
+    def policy(
+        self,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        folder: Path,
+        *,
+        temperature: float,
+        copy: bool = False,
+    ) -> TrainablePolicy:
+        """What samples for a language model, by `rollout.policy`.
+
+        Args:
+            lm: The model in this process.
+            folder: The same model on disk; engines start from it.
+            copy: Whether the policy keeps weights of its own while those of `lm` change.
+        """
+        rollout, vllm = self.config.rollout, self.config.vllm
+        if rollout.policy == "hf":
+            return HFPolicy(
+                deepcopy(lm) if copy else lm,
+                tokenizer.pad_token_id,
+                temperature=temperature,
+                max_batch_size=rollout.max_batch_size,
+            )
+        if rollout.policy == "vllm":
+            return VLLMPolicy(
+                folder,
+                num_tokens=len(tokenizer),
+                dtype=vllm.dtype,
+                max_model_len=rollout.max_context_tokens,
+                max_num_seqs=rollout.max_batch_size,
+                temperature=temperature,
+                kv_cache_gib=vllm.kv_cache_gib,
+                gpu_memory_utilization=vllm.gpu_memory_utilization,
+                enforce_eager=vllm.enforce_eager,
+                block_size=vllm.block_size,
+            )
+        return VLLMServerPolicy(
+            folder,
+            vllm.servers,
+            num_tokens=len(tokenizer),
+            name=vllm.name,
+            dtype=str(lm.dtype).removeprefix("torch.") if vllm.dtype == "auto" else vllm.dtype,
+            max_model_len=rollout.max_context_tokens,
+            temperature=temperature,
+            weights_dir=vllm.weights_dir,
+            timeout_s=vllm.timeout_s,
+        )
+
+    def codec(self, tokenizer: PreTrainedTokenizerFast) -> ActionCodec:
+        """Tokenizer, actions and prompt format.
+
+        Raises:
+            AgileError: The chat template cannot be extended turn by turn, see `agile.chat_template`.
+        """
+        prompt, spec = self.config.prompt, self.agent.spec
+        told = "" if prompt.instructions == "none" else instructions(spec, self.config.task.advice_price)
+        keep = prompt.thinking == "keep"
+        if prompt.format == "chat":
+            turns, end_id = chat_turns(
+                tokenizer,
+                instructions=told,
+                role="system" if prompt.instructions == "system" else "user",
+                keep_thinking=keep,
+                options=prompt.template_options,
+            )
+            return ActionCodec(tokenizer, spec, special_tokens=prompt.special_tokens, turns=turns, end_id=end_id)
+        opening = tuple(tokenizer(f"{told}\n\n", add_special_tokens=False)["input_ids"]) if told else ()
+        turns = Turns(opening=opening, keep_thinking=keep)
+        return ActionCodec(tokenizer, spec, special_tokens=prompt.special_tokens, turns=turns)
+
     def executor(self, tokenizer: PreTrainedTokenizerFast, advisor: Advisor | None = None) -> Executor:
         rollout = self.config.rollout
         return Executor(
             self.agent,
-            ActionCodec(tokenizer, self.agent.spec),
+            self.codec(tokenizer),
             {"SearchProduct": self.task.search},
             AdviceDesk(advisor or DatasetAdvisor(), self.config.task.advice_price),
             self.task.score,
@@ -136,6 +221,7 @@ class Setup:
                 max_context_tokens=rollout.max_context_tokens,
                 max_action_tokens=rollout.max_action_tokens,
                 max_invalid_actions=rollout.max_invalid_actions,
+                max_stage_s=rollout.max_stage_s,
             ),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from agile.config import load_config
 from agile.errors import AgileError
 from agile.executor import Executor
 from agile.memory.store import SqliteMemory
-from agile.policies import HFPolicy
+from agile.protocols import Policy
 from agile.types import Item, Reward, Session, Stream
 
 HELP = "Type a question, or: /product NAME, /products, /examples, /memory, /help, /quit"
@@ -37,7 +38,8 @@ def run_chat(run: Path, memory_path: Path, console: Console) -> None:
     tokenizer = setup.tokenizer(folder)
     executor = setup.executor(tokenizer, TerminalAdvisor(console=console))
     executor.score = lambda item, session: Reward({})
-    policy = HFPolicy(setup.language_model(tokenizer, folder), tokenizer.pad_token_id, temperature=0.0)
+    executor.limits = replace(executor.limits, max_stage_s=None)  # people think as long as they like
+    policy = setup.policy(setup.language_model(tokenizer, folder), tokenizer, folder, temperature=0.0)
     stream = setup.task.streams("test")[0]
     with SqliteMemory(setup.encoder, memory_path) as memory:
         console.print(f"The agent {folder} answers about the shop {stream.id}, which it has never seen in training.")
@@ -48,7 +50,7 @@ def run_chat(run: Path, memory_path: Path, console: Console) -> None:
 
 
 def _talk(
-    executor: Executor, policy: HFPolicy, memory: SqliteMemory, memory_path: Path, stream: Stream, console: Console
+    executor: Executor, policy: Policy, memory: SqliteMemory, memory_path: Path, stream: Stream, console: Console
 ) -> None:
     products = {item.product: item for item in stream.items}
     product = next(iter(products))

@@ -1,4 +1,4 @@
-"""The command line: `agile demo`, `train`, `bench`, `chat`, `minishop`."""
+"""The command line: `agile demo`, `train`, `bench`, `chat`, `show`, `replay`, `minishop`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,13 @@ Config = Annotated[Path, typer.Argument(help="YAML file, see configs/.", show_de
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Changes of the config, such as ppo.lr=1e-4, and out=DIR.", metavar="a.b=value"),
+]
+Run = Annotated[str, typer.Argument(help="Run folder of `agile demo`, `train` or `bench`; out=RUN works too.")]
+SessionId = Annotated[
+    str | None, typer.Option("--session", metavar="ID", help="Only the session of this id, such as shop_0001/3.")
+]
+Step = Annotated[
+    int | None, typer.Option("--step", metavar="N", help="Only what this iteration of training played, from 1.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")]
 
@@ -143,13 +150,16 @@ def bench(config: Config, overrides: Overrides = None) -> None:
     """Score agents and baselines on the test questions of a task.
 
     With `evaluate.checkpoint=RUN` the agents that this run trained, and the baselines; without, the baselines alone.
-    `evaluate.agents` and `evaluate.baselines` name them.
+    `evaluate.agents` and `evaluate.baselines` name them. The agent `prompted` needs no run: it is a model behind an
+    OpenAI-compatible endpoint (`evaluate.prompted`). What it answered is kept: stopped and started again, nothing is
+    paid for twice.
 
     Prints the table, and writes `report.json`, `report.html`, `report.png` and the agents' sessions to
     `runs/<name of the config>-bench`.
 
     - `agile bench configs/productqa-baselines.yaml task.data=DIR`
     - `agile bench runs/mine/config.yaml evaluate.checkpoint=runs/mine out=runs/mine`
+    - `agile bench configs/productqa-prompted.yaml task.data=DIR evaluate.prompted.model=NAME`
     """
     with _one_screen():
         from agile.config import load_config
@@ -160,8 +170,8 @@ def bench(config: Config, overrides: Overrides = None) -> None:
         from agile.bench import bench as run
         from agile.report import render_table
 
-        if loaded.evaluate.agents and loaded.evaluate.checkpoint is None:
-            console.print("The baselines alone; evaluate.checkpoint=RUN adds the agents of a run.")
+        if set(loaded.evaluate.agents) - {"prompted"} and loaded.evaluate.checkpoint is None:
+            console.print("No trained agents; evaluate.checkpoint=RUN adds the agents of a run.")
         render_table(run(loaded, out, loaded.evaluate.checkpoint), console)
         console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
 
@@ -187,6 +197,79 @@ def chat(
         from agile.chat import run_chat
 
         run_chat(folder, memory or folder / "chat.sqlite", console)
+
+
+@app.command()
+def show(
+    run: Run = "runs/demo",
+    session: SessionId = None,
+    step: Step = None,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Each sampled token with its log-probability.")] = False,
+    values: Annotated[
+        bool, typer.Option("--values", help="Also the value and advantage that the newest critic gives it.")
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page.", show_default=False)
+    ] = None,
+) -> None:
+    """Read sessions: who wrote what, what memory held, what advice cost, what it was worth.
+
+    Without `--session` it lists the sessions of a step, the newest by default.
+
+    - `agile show runs/demo`
+    - `agile show runs/demo --session shop_0001/3 --logprobs`
+    - `agile show runs/demo --session shop_0001/3 --step 2 --values --html session.html`
+    """
+    with _one_screen():
+        folder = Path(run.removeprefix("out=")).expanduser()
+
+        from agile.session_log import session_logs
+
+        session_logs(folder)
+
+        from agile.show_run import show as show_sessions
+
+        show_sessions(folder, console, session, step, logprobs=logprobs, values=values, html=html)
+
+
+@app.command()
+def replay(
+    run: Run = "runs/demo",
+    session: SessionId = None,
+    step: Step = None,
+    rescore: Annotated[
+        Path | None,
+        typer.Option("--rescore", metavar="MODEL", help="Compare logprobs with this Hugging Face folder instead."),
+    ] = None,
+) -> None:
+    """Play logged sessions again with today's code: do prompts, parsing and rewards still give the same tokens?
+
+    What the model, memory, tools and experts gave comes from the logs. The first token or reward that differs is named,
+    with exit code 1. With `--rescore` nothing is played: a model scores the logged tokens, `RUN/sft` those of version 0.
+
+    - `agile replay runs/demo`
+    - `agile replay runs/demo --session shop_0001/3 --step 2`
+    - `agile replay runs/demo --rescore runs/demo/sft`
+    """
+    with _one_screen():
+        folder = Path(run.removeprefix("out=")).expanduser()
+
+        from agile.session_log import session_logs
+
+        session_logs(folder)
+
+        if rescore is not None:
+            from agile.rescore import print_drifts, rescore_run
+
+            print_drifts(rescore_run(folder, rescore, console, session_id=session, step=step), console)
+            return
+
+        from agile.replay import replay_run
+
+        result = replay_run(folder, console, session_id=session, step=step)
+        console.print(str(result), markup=False, soft_wrap=True)
+        if result.different is not None:
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -13,6 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agile.errors import AgileError
+from agile.types import BLAMELESS, SessionStatus
 
 Price = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -76,13 +77,49 @@ class ModelConfig(_Config):
         return self
 
 
+class PromptConfig(_Config):
+    """How prompts are written as tokens."""
+
+    format: Literal["plain", "chat"] = Field("plain", description="Text alone, or the model's own chat template.")
+    special_tokens: bool = Field(True, description="Whether an action's name is one special token, or plain text.")
+    instructions: Literal["none", "system", "user"] = Field(
+        "none",
+        description="Where the table of actions and prices is told: nowhere, in a system turn (chat), or before the "
+        "first text of each context.",
+    )
+    thinking: Literal["keep", "cut"] = Field(
+        "keep", description="Whether thinking blocks stay in the context; cut starts a new context window after each."
+    )
+    template_options: dict[str, Any] = Field({}, description="Variables of the chat template, as enable_thinking.")
+
+    @model_validator(mode="after")
+    def _fits_the_format(self) -> PromptConfig:
+        if self.format == "plain" and self.instructions == "system":
+            raise ValueError(
+                "instructions is system, but format is plain, which has no turns; set instructions to user"
+            )
+        return self
+
+
+class VLLMConfig(_Config):
+    """vLLM in this process (`rollout.policy=vllm`) or in servers (`vllm-server`), see docs/vllm.md."""
+
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="auto: the saved model's.")
+    kv_cache_gib: float | None = Field(None, gt=0, description="Size of the KV cache; vLLM's choice by default.")
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="Share of the memory that vLLM may take.")
+    enforce_eager: bool = Field(False, description="Compile nothing: starts in seconds; steps are slower on a GPU.")
+    block_size: Count | None = Field(None, description="Tokens per block of the prefix cache; vLLM's choice.")
+    servers: tuple[str, ...] = Field((), description="Addresses of the servers, such as http://127.0.0.1:8000.")
+    name: str = Field("agile", description="What the servers call the model.")
+    weights_dir: UserPath | None = Field(
+        None, description="Folder for new weights, under the same path here and on every server."
+    )
+    timeout_s: float = Field(300, gt=0, description="How long a request may go unanswered before the run ends.")
+
+
 class RolloutConfig(_Config):
     policy: Literal["hf", "vllm", "vllm-server"] = Field(
         "hf", description="What samples: transformers, vLLM in this process, or vLLM servers."
-    )
-    servers: tuple[str, ...] = Field((), description="vllm-server: addresses, http://127.0.0.1:8000 and the like.")
-    weights_dir: UserPath | None = Field(
-        None, description="vllm-server: folder for new weights, under the same path on every server."
     )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of training rollouts.")
     max_batch_size: Count = Field(
@@ -94,7 +131,35 @@ class RolloutConfig(_Config):
     max_session_tokens: Count = 1024
     max_action_tokens: Count = 32
     max_invalid_actions: int = Field(1, ge=0, description="Bad actions answered with an error before a session ends.")
+    max_stage_s: float | None = Field(
+        600, gt=0, description="Seconds after which a policy, tool, expert or memory is given up and its session ends."
+    )
+    max_concurrent: Count = Field(1024, description="Streams under way at a time; the others wait.")
     max_failed: Share = Field(0.5, description="Share of failed sessions above which a run stops.")
+    masked: tuple[SessionStatus, ...] = Field(
+        BLAMELESS, description="Sessions that end so are left out of the loss; the others have their reward."
+    )
+    failed_reward: float | None = Field(None, description="Reward of the failed sessions; by default the task's.")
+    lag: int = Field(
+        0, ge=0, description="Updates that collection may be behind training; above 0 they run at the same time."
+    )
+    max_difference: float = Field(
+        0.01,
+        gt=0,
+        description="Largest difference, in nats, between the logprobs of rollout and trainer in float32 and without "
+        "lag; above, the weights are not the same and the run stops.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _does_not_truncate(cls, values: Any) -> Any:
+        for name in ("top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff"):
+            if isinstance(values, dict) and name in values:
+                raise ValueError(
+                    f"{name} is {values[name]!r}, but a truncated distribution is not the one that the trainer "
+                    "computes, and would bias every importance ratio; remove it and sharpen with rollout.temperature"
+                )
+        return values
 
 
 class OptimizerConfig(_Config):
@@ -163,6 +228,32 @@ class PPOConfig(OptimizerConfig):
         return self
 
 
+class TokenPrices(_Config):
+    """Money for a million tokens, in any currency."""
+
+    input: float = Field(0.0, ge=0)
+    cached_input: float | None = Field(None, ge=0, description="Input that the endpoint had cached; None: as input.")
+    output: float = Field(0.0, ge=0)
+
+
+class PromptedConfig(_Config):
+    """The agent `prompted`: a model behind an OpenAI-compatible endpoint that is told the rules and not trained."""
+
+    base_url: str = Field("https://api.openai.com/v1", description="Address of the endpoint, most end in /v1.")
+    model: str | None = Field(None, description="As the endpoint names it.")
+    api_key_env: str | None = Field("OPENAI_API_KEY", description="Variable that holds the key; null for no key.")
+    tools: Literal["auto", "native", "text"] = Field(
+        "auto", description="Whether actions are tools of the API or text; auto tries tools, then text."
+    )
+    temperature: float | None = Field(0.0, ge=0, description="Of sampling; null sends none.")
+    max_tokens: Count = Field(512, description="Most tokens of one answer, in the model's own tokens.")
+    max_concurrent: Count = Field(8, description="Most requests under way at once.")
+    requests_per_minute: float | None = Field(None, gt=0, description="Spaces the requests; null for no limit.")
+    timeout_s: float = Field(120.0, gt=0, description="Of one request.")
+    prices: TokenPrices = TokenPrices()
+    cache: UserPath | None = Field(None, description="SQLite file that keeps answers; by default in the run folder.")
+
+
 class EvaluateConfig(_Config):
     baselines: tuple[Literal["always_ask", "never_ask", "router", "recall", "oracle"], ...] = (
         "always_ask",
@@ -171,10 +262,19 @@ class EvaluateConfig(_Config):
         "recall",
         "oracle",
     )
-    agents: tuple[Literal["sft", "ppo"], ...] = ("sft", "ppo")
+    agents: tuple[Literal["sft", "ppo", "prompted"], ...] = ("sft", "ppo")
     checkpoint: UserPath | None = Field(None, description="Run folder whose agents `agile bench` scores.")
+    prompted: PromptedConfig = PromptedConfig()
     prices: tuple[Price, ...] = Field((), description="Further prices at which the baselines are scored.")
     notes: tuple[str, ...] = Field((), description="Sentences that the report carries.")
+
+    @model_validator(mode="after")
+    def _model_is_named(self) -> EvaluateConfig:
+        if "prompted" in self.agents and not self.prompted.model:
+            raise ValueError(
+                "agents has prompted, but prompted.model is missing; name a model: evaluate.prompted.model=NAME"
+            )
+        return self
 
 
 class DemoConfig(_Config):
@@ -190,11 +290,21 @@ class RunConfig(_Config):
     agent: AgentConfig = AgentConfig()
     memory: MemoryConfig = MemoryConfig()
     model: ModelConfig = ModelConfig()
+    prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VLLMConfig = VLLMConfig()
     sft: SFTConfig = SFTConfig()
     ppo: PPOConfig = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     demo: DemoConfig = DemoConfig()
+
+    @model_validator(mode="after")
+    def _servers_are_given(self) -> RunConfig:
+        if self.rollout.policy == "vllm-server":
+            for name in ("servers", "weights_dir"):
+                if not getattr(self.vllm, name):
+                    raise ValueError(f"rollout.policy is vllm-server, but vllm.{name} is missing; see docs/vllm.md")
+        return self
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:

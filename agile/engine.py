@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ _UNREADABLE = (RuntimeError, KeyError, ValueError, AssertionError, EOFError, OSE
 
 def _join_processes() -> None:
     """Without a launcher there is one process: it needs no port, which two runs could fight over."""
-    if "RANK" not in os.environ and not torch.distributed.is_initialized():
+    if "RANK" in os.environ:
+        return
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if not torch.distributed.is_initialized():  # by vLLM
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # documented, but not in __all__
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-        os.environ.setdefault("LOCAL_RANK", "0")
 
 
 class Engine:
@@ -35,6 +38,8 @@ class Engine:
         module: What is trained.
         groups: Parameter groups of AdamW with learning rates of their own; all parameters at `lr` by default.
         schedule: Factor on `lr` at each optimizer step, from 0.
+        zero_stage: What DeepSpeed's ZeRO shards over the processes: 0 nothing, 1 the optimizer's state, 2 gradients
+            too, 3 parameters too.
     """
 
     def __init__(
@@ -47,6 +52,7 @@ class Engine:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
         schedule: Callable[[int], float] = lambda step: 1.0,
+        zero_stage: int = 0,
     ):
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         _join_processes()
@@ -65,12 +71,13 @@ class Engine:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": max_grad_norm,
-                "zero_optimization": {"stage": 0},
+                "zero_optimization": {"stage": zero_stage},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 10**9,
             },
         )
         self.lr = lr  # of the last step, in the first group
+        self.zero_stage = zero_stage
 
     @property
     def module(self) -> Any:
@@ -94,7 +101,26 @@ class Engine:
         norm = float(torch.nn.utils.get_total_norm(gradients))
         self.lr = float(self.optimizer.param_groups[0]["lr"])
         self._engine.step()
-        return norm
+        return float(self._engine.get_global_grad_norm()) if self.zero_stage else norm  # ZeRO takes gradients away
+
+    def weights(self, prefix: str = "lm.") -> Iterator[tuple[str, Tensor]]:
+        """Every parameter below `prefix`, by its name without it, tied ones under each of their names.
+
+        Each is valid only until the next is asked for. Under ZeRO 3 it is gathered from all processes for that time, so
+        all of them must walk through all weights.
+        """
+        for name, parameter in self._engine.module.named_parameters(remove_duplicate=False):
+            if name.startswith(prefix):
+                with self._gathered(parameter):
+                    yield name.removeprefix(prefix), parameter.detach()
+
+    def _gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
+        if not hasattr(parameter, "ds_id"):  # DeepSpeed's mark of a sharded parameter
+            return nullcontext()
+        import deepspeed
+
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
+        return gathered
 
     def save(self, folder: Path, tag: str) -> None:
         """Write weights, optimizer and schedule to `<folder>/<tag>`.

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from agile.advice import AdviceDesk
 from agile.errors import AgileError
@@ -37,6 +38,9 @@ from agile.types import (
     Span,
     Usage,
 )
+from agile.watchdog import StageTimeout, interrupted, within
+
+Speaker = Literal["user", "llm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,8 @@ class Limits:
         max_action_tokens: Tokens of one action.
         max_invalid_actions: Malformed or illegal actions that are answered with an error; one more ends the session.
         max_seconds: Wall-clock time; None for no limit (a limit makes a run depend on the machine).
+        max_stage_s: Wall-clock time of one call of the policy, a tool, the expert or memory; None for no limit. Whoever
+            is not done by then is left behind, and the session ends with a status that names the stage.
     """
 
     max_turns: int = 16
@@ -58,20 +64,11 @@ class Limits:
     max_action_tokens: int = 128
     max_invalid_actions: int = 2
     max_seconds: float | None = None
+    max_stage_s: float | None = None
 
 
 class _StageError(Exception):
     """Something outside the LLM failed; the message names the stage."""
-
-    status = SessionStatus.FAILED
-
-
-class _StageTimeout(_StageError):
-    """A stage was not done after its time."""
-
-    def __init__(self, stage: str, limit_s: float):
-        super().__init__(f"{stage}: not done after {limit_s:g} s")
-        self.status = SessionStatus(f"{stage}_timeout")
 
 
 class _Truncated(Exception):
@@ -129,6 +126,7 @@ class _Draft:
     progress: float
     started: float
     spans: list[Span] = field(default_factory=list)
+    speaker: Speaker | None = None
     segments: list[Segment] = field(default_factory=list)
     steps: list[Observation] = field(default_factory=list)
     retrieved: list[tuple[int, float]] = field(default_factory=list)
@@ -155,6 +153,7 @@ class _Draft:
     def close(self, end: SegmentEnd) -> None:
         self.segments.append(Segment(tuple(self.spans), end))
         self.spans = []
+        self.speaker = None
 
 
 class Executor:
@@ -220,6 +219,8 @@ class Executor:
             status, end, error = SessionStatus.INVALID_ACTION, SegmentEnd.TERMINATED, str(reason)
         except _StageError as reason:
             status, end, error = SessionStatus.FAILED, SegmentEnd.TRUNCATED, str(reason)
+        except StageTimeout as reason:
+            status, end, error = SessionStatus(f"{reason.stage}_timeout"), SegmentEnd.TRUNCATED, str(reason)
         draft.close(end)
         session = Session(
             id=draft.id,
@@ -261,13 +262,15 @@ class Executor:
         """The only legal action, written here, or the one that the LLM chooses; errors give it further tries."""
         forced = legal[0] if len(legal) == 1 else None
         if forced is not None:
-            self._show(draft, Source.EXECUTOR, (self.codec.action_ids[forced],))
-            if not self.agent.spec[forced].takes_argument:
+            argument_follows = self.agent.spec[forced].takes_argument
+            self._show(draft, Source.EXECUTOR, self.codec.name_ids(forced), "llm" if argument_follows else "user")
+            if not argument_follows:
                 return Action(forced)
         while True:
             completion = await self._sample(draft, legal, forced)
             with _stage("policy"):  # no tokenizer decodes a negative id
                 parsed = self.codec.parse(completion.token_ids, legal, forced)
+            self._cut_thinking(draft)
             if isinstance(parsed, Action):
                 return parsed
             draft.invalid += 1
@@ -275,17 +278,60 @@ class Executor:
             draft.steps.append(Observation(Action(forced or "?"), Source.EXECUTOR, text, ok=False))
             if draft.invalid > self.limits.max_invalid_actions:
                 raise _TooManyInvalid(f"{draft.invalid} invalid actions, the last: {parsed}")
-            again = () if forced is None else (self.codec.action_ids[forced],)
-            self._show(draft, Source.EXECUTOR, self.codec.encode(text) + again)
+            self._show(draft, Source.EXECUTOR, self.codec.encode(text))
+            if forced is not None:
+                self._show(draft, Source.EXECUTOR, self.codec.name_ids(forced), "llm")
 
-    def _show(self, draft: _Draft, source: Source, token_ids: tuple[int, ...]) -> None:
-        """Append observed tokens, if they fit."""
-        context, total = draft.num_context_tokens() + len(token_ids), draft.num_tokens() + len(token_ids)
+    def _show(self, draft: _Draft, source: Source, token_ids: tuple[int, ...], speaker: Speaker = "user") -> None:
+        """Append observed tokens, and before them what the prompt format puts between turns, if all of it fits."""
+        between = self._between(draft, speaker)
+        if speaker == "llm" and token_ids:  # a name that is written here comes after thinking
+            between += self.codec.turns.end_thinking
+        num_tokens = len(between) + len(token_ids)
+        self._check_room(draft.num_context_tokens() + num_tokens, draft.num_tokens() + num_tokens)
+        if between:
+            draft.spans.append(Span(Source.TEMPLATE, between))
+        if token_ids:
+            draft.spans.append(Span(source, token_ids))
+        draft.speaker = speaker
+
+    def _check_room(self, context: int, total: int) -> None:
         if context > self.limits.max_context_tokens or total > self.limits.max_session_tokens:
             raise _Truncated(f"{total} tokens, {context} of them in context, do not fit the limit")
-        draft.spans.append(Span(source, token_ids))
+
+    def _between(self, draft: _Draft, speaker: Speaker) -> tuple[int, ...]:
+        turns, end_id = self.codec.turns, self.codec.end_id
+        if draft.speaker == "llm":
+            last = draft.spans[-1]
+            if not (turns.to_llm or turns.to_user) or last.source is Source.EXECUTOR:  # a name, its argument to come
+                return ()
+            to_user = turns.to_user if last.token_ids[-1:] == (end_id,) else (end_id, *turns.to_user)
+            return to_user if speaker == "user" else to_user + turns.to_llm
+        match draft.speaker, speaker:
+            case None, "user":
+                return turns.opening
+            case None, "llm":
+                return turns.opening + turns.to_llm
+            case "user", "llm":
+                return turns.to_llm
+        return ()
+
+    def _cut_thinking(self, draft: _Draft) -> None:
+        """Go on in a new window without the thinking of the last turn, where the format says so."""
+        turns, sampled = self.codec.turns, draft.spans[-1].token_ids
+        if turns.keep_thinking or not (thinking := self.codec.num_thinking(sampled)):
+            return
+        before = draft.context()[: -len(sampled)]
+        if turns.to_llm and tuple(before[-len(turns.to_llm) :]) == turns.to_llm:
+            before = [*before[: -len(turns.to_llm)], *turns.to_llm_before]
+        carried = (*before, *sampled[thinking:])
+        self._check_room(len(carried), draft.num_tokens() + len(carried))
+        draft.close(SegmentEnd.CONTEXT_CLEARED)
+        draft.spans.append(Span(Source.CARRIED, carried))
+        draft.speaker = "llm"
 
     async def _sample(self, draft: _Draft, legal: tuple[str, ...], forced: str | None) -> Completion:
+        self._show(draft, Source.TEMPLATE, (), "llm")
         context = draft.context()
         room = min(
             self.limits.max_action_tokens,
@@ -298,12 +344,16 @@ class Executor:
             raise _Truncated(f"{draft.num_tokens()} tokens, {len(context)} of them in context, the limit")
         if self.limits.max_seconds is not None and time.monotonic() - draft.started > self.limits.max_seconds:
             raise _Truncated(f"{self.limits.max_seconds} s, the limit")
-        stop = {self.codec.end_id}
-        if forced is None:
-            stop |= {self.codec.action_ids[n] for n in legal if not self.agent.spec[n].takes_argument}
         with _stage("policy"):
-            completion = await draft.policy.complete(
-                context, max_tokens=room, stop=stop, seed=derive_seed(draft.seed, draft.turns)
+            completion = await within(
+                "policy",
+                self.limits.max_stage_s,
+                draft.policy.complete(
+                    context,
+                    max_tokens=room,
+                    stop=self.codec.stop_ids(legal, forced),
+                    seed=derive_seed(draft.seed, draft.turns),
+                ),
             )
             if len(completion.token_ids) > room:
                 raise ValueError(f"sampled {len(completion.token_ids)} tokens, expected at most {room}")
@@ -321,18 +371,20 @@ class Executor:
                 with _stage("agent"):
                     source, text = Source.TASK, self.agent.question(draft.item, draft.progress)
             case Fn.RETRIEVE_MEMORY:
-                with _stage("memory"):
+                with _stage("memory"), interrupted("memory", self.limits.max_stage_s):
                     entries, text = self.agent.recall(draft.item, _RecordedMemory(draft.memory, draft.reads))
                 source = Source.MEMORY
                 draft.retrieved += [(e.item.id, e.similarity) for e in entries]
             case Fn.SEEK_ADVICE:
-                draft.advice = await self.desk.seek(draft.id, draft.item, action.argument)
+                draft.advice = await within(
+                    "advisor", self.limits.max_stage_s, self.desk.seek(draft.id, draft.item, action.argument)
+                )
                 with _stage("agent"):
                     source, text, ok = Source.ADVISOR, self.agent.advice(draft.advice), draft.advice.answered
             case Fn.REFLECTION:
                 draft.reflection = action.argument
             case Fn.UPDATE_MEMORY:
-                with _stage("memory"):
+                with _stage("memory"), interrupted("memory", self.limits.max_stage_s):
                     items = self.agent.remember(draft.item, draft.id, draft.advice, draft.reflection)
                     draft.written += draft.memory.write(items)
             case Fn.PREDICT_ANSWER:
@@ -344,7 +396,8 @@ class Executor:
             case name:
                 source = Source.TOOL
                 try:
-                    result = await self.tools[name](action.argument, draft.item)
+                    call = self.tools[name](action.argument, draft.item)
+                    result = await within("tool", self.limits.max_stage_s, call)
                     text, ok = str(result.text), result.ok
                 except Exception as error:  # a tool that raises is answered like one that reports an error
                     text, ok = f"error : {type(error).__name__}: {error}", False

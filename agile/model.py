@@ -104,16 +104,43 @@ def small_llama(
     )
 
 
-def load_lm(path: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A causal LM by Hugging Face path or name, embeddings resized if the tokenizer has grown.
+# Models pad their vocabulary to a round number; more rows than that without a token belong to another tokenizer.
+MAX_UNUSED_IDS = 2048
+
+
+def load_lm(path: str, tokenizer: PreTrainedTokenizerFast, *, grow: bool = True) -> PreTrainedModel:
+    """A causal LM by Hugging Face path or name.
+
+    Args:
+        grow: Whether the embeddings are resized if the tokenizer has more tokens (it was given action tokens).
 
     Raises:
-        AgileError: It cannot be loaded.
+        AgileError: It cannot be loaded, or has another vocabulary than the tokenizer.
     """
     try:
         lm = AutoModelForCausalLM.from_pretrained(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise AgileError(f"Cannot load a causal language model from {path!r}: {error}") from None
-    if len(tokenizer) > lm.config.vocab_size:
-        lm.resize_token_embeddings(len(tokenizer))
+    num_ids, num_tokens = lm.get_input_embeddings().num_embeddings, len(tokenizer)
+    if num_ids - num_tokens > MAX_UNUSED_IDS or (num_tokens > num_ids and not grow):
+        raise AgileError(
+            f"The model {path} has a vocabulary of {num_ids}, its tokenizer one of {num_tokens}: they do not belong "
+            "together. Take both from one folder."
+        )
+    if num_tokens > num_ids:
+        lm.resize_token_embeddings(num_tokens)
     return lm
+
+
+def check_context(lm: PreTrainedModel, max_context_tokens: int) -> None:
+    """Whether a model can read contexts of this length.
+
+    Raises:
+        AgileError: It cannot.
+    """
+    longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and max_context_tokens > longest:
+        raise AgileError(
+            f"rollout.max_context_tokens is {max_context_tokens}, but the model reads at most {longest} tokens "
+            f"(max_position_embeddings). Set rollout.max_context_tokens={longest}, or take another model."
+        )

@@ -99,7 +99,7 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
             num_others += 1
         label = name.upper() if name in ("ppo", "sft") else name.replace("_", " ")
         label = label if len(label) <= 22 else label[:21] + "…"
-        looks[name] = Look(label, *look, learned=not name.startswith(BASELINES))
+        looks[name] = Look(label, *look, learned=not name.startswith((*BASELINES, "prompted")))
     return looks
 
 

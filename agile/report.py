@@ -5,7 +5,8 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
     task, advice_price   str, float
     agents               {name: {accuracy, advice_rate, score, score_ci: [lo, hi], n, failed,
                          by_type: {kind: {accuracy, advice_rate, score, n}},
-                         by_position: [{from, to, accuracy, advice_rate, score, n}]}}, from and to in [0, 1]
+                         by_position: [{from, to, accuracy, advice_rate, score, n}], from and to in [0, 1]
+                         usage: {prompt_tokens, cached_tokens, completion_tokens, cost} of all its sessions, optional}}
     seconds              {stage: seconds}, or one number
     comparisons          [{a, b, difference, ci: [lo, hi], p}], paired differences in score, a minus b
     training             a list of rows: {step, loss} of imitation, and {iteration, score, accuracy, advice_rate, kl,
@@ -14,7 +15,8 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
     groups               {group: {agent: summary}} or {group: {price: {agent: summary}}}
     details              {name: text, number or mapping}, such as {recall: {scope, threshold, sweep: [a row each]}}
     notes                [text]
-    examples             [{title, spans: [(source, text)]}] or bare lists of spans; source as in `agile.types.Source`
+    examples             [{title, facts: [(name, text)], windows: [{end, parts: [{source, text, logprob}]}]}], the
+                         `View` of `agile.show`; or {title, spans: [(source, text)]}, or bare lists of spans
 
 All after `seconds` is optional: what is missing, None or NaN is left out of the page.
 """
@@ -30,7 +32,6 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +39,8 @@ from rich.text import Text
 
 from agile.errors import AgileError
 from agile.plots import Look, draw_all, draw_picture, looks_of
-from agile.types import Source, to_json
+from agile.show import page_environment, view_from_json
+from agile.types import to_json
 
 DASH = "\N{EN DASH}"  # for what is not known, and between the ends of an interval
 BASELINE_WORDS = {
@@ -71,6 +73,15 @@ def save_plots(report: Mapping[str, Any], out: Path) -> None:
         AgileError: The folder cannot be written.
     """
     _write(out / "report.png", draw_picture(_plain(report)))
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page, whole or not at all.
+
+    Raises:
+        AgileError: It cannot be written.
+    """
+    _write(path, page.encode("utf-8", "replace"))
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -127,6 +138,10 @@ def _count(value: float | None) -> str:
     return DASH if value is None else f"{value:,.0f}"
 
 
+def _money(value: float | None) -> str:
+    return DASH if not value else f"{value:,.2f}" if value >= 1 else f"{value:.4f}"
+
+
 def _p_value(value: float | None) -> str:
     return "< 0.001" if value is not None and value < 0.001 else _score(value)
 
@@ -168,6 +183,24 @@ def _ranked(agents: Mapping[str, Any]) -> list[str]:
     """All names, best score first, those without a score last."""
     scored = _scored(agents)
     return scored + [name for name in agents if name not in scored]
+
+
+def _spends(agents: Mapping[str, Any]) -> tuple[str, ...]:
+    """Columns for what agents took, those that at least one of them has."""
+    usages = [agent["usage"] for agent in agents.values() if agent.get("usage")]
+    tokens = any(u["prompt_tokens"] or u["completion_tokens"] for u in usages)
+    money = any(u["cost"] for u in usages)
+    return ("tokens each",) * tokens + ("cost each", "cost in all") * money
+
+
+def _spent(agent: Mapping[str, Any], column: str) -> str:
+    """One cell of those columns: tokens read and written in a session, money of a session and of all."""
+    usage, n = agent.get("usage"), agent.get("n")
+    if not usage or not n:
+        return DASH
+    if column == "tokens each":
+        return _count((usage["prompt_tokens"] + usage["completion_tokens"]) / n)
+    return _money(usage["cost"] / n if column == "cost each" else usage["cost"])
 
 
 def _ends(agent: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -223,10 +256,11 @@ def render_table(report: Mapping[str, Any], console: Console) -> None:
     """Print the agents by score, best first; those that do not learn are dimmed."""
     report = _plain(report)
     agents, looks = report["agents"], looks_of(report["agents"])
+    spends = _spends(agents)
     title = Text(f"{report['task']}, advice at {report['advice_price']:g}", style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("agent", no_wrap=True)
-    for column in ("score", "95 % interval", "accuracy", "asks", "sessions", "failed"):
+    for column in ("score", "95 % interval", "accuracy", "asks", "sessions", "failed", *spends):
         table.add_column(column, justify="right")
     for name in _ranked(agents):
         agent = agents[name]
@@ -238,6 +272,7 @@ def render_table(report: Mapping[str, Any], console: Console) -> None:
             _percent(agent.get("advice_rate")),
             _count(agent.get("n")),
             _count(agent.get("failed")),
+            *(_spent(agent, column) for column in spends),
         )
         table.add_row(*map(Text, cells), style="bold" if looks[name].learned else "dim")
     console.print(table)
@@ -261,13 +296,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     compared = [row[side] for row in report.get("comparisons") or [] for side in ("a", "b")]
     swept = [name for sweep in sweeps.values() for summaries in sweep.values() for name in summaries]
     looks = looks_of([*agents, *compared, *swept])
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,  # what a session says is untrusted
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters.update(score=_score, signed=_signed, p_value=_p_value, percent=_percent, count=_count)
     environment.filters.update(
         interval=_interval, signed_interval=lambda ci: _interval(ci, _signed, " to "), detail=_detail
@@ -278,6 +307,8 @@ def render_html(report: Mapping[str, Any]) -> str:
         report=report,
         agents=agents,
         ranked=_ranked(agents),
+        spends=_spends(agents),
+        spent=_spent,
         looks=looks,
         index={name: k for k, name in enumerate(looks)},
         headline=_headline(agents, looks),
@@ -287,25 +318,10 @@ def render_html(report: Mapping[str, Any]) -> str:
         axis=_axis(agents),
         sweeps=sweeps,
         tables=_detail_tables(report.get("details") or {}),
-        examples=[_example(example) for example in report.get("examples") or []],
-        sources=[source.value for source in Source],
+        examples=[view_from_json(example) for example in report.get("examples") or []],
         baselines=BASELINE_WORDS,
         seconds={stage: value for stage, value in stages.items() if value is not None},
     )
-
-
-def _example(example: Any) -> dict[str, Any]:
-    """One session to show, neighbouring spans of one writer joined."""
-    if not isinstance(example, dict):
-        example = {"spans": example}
-    spans: list[list[str]] = []
-    for source, text in example["spans"]:
-        if spans and spans[-1][0] == source:
-            spans[-1][1] += text
-        else:
-            spans.append([source, text])
-    shown = [(source, text.strip()) for source, text in spans if text.strip()]
-    return {"title": example.get("title") or "", "spans": shown}
 
 
 def _axis(agents: Mapping[str, Any]) -> tuple[float, float]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 from agile.errors import AgileError
 from agile.executor import Executor
 from agile.protocols import Memory, Policy
 from agile.seeding import derive_seed
-from agile.types import Item, Session, Stream, Trajectory
+from agile.types import Item, Session, SessionStatus, Stream, Trajectory
 
 MemoryFor = Callable[[Stream], Memory]
 PolicyFor = Callable[[Item, Memory], Policy]
@@ -25,6 +26,7 @@ async def collect(
     policy_for: PolicyFor | None = None,
     on_session: Callable[[Session], None] | None = None,
     max_failed: float = 0.5,
+    max_concurrent: int | None = None,
 ) -> list[Trajectory]:
     """Play every stream once and return the trajectories in the order of `streams`.
 
@@ -35,38 +37,42 @@ async def collect(
         policy_for: Gives each session a policy of its own in place of `policy` (a teacher that knows the answer).
         on_session: Called with each session when it ends.
         max_failed: Share of failed sessions above which the run stops (looked at after at least 20 sessions).
+        max_concurrent: Streams under way at a time, the others wait without a memory; None for all at once.
 
     Raises:
-        AgileError: More than `max_failed` of the sessions failed; the message holds the last error.
+        AgileError: More than `max_failed` of the sessions failed; the message holds the counts and the last error.
     """
-    finished = failed = 0
+    counts: Counter[SessionStatus] = Counter()
     error = ""
+    room = asyncio.Semaphore(max_concurrent or max(1, len(streams)))
 
     async def play(stream: Stream) -> Trajectory:
-        nonlocal finished, failed, error
-        memory, sessions = memory_for(stream), []
-        for index, item in enumerate(stream.items):
-            session = await executor.run(
-                policy if policy_for is None else policy_for(item, memory),
-                item,
-                memory,
-                stream_id=stream.id,
-                index=index,
-                progress=index / len(stream.items),
-                seed=derive_seed(seed, stream.id, index),
-            )
-            sessions.append(session)
-            if on_session is not None:
-                on_session(session)
-            finished += 1
-            if session.failed:
-                failed += 1
-                error = f"{session.id}, {session.status}: {session.error}"
-            if finished >= 20 and failed > max_failed * finished:
-                raise AgileError(
-                    f"{failed} of {finished} sessions failed, more than the allowed share of {max_failed}. "
-                    f"The last one: {error}"
+        nonlocal error
+        async with room:
+            memory, sessions = memory_for(stream), []
+            for index, item in enumerate(stream.items):
+                session = await executor.run(
+                    policy if policy_for is None else policy_for(item, memory),
+                    item,
+                    memory,
+                    stream_id=stream.id,
+                    index=index,
+                    progress=index / len(stream.items),
+                    seed=derive_seed(seed, stream.id, index),
                 )
+                sessions.append(session)
+                if on_session is not None:
+                    on_session(session)
+                counts[session.status] += 1
+                if session.failed:
+                    error = f"{session.id}, {session.status}: {session.error}"
+                finished = counts.total()
+                failed = finished - counts[SessionStatus.COMPLETED]
+                if finished >= 20 and failed > max_failed * finished:
+                    raise AgileError(
+                        f"{failed} of {finished} sessions failed, more than the allowed share of {max_failed} "
+                        f"({', '.join(f'{n} {status}' for status, n in counts.most_common())}). The last one: {error}"
+                    )
         return Trajectory(stream.id, tuple(sessions))
 
     tasks = [asyncio.ensure_future(play(s)) for s in streams]
@@ -75,3 +81,9 @@ async def collect(
     finally:
         for task in tasks:
             task.cancel()
+
+
+def status_counts(trajectories: Iterable[Trajectory]) -> dict[str, int]:
+    """How many sessions ended with each status that occurred; `completed` always."""
+    counts = Counter(session.status for t in trajectories for session in t.sessions)
+    return {status.value: counts[status] for status in SessionStatus if counts[status] or status == "completed"}

@@ -18,8 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from agile.config import RunConfig, differences, load_config
 from agile.engine import Engine
 from agile.errors import AgileError
-from agile.session_log import JsonLines, append_sessions
-from agile.types import Session
+from agile.session_log import JsonLines, append_sessions, read_lines, session_from_json
+from agile.types import Session, Trajectory
 
 KEPT_CHECKPOINTS = 2
 
@@ -89,7 +89,8 @@ def claim(path: Path, config: RunConfig) -> IO[str]:
 
 def _started(path: Path) -> bool:
     """Whether a run has left anything to keep; one that failed at once leaves its config and empty files."""
-    files = (f for f in path.rglob("*") if f.is_file() and not f.name.startswith(("config.yaml", "embeddings.")))
+    caches = ("config.yaml", "embeddings.", "answers.")
+    files = (f for f in path.rglob("*") if f.is_file() and not f.name.startswith(caches))
     return any(f.stat().st_size for f in files)
 
 
@@ -122,18 +123,12 @@ class RunFolder:
 
     def _rewind(self) -> Place | None:
         """Cut the logs back to the last checkpoint; returns where that was."""
-        found = self._checkpoints()
+        found = checkpoints(self.path)
         state = json.loads((found[-1] / "state.json").read_text()) if found else None
         sizes = state["sizes"] if state else {"sessions": 0, "metrics": 0}
         for name, log in (("sessions", self._sessions), ("metrics", self._metrics)):
             log.truncate(min(sizes[name], log.size))  # shorter only if somebody removed it
         return Place(**state["place"]) if state else None
-
-    def _checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first (`ppo` follows `sft`)."""
-        order = {"sft": 0, "ppo": 1}
-        folders = [p.parent for p in (self.path / "checkpoints").glob("*/state.json")]
-        return sorted(folders, key=lambda p: (order[p.name.split("-")[0]], p.name))
 
     # ---------------------------------------------------------------------------------------------------------------
 
@@ -158,14 +153,23 @@ class RunFolder:
         with writing(self.path):
             append_sessions(self._sessions, sessions, **tags)
 
-    def save(self, place: Place, engine: Engine) -> None:
-        """Write a checkpoint: it is there whole or not at all. The last ones are kept."""
+    def save(self, place: Place, engine: Engine, ahead: Mapping[int, Sequence[Trajectory]] | None = None) -> None:
+        """Write a checkpoint: it is there whole or not at all. The last ones are kept.
+
+        Args:
+            ahead: What was collected for later iterations, by iteration; `ahead()` gives it back.
+        """
         with _whole(self.path / "checkpoints" / place.name) as draft:
             engine.save(draft, "engine")
+            if ahead:
+                log = JsonLines(draft / "ahead.jsonl")
+                for iteration, trajectories in ahead.items():
+                    append_sessions(log, [s for t in trajectories for s in t.sessions], iteration=iteration)
+                log.close()
             sizes = {"sessions": self._sessions.size, "metrics": self._metrics.size}
             (draft / "state.json").write_text(json.dumps({"place": asdict(place), "sizes": sizes}))
         with writing(self.path):
-            for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
+            for old in checkpoints(self.path)[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old)
         self.place = place
 
@@ -173,6 +177,17 @@ class RunFolder:
         """Restore the engine from the last checkpoint."""
         if self.place is not None:
             engine.load(self.path / "checkpoints" / self.place.name, "engine")
+
+    def ahead(self) -> dict[int, list[Trajectory]]:
+        """What the last checkpoint holds of trajectories for later iterations."""
+        if self.place is None:
+            return {}
+        path = self.path / "checkpoints" / self.place.name / "ahead.jsonl"
+        streams: dict[int, dict[str, list[Session]]] = {}
+        for record in read_lines(path) if path.exists() else ():
+            session = session_from_json(record["session"])
+            streams.setdefault(record["iteration"], {}).setdefault(session.stream_id, []).append(session)
+        return {i: [Trajectory(name, tuple(found)) for name, found in s.items()] for i, s in streams.items()}
 
     def export(self, name: str, model: Any, tokenizer: Any) -> None:
         """Write an agent's weights and tokenizer as a Hugging Face folder `<run>/<name>`."""
@@ -187,6 +202,13 @@ class RunFolder:
             self._sessions.close()
             self._metrics.close()
             self._lock.close()
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """Complete checkpoints of a run folder, oldest first (`ppo` follows `sft`)."""
+    order = {"sft": 0, "ppo": 1}
+    folders = [p.parent for p in (path / "checkpoints").glob("*/state.json")]
+    return sorted(folders, key=lambda p: (order[p.name.split("-")[0]], p.name))
 
 
 @contextmanager

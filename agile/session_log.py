@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,21 +106,126 @@ def append_sessions(log: JsonLines, sessions: Sequence[Session], **tags: Any) ->
 
 
 def read_lines(path: Path) -> Iterator[Any]:
-    """Every record of a file of JSON lines; a torn last line is skipped with a warning.
+    """Every record of a file of JSON lines, read as asked for; a torn last line is skipped with a warning.
 
     Raises:
         AgileError: The file is missing, or a line before the last is not JSON.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        file = path.open("rb")
     except OSError as error:
         raise AgileError(f"Cannot read {path}: {error.strerror}.") from None
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError:
-            if number < len(lines):
-                raise AgileError(f"{path}, line {number}: expected a JSON object, found {line[:80]!r}.") from None
-            logger.warning("%s: the last line is torn (the run was killed while it wrote) and is skipped.", path)
+    with file:
+        for number, line in enumerate(file, 1):
+            if line == b"\n":
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError:
+                if line.endswith(b"\n"):
+                    raise AgileError(f"{path}, line {number}: expected a JSON object, found {line[:80]!r}.") from None
+                logger.warning("%s: the last line is torn (the run was killed while it wrote) and is skipped.", path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The sessions of a run
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """A session and where a run logged it.
+
+    Attributes:
+        path: The log.
+        agent: Who played the test; empty for sessions of training.
+        step: The iteration of training, from 1; None for tests.
+    """
+
+    session: Session
+    path: Path
+    agent: str = ""
+    step: int | None = None
+
+    @property
+    def place(self) -> str:
+        return f"test of {self.agent}" if self.step is None else f"step {self.step}"
+
+    def __str__(self) -> str:
+        return f"{self.session.id} ({self.place}, {self.path.name})"
+
+
+def session_logs(run: Path) -> list[Path]:
+    """The logs of a run or a bench: those of training, then those of tests.
+
+    Raises:
+        AgileError: There are none.
+    """
+    found = [path for pattern in ("sessions-*.jsonl", "test-*.jsonl") for path in sorted(run.glob(pattern))]
+    if not found:
+        raise AgileError(
+            f"{run} holds no sessions ({'no sessions-*.jsonl or test-*.jsonl' if run.is_dir() else 'no such folder'}). "
+            "Name a folder that `agile demo`, `agile train` or `agile bench` wrote."
+        )
+    return found
+
+
+def logged_sessions(run: Path, session_id: str | None = None, step: int | None = None) -> Iterator[Logged]:
+    """The sessions of a run in the order of its logs, read as asked for.
+
+    Args:
+        session_id: Only sessions of this id; each iteration that played its stream has one.
+        step: Only sessions of this iteration of training.
+
+    Raises:
+        AgileError: There are no logs, no such session, or a record that is no session of this version.
+    """
+    ids: dict[str, set[int]] = {}
+    any_found = False
+    for path in session_logs(run):
+        for number, record in enumerate(read_lines(path), 1):
+            try:
+                name, at = record["session"]["id"], record.get("step")
+                wanted = session_id in (None, name) and step in (None, at)
+                logged = (
+                    Logged(session_from_json(record["session"]), path, record.get("agent", ""), at) if wanted else None
+                )
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise AgileError(
+                    f"{path}, record {number}: expected a session as this version logs it ({error!r}). Use the version "
+                    "that wrote it, or play it again."
+                ) from None
+            if logged is not None:
+                any_found = True
+                yield logged
+            elif not any_found:
+                ids.setdefault(name, set()).update(() if at is None else (at,))
+    if not any_found and (session_id is not None or step is not None):
+        raise _unknown(run, ids, session_id, step)
+
+
+def last_step(run: Path) -> int | None:
+    """The newest iteration of training that a run logged; None if its logs are of tests alone.
+
+    Raises:
+        AgileError: There are no logs.
+    """
+    steps = []
+    for path in session_logs(run):
+        with path.open("rb") as file:
+            whole = deque((line for line in file if line.endswith(b"\n")), 1)
+        steps += [json.loads(line).get("step") for line in whole]
+    return max((step for step in steps if step is not None), default=None)
+
+
+def _unknown(run: Path, ids: Mapping[str, set[int]], session_id: str | None, step: int | None) -> AgileError:
+    if session_id is not None and session_id not in ids:
+        near = difflib.get_close_matches(session_id, ids, 1, cutoff=0) or ["none"]
+        return AgileError(f"{run} has no session {session_id!r}; the nearest of its {len(ids):,} ids is {near[0]!r}.")
+    steps = sorted(ids[session_id] if session_id is not None else set().union(*ids.values()))
+    whose = f"session {session_id}" if session_id is not None else str(run)
+    if not steps:
+        return AgileError(f"{whose} has no step {step}: it was played in tests alone. Leave --step out.")
+    nearest = min(steps, key=lambda s: abs(s - (step or 0)))
+    return AgileError(
+        f"{whose} has no step {step}; it has {len(steps)} from {steps[0]} to {steps[-1]}, such as {nearest}."
+    )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,23 +15,30 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from agile.build import Setup
-from agile.config import RunConfig
+from agile.config import RolloutConfig, RunConfig
 from agile.credit import Credit, session_rewards
 from agile.engine import Engine
+from agile.errors import AgileError
 from agile.evaluate import outcomes, rates
 from agile.executor import Executor
+from agile.lag import Collector, staleness
 from agile.losses import PPOCoefficients
 from agile.model import ActorCritic
-from agile.policies import HFPolicy
-from agile.rollout import collect
+from agile.rollout import collect, status_counts
 from agile.run_folder import Place, RunFolder
 from agile.seeding import derive_seed
 from agile.train.ppo import Discounts, train_ppo
 from agile.train.sft import sft_schedule, train_sft
-from agile.types import Trajectory
+from agile.types import Session, Trajectory
+
+logger = logging.getLogger(__name__)
+
+# About twice what is seen in healthy runs in bfloat16: a mean ratio of 0.995, 7 % of the tokens outside [0.9, 1.1].
+HEALTHY_RATIO = 0.02
+HEALTHY_OUTSIDE = 0.15
 
 
 def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
@@ -58,6 +67,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
 
 
 def _progress() -> Progress:
+    """A bar in a terminal; elsewhere `_advance` prints lines."""
     return Progress(
         TextColumn("{task.description:>10}"),
         BarColumn(),
@@ -65,6 +75,13 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
+
+
+def _advance(progress: Progress, bar: TaskID, step: int, note: str) -> None:
+    progress.update(bar, completed=step, note=note)
+    task = progress.tasks[bar]
+    if not progress.console.is_terminal and task.total and step % max(1, int(task.total) // 10) == 0:
+        progress.console.print(f"{task.description} {step}/{task.total:.0f} {note}")
 
 
 def _imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor, model: ActorCritic) -> None:
@@ -85,7 +102,7 @@ def _imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor
 
         def on_step(step: int, loss: float) -> None:
             run.log("sft", step, {"loss": loss, "lr": engine.lr})
-            progress.update(bar, completed=step, note=f"loss {loss:.3f}")
+            _advance(progress, bar, step, f"loss {loss:.3f}")
             if step % sft.checkpoint_every == 0 or step == sft.num_steps:
                 run.save(Place("sft", step), engine)
 
@@ -115,7 +132,7 @@ def terminal_rewards(
         rng: Shuffles the task's rewards where the config asks for that control.
     """
     ppo = config.ppo
-    totals = [[s.reward.total if s.reward else 0.0 for s in t.sessions] for t in trajectories]
+    totals = [[_reward(s, config.rollout.failed_reward) for s in t.sessions] for t in trajectories]
     if config.demo.shuffle_rewards:
         flat = rng.permutation([r for row in totals for r in row]).tolist()
         totals = [[flat.pop() for _ in row] for row in totals]
@@ -130,6 +147,42 @@ def terminal_rewards(
         ).tolist()
         for t, row in zip(trajectories, totals, strict=True)
     ]
+
+
+def _reward(session: Session, failed_reward: float | None) -> float:
+    if session.failed and failed_reward is not None:
+        return failed_reward
+    return session.reward.total if session.reward else 0.0
+
+
+def check_mismatch(rollout: RolloutConfig, iteration: int, mismatch: Mapping[str, float], *, exact: bool) -> None:
+    """Whether rollout and trainer agree on how probable the sampled tokens were.
+
+    Args:
+        exact: Both compute in float32.
+
+    Raises:
+        AgileError: They do not although they have the same weights; nothing was learned from it yet.
+    """
+    difference = mismatch["rollout_difference"]
+    if exact and rollout.lag == 0 and difference > rollout.max_difference:
+        raise AgileError(
+            f"Iteration {iteration + 1}: the logprobs of rollout.policy={rollout.policy} and of the trainer differ by "
+            f"up to {difference:.3g} nats, expected at most {rollout.max_difference:g} (rollout.max_difference). The "
+            "engine has other weights, or samples from a truncated or otherwise changed distribution. Nothing was "
+            "learned from it: start the engine anew and go on with --resume; rollout.policy=hf shares the weights."
+        )
+    ratio, outside = mismatch["rollout_ratio"], mismatch["rollout_outside"]
+    if abs(ratio - 1) > HEALTHY_RATIO or outside > HEALTHY_OUTSIDE:
+        logger.warning(
+            "Iteration %d: rollout and trainer drift apart: mean ratio %.3f, %.0f %% of the tokens outside [0.9, 1.1] "
+            "(healthy: within %g of 1, under %.0f %%). Lower rollout.lag, ppo.lr or ppo.num_epochs.",
+            iteration + 1,
+            ratio,
+            100 * outside,
+            HEALTHY_RATIO,
+            100 * HEALTHY_OUTSIDE,
+        )
 
 
 def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor, model: ActorCritic) -> None:
@@ -148,23 +201,16 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
     if run.place and run.place.stage == "ppo":
         run.load(engine)
         done = run.place.step
-    policy = HFPolicy(
-        model.lm,
-        executor.codec.tokenizer.pad_token_id,
-        temperature=rollout.temperature,
-        max_batch_size=rollout.max_batch_size,
+    policy = setup.policy(
+        model.lm, executor.codec.tokenizer, run.path / "sft", temperature=rollout.temperature, copy=rollout.lag > 0
     )
     streams = setup.task.streams("train")
     count = min(ppo.streams_per_iteration, len(streams))
-    started = time.monotonic()
 
     def play(iteration: int) -> list[Trajectory]:
-        nonlocal started
-        started = time.monotonic()
-        policy.update_weights((), iteration)  # the trainer changed the model in place
         rng = np.random.default_rng(derive_seed(config.seed, "streams", iteration))
         chosen = [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))]
-        trajectories = asyncio.run(
+        return asyncio.run(
             collect(
                 executor,
                 policy,
@@ -172,31 +218,49 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
                 setup.memory,
                 seed=derive_seed(config.seed, "ppo", iteration),
                 max_failed=rollout.max_failed,
+                max_concurrent=rollout.max_concurrent,
             )
         )
+
+    shares_model = rollout.policy == "hf" and rollout.lag == 0
+    collector = Collector(
+        policy,
+        play,
+        (lambda: ()) if shares_model else engine.weights,
+        copied=lambda weight: weight.detach().cpu().clone(),
+        num_iterations=ppo.num_iterations,
+        lag=rollout.lag,
+        played=run.ahead() if done else {},
+    )
+
+    def collected(iteration: int) -> Sequence[Trajectory]:
+        trajectories = collector.collect(iteration)
         run.log_sessions([s for t in trajectories for s in t.sessions], stage="ppo", step=iteration + 1)
         return trajectories
 
-    with _progress() as progress:
+    with _progress() as progress, closing(policy), closing(collector):
         bar = progress.add_task("PPO", total=ppo.num_iterations, completed=done, note="")
+        started = time.monotonic()
 
         def on_iteration(iteration: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
-            results = outcomes(trajectories)
+            nonlocal started
             figures: dict[str, Any] = {
-                **rates(results, config.task.advice_price),
-                "failed": sum(o.failed for o in results),
+                **rates(outcomes(trajectories), config.task.advice_price),
+                **{f"status/{status}": n for status, n in status_counts(trajectories).items()},
+                "staleness": staleness(trajectories, iteration - 1),
                 "seconds": time.monotonic() - started,
                 **metrics,
             }
+            started = time.monotonic()
             run.log("ppo", iteration, figures)
-            progress.update(bar, completed=iteration, note=f"score {figures['score']:.3f}")
+            _advance(progress, bar, iteration, f"score {figures['score']:.3f}")
             if iteration % ppo.checkpoint_every == 0 or iteration == ppo.num_iterations:
-                run.save(Place("ppo", iteration), engine)
+                run.save(Place("ppo", iteration), engine, collector.ahead())
 
         train_ppo(
             engine,
             reference,
-            collect=play,
+            collect=collected,
             rewards=partial(terminal_rewards, config, setup.question_similarities()),
             on_iteration=on_iteration,
             first_iteration=done,
@@ -216,4 +280,6 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
             num_epochs=ppo.num_epochs,
             temperature=rollout.temperature,
             seed=config.seed,
+            masked=rollout.masked,
+            check=partial(check_mismatch, rollout, exact=next(model.lm.parameters()).dtype == torch.float32),
         )

@@ -167,6 +167,7 @@ class Source(StrEnum):
     LLM = "llm"
     EXECUTOR = "executor"
     TEMPLATE = "template"  # what a chat template puts around turns
+    CARRIED = "carried"  # what an earlier window held and this one starts with
     TASK = "task"
     MEMORY = "memory"
     TOOL = "tool"
@@ -382,6 +383,16 @@ class SessionStatus(StrEnum):
     TOOL_TIMEOUT = "tool_timeout"
     ADVISOR_TIMEOUT = "advisor_timeout"
     MEMORY_TIMEOUT = "memory_timeout"
+
+
+# Ends that were not the policy's doing.
+BLAMELESS = (
+    SessionStatus.FAILED,
+    SessionStatus.POLICY_TIMEOUT,
+    SessionStatus.TOOL_TIMEOUT,
+    SessionStatus.ADVISOR_TIMEOUT,
+    SessionStatus.MEMORY_TIMEOUT,
+)
 
 
 @dataclass(frozen=True, slots=True)

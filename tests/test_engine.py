@@ -173,3 +173,52 @@ def test_a_closed_engine_lets_go_of_its_module() -> None:
     assert moments() is None
     other = Engine(module, lr=0.1)
     assert len(train(other, [1])[0]) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The weights that rollout engines are given
+
+
+class Actor(nn.Module):
+    """A model whose output embedding is its input embedding, and a head of the trainer's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lm = nn.Module()
+        self.lm.embed = nn.Embedding(7, 4)
+        self.lm.inner = nn.Linear(4, 4)
+        self.lm.head = nn.Linear(4, 7, bias=False)
+        self.lm.head.weight = self.lm.embed.weight
+        self.value_head = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        embed, inner, head = (self.lm.get_submodule(n) for n in ("embed", "inner", "head"))
+        hidden = inner(embed(x)).tanh()
+        out: Tensor = head(hidden).log_softmax(-1)[:, 0] + self.value_head(hidden).squeeze(-1)
+        return out
+
+
+ACTOR_NAMES = ["embed.weight", "inner.weight", "inner.bias", "head.weight"]
+
+
+def trained_actor(stage: int) -> dict[str, Tensor]:
+    """What the engine gives out after two steps, and the norms of their gradients."""
+    engine = Engine(Actor(), lr=0.1, max_grad_norm=0.5, zero_stage=stage)
+    norms = []
+    for _ in range(2):
+        engine.backward(engine.forward(torch.arange(7)).square().sum(), last=True)
+        norms.append(engine.step())
+    found = {name: tensor.clone() for name, tensor in engine.weights()}
+    assert list(found) == ACTOR_NAMES
+    assert torch.equal(found["embed.weight"], found["head.weight"])
+    return {**found, "norms": torch.tensor(norms)}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_weights_are_full_under_every_stage_of_zero(stage: int) -> None:
+    expected = trained_actor(0)
+    assert not torch.equal(expected["inner.weight"], Actor().lm.get_parameter("inner.weight"))
+    found = trained_actor(stage)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)

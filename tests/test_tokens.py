@@ -152,3 +152,46 @@ EXPECTED = "expected one of SeekAdvice PredictAnswer"
 )
 def test_parse(ids: tuple[int, ...], forced: str | None, result: Action | str) -> None:
     assert CODEC.parse(ids, LEGAL, forced) == result
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Names as plain text
+
+TEXT = ActionCodec(make_codec().tokenizer, SPEC, special_tokens=False)
+NAMED = "expected one of [SeekAdvice] [PredictAnswer]"
+
+
+@pytest.mark.parametrize(
+    ("text", "forced", "result"),
+    [
+        ("[PredictAnswer] yes", None, Action(Fn.PREDICT_ANSWER, "yes")),
+        ("\n [PredictAnswer]\nyes  [SubmitAnswer] ", None, Action(Fn.PREDICT_ANSWER, "yes  [SubmitAnswer]")),
+        ("[PredictAnswer]", None, Action(Fn.PREDICT_ANSWER)),
+        ("[SeekAdvice]", None, Action(Fn.SEEK_ADVICE)),
+        ("[SeekAdvice] please", None, "[SeekAdvice] takes no argument"),
+        ("[SubmitAnswer]", None, NAMED),
+        ("I [SeekAdvice]", None, NAMED),
+        ("", None, NAMED),
+        ("yes", Fn.PREDICT_ANSWER, Action(Fn.PREDICT_ANSWER, "yes")),
+        ("<think> [PredictAnswer] no </think>\n\n[SeekAdvice]", None, Action(Fn.SEEK_ADVICE)),
+        ("<think> hm </think> yes", Fn.PREDICT_ANSWER, Action(Fn.PREDICT_ANSWER, "yes")),
+        ("<think> yes", Fn.PREDICT_ANSWER, "the thinking did not end"),
+    ],
+)
+def test_parse_text(text: str, forced: str | None, result: Action | str) -> None:
+    assert TEXT.parse([*TEXT.encode(text), TEXT.end_id], LEGAL, forced) == result
+    assert isinstance(TEXT.parse(TEXT.encode(text), LEGAL, forced), str), "without its end"
+
+
+@given(TEXTS)
+def test_text_is_one_action_as_written(text: str) -> None:
+    """What an action's text is parsed as is that action; no argument reaches beyond itself."""
+    argument = text.encode("utf-8", "replace").decode().strip()
+    action = Action(Fn.PREDICT_ANSWER, argument)
+    assert TEXT.parse(TEXT.encode_action(action), LEGAL, None) == action
+    assert TEXT.parse(TEXT.encode_argument(action), LEGAL, Fn.PREDICT_ANSWER) == action
+
+
+def test_a_special_token_in_an_argument_is_no_text() -> None:
+    ids = [*TEXT.encode("[PredictAnswer] yes"), SUBMIT, EOS]
+    assert TEXT.parse(ids, LEGAL, None) == "the action holds a special token"

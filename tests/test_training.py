@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from agile.config import RunConfig, load_config
+from agile.errors import AgileError
+from agile.policies import HFPolicy
 from agile.run_folder import Place, RunFolder
-from agile.training import terminal_rewards, train
-from agile.types import Advice, AdviceStatus, Reward, Session, Trajectory
+from agile.training import check_mismatch, terminal_rewards, train
+from agile.types import Advice, AdviceStatus, Reward, Session, SessionStatus, Trajectory
 from tests.doors import session
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +129,59 @@ def test_a_run_resumed_where_it_stopped_is_the_same_run(
     monkeypatch.undo()
     train(tiny(), out, resume=True)
     assert_same_run(out, whole)
+
+
+def test_a_run_that_collects_ahead_is_the_same_run_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was collected with weights that are gone is part of the checkpoint."""
+    ahead = tiny("rollout.lag=1", "ppo.num_iterations=4", "sft.num_steps=10")
+    train(ahead, tmp_path / "whole")
+    assert [line["staleness"] for line in metrics(tmp_path / "whole")[10:]] == [0, 1, 1, 1]
+    save = RunFolder.save
+
+    def save_and_stop(self: RunFolder, place: Place, *args: Any) -> None:
+        save(self, place, *args)
+        if place == Place("ppo", 2):
+            raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(RunFolder, "save", save_and_stop)
+        train(ahead, tmp_path / "run")
+    train(ahead, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_stale_weights_end_the_run_before_anything_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that forgets to take over new weights; nothing of what it played is logged as learned."""
+    setup_policy = HFPolicy.__init__
+
+    def copied(self: HFPolicy, model: Any, *args: Any, **kwargs: Any) -> None:
+        setup_policy(self, copy.deepcopy(model), *args, **kwargs)
+
+    monkeypatch.setattr(HFPolicy, "__init__", copied)
+    with pytest.raises(AgileError, match=r"Iteration 3: .*rollout.policy=hf.*differ by up to .*--resume"):
+        train(tiny("ppo.num_iterations=4", "sft.num_steps=10"), tmp_path / "run")
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("lag", "exact", "figures", "said"),
+    [
+        (0, True, (1.0, 0.0, 1e-5), ""),
+        (0, True, (1.0, 0.0, 0.02), "stops"),
+        (1, True, (1.0, 0.0, 0.3), ""),
+        (0, False, (0.995, 0.069, 0.3), ""),
+        (0, False, (0.97, 0.069, 0.3), "warns"),
+        (1, True, (1.0, 0.2, 0.3), "warns"),
+    ],
+)
+def test_a_mismatch_of_rollout_and_trainer_is_told(
+    lag: int, exact: bool, figures: tuple[float, float, float], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rollout = tiny(f"rollout.lag={lag}").rollout
+    found = dict(zip(("rollout_ratio", "rollout_outside", "rollout_difference"), figures, strict=True))
+    with pytest.raises(AgileError, match=r"expected at most 0\.01") if said == "stops" else nullcontext():
+        check_mismatch(rollout, 4, found, exact=exact)
+    assert ("Iteration 5: rollout and trainer drift apart" in caplog.text) == (said == "warns")
 
 
 # The process kills itself at a moment that no handler sees: in the middle of imitation, of writing a checkpoint, and of
@@ -235,6 +292,13 @@ def test_rewards_of_each_credit_mode(overrides: list[str], expected: list[list[f
     found = terminal_rewards(tiny(*overrides), SIMILAR.__getitem__, PLAYED, np.random.default_rng(0))
     for row, expected_row in zip(found, expected, strict=True):
         assert row == pytest.approx(expected_row)
+
+
+def test_failed_sessions_may_have_a_reward_of_their_own() -> None:
+    failed = replace(PLAYED[1].sessions[1], status=SessionStatus.INVALID_ACTION)
+    played = [PLAYED[0], Trajectory("b", (PLAYED[1].sessions[0], failed))]
+    found = terminal_rewards(tiny("rollout.failed_reward=-1"), SIMILAR.__getitem__, played, np.random.default_rng(0))
+    assert found == [[0.7, 1.0, 0.7, 0.0], [0.7, -1.0]]
 
 
 def test_shuffled_rewards_are_the_same_ones_elsewhere() -> None:

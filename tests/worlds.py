@@ -222,7 +222,7 @@ def check_session(session: Session, codec: ActionCodec, limits: Limits) -> None:
         SessionStatus.INVALID_ACTION: SegmentEnd.TERMINATED,
         SessionStatus.TRUNCATED: SegmentEnd.TRUNCATED,
         SessionStatus.FAILED: SegmentEnd.TRUNCATED,
-    }[session.status]
+    }.get(session.status, SegmentEnd.TRUNCATED)  # timeouts
     cleared = [SegmentEnd.CONTEXT_CLEARED] * (len(session.segments) - 1)
     assert [segment.end for segment in session.segments] == [*cleared, last]
     total, turns = 0, 0
@@ -235,6 +235,8 @@ def check_session(session: Session, codec: ActionCodec, limits: Limits) -> None:
             if span.source is Source.LLM:
                 turns += 1
                 assert len(span.token_ids) <= limits.max_action_tokens
+                continue
+            if span.source in (Source.TEMPLATE, Source.CARRIED):  # may end a turn, and hold what was sampled
                 continue
             names = [codec.name_of(i) for i in span.token_ids]
             if span.source is Source.EXECUTOR:  # the name it wrote comes last, after an error if there was one

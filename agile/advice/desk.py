@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from agile.errors import AgileError
 from agile.protocols import Advisor
 from agile.types import Advice, AdviceRequest, AdviceStatus, Item
+from agile.watchdog import StageTimeout, within
 
 
 @dataclass(slots=True)
@@ -63,17 +64,12 @@ class AdviceDesk:
         return advice
 
     async def _ask(self, request: AdviceRequest) -> Advice:
-        # Not `wait_for`: it waits for an advisor that ignores its cancellation.
-        task = asyncio.create_task(_advise(self.advisor, request))
         try:
-            await asyncio.wait({task}, timeout=self.timeout_s)
-        finally:
-            task.cancel()
-        if not task.done():
+            advice = await within("advisor", self.timeout_s, _advise(self.advisor, request))
+        except StageTimeout:
+            if self.timeout_s is None:  # a limit on the whole session's stages, not the desk's
+                raise
             return _without(AdviceStatus.TIMEOUT, f"no answer within {self.timeout_s:g} s")
-        if task.cancelled():
-            return _without(AdviceStatus.FAILED, "the advisor was cancelled")
-        advice = task.result()
         return replace(advice, price=self.price if advice.answered else 0.0)
 
 
@@ -81,6 +77,11 @@ async def _advise(advisor: Advisor, request: AdviceRequest) -> Advice:
     """What the advisor returns, or a failure that says what it raised or returned instead of advice."""
     try:
         advice = await advisor.advise(request)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        return _without(AdviceStatus.FAILED, "the advisor was cancelled")
     except Exception as error:
         return _without(AdviceStatus.FAILED, f"{type(error).__name__}: {error}")
     texts = (advice.answer, advice.explanation, advice.expert) if isinstance(advice, Advice) else (None,)

@@ -24,9 +24,8 @@ class ScriptedPolicy:
     async def complete(
         self, prompt_ids: Sequence[int], *, max_tokens: int, stop: Collection[int], seed: int
     ) -> Completion:
-        action = self.decide(self.codec.decode(prompt_ids))
-        last = self.codec.name_of(prompt_ids[-1])
-        forced = last is not None and self.codec.spec[last].takes_argument
+        action = self.decide(self.codec.conversation(prompt_ids))
+        forced = self.codec.awaited(prompt_ids) is not None
         ids = self.codec.encode_argument(action) if forced else self.codec.encode_action(action)
         ids = ids[:max_tokens]
         finish = "stop" if ids and ids[-1] in stop else "length"

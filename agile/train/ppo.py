@@ -6,9 +6,10 @@ Reads from top to bottom. The mathematics is in `agile.credit` and `agile.losses
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from agile.credit import pad as stack
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.losses import PPOCoefficients, entropy, ppo_loss, token_logprobs
-from agile.types import SessionStatus, Trajectory
+from agile.types import BLAMELESS, SessionStatus, Trajectory
 
 Floats = NDArray[np.float32]
 
@@ -69,11 +70,14 @@ def score_rows(
 
 
 def lay_out(
-    trajectories: Sequence[Trajectory], rewards: Sequence[Sequence[float]]
+    trajectories: Sequence[Trajectory],
+    rewards: Sequence[Sequence[float]],
+    masked: Collection[SessionStatus] = BLAMELESS,
 ) -> tuple[list[Row], list[list[tuple[range, float]]]]:
     """The rows of all sessions in order, and for each trajectory its sessions: the numbers of their rows, the reward.
 
-    Failed sessions are left out: what went wrong there was not the policy's doing.
+    Args:
+        masked: Sessions that ended so are left out of the loss, and of what flows from session to session.
 
     Raises:
         AgileError: No session holds a sampled token.
@@ -83,7 +87,7 @@ def lay_out(
     for trajectory, trajectory_rewards in zip(trajectories, rewards, strict=True):
         sessions = []
         for session, reward in zip(trajectory.sessions, trajectory_rewards, strict=True):
-            if session.status is not SessionStatus.FAILED:
+            if session.status not in masked:
                 start = len(rows)
                 rows += session_rows(session)
                 sessions.append((range(start, len(rows)), reward))
@@ -128,6 +132,22 @@ def advantages(
     return row_advantages, row_returns, explained_variance(t.values, returns, mask)
 
 
+def mismatch(rows: Sequence[Row], scored: Sequence[Scored]) -> dict[str, float]:
+    """How the trainer's probabilities of the sampled tokens differ from those that the rollout engine reported.
+
+    Returns:
+        Mean of the ratio trainer / rollout, share of tokens whose ratio is outside [0.9, 1.1], and the largest absolute
+        difference of the logprobs, in nats.
+    """
+    difference = np.concatenate([s.logprobs - r.logprobs for r, s in zip(rows, scored, strict=True)]).astype(np.float64)
+    ratio = np.exp(difference)
+    return {
+        "rollout_ratio": float(ratio.mean()),
+        "rollout_outside": float(((ratio < 0.9) | (ratio > 1.1)).mean()),
+        "rollout_difference": float(np.abs(difference).max()),
+    }
+
+
 def update(
     engine: Engine,
     reference: torch.nn.Module | None,
@@ -141,17 +161,23 @@ def update(
     num_epochs: int,
     temperature: float,
     rng: np.random.Generator,
+    masked: Collection[SessionStatus] = BLAMELESS,
+    check: Callable[[Mapping[str, float]], None] = lambda mismatch: None,
 ) -> dict[str, float]:
     """One PPO iteration on collected trajectories.
 
     Args:
         rewards: Terminal reward of each session of each trajectory, credit term included.
+        masked: Sessions that ended so are left out.
+        check: Called with `mismatch` of rollout and trainer before anything is learned; may raise.
 
     Returns:
         Means over action tokens; `first_ratio` is the mean ratio at the first minibatch, which must be 1.
     """
-    rows, plan = lay_out(trajectories, rewards)
+    rows, plan = lay_out(trajectories, rewards, masked)
     scored = score_rows(engine, reference, rows, batch_size=micro_batch_size, temperature=temperature)
+    between = mismatch(rows, scored)
+    check(between)
     row_advantages, row_returns, variance = advantages(plan, rows, scored, discounts)
 
     def flat(arrays: Iterable[Floats]) -> torch.Tensor:
@@ -191,6 +217,7 @@ def update(
             total_tokens += num_tokens
     return {
         "first_ratio": first_ratio,
+        **between,
         "explained_variance": variance,
         "grad_norm": float(np.mean(norms)),
         "num_rows": float(len(rows)),
@@ -216,6 +243,8 @@ def train_ppo(
     num_epochs: int,
     temperature: float,
     seed: int,
+    masked: Collection[SessionStatus] = BLAMELESS,
+    check: Callable[[int, Mapping[str, float]], None] = lambda iteration, mismatch: None,
 ) -> None:
     """Collect and learn, `num_iterations` times, of which `first_iteration` are done.
 
@@ -227,6 +256,9 @@ def train_ppo(
         on_iteration: Called after each with its number (from 1), its trajectories and metrics.
         value_warmup_epochs: Epochs of the first iteration, which then trains the critic alone; 0 for none. A critic
             that is still far off pushes up whatever is done most, good or bad.
+        masked: Sessions that ended so are left out of the loss.
+        check: Called in each iteration with its number (from 0) and the `mismatch` of rollout and trainer, before
+            anything is learned; may raise.
     """
     for iteration in range(first_iteration, num_iterations):
         rng = np.random.default_rng([seed, iteration])
@@ -245,5 +277,7 @@ def train_ppo(
                 num_epochs=value_warmup_epochs if warmup else num_epochs,
                 temperature=temperature,
                 rng=rng,
+                masked=masked,
+                check=partial(check, iteration),
             )
         on_iteration(iteration + 1, trajectories, metrics)

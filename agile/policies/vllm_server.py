@@ -1,0 +1,436 @@
+"""vLLM servers as a policy: requests over HTTP to the least loaded one, weights through a shared folder."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from torch import Tensor
+
+from agile.errors import AgileError
+from agile.policies.serving import ServedModel, check_logprobs
+from agile.types import Completion, Usage
+
+logger = logging.getLogger(__name__)
+
+FRESH = "default"  # what vLLM calls the weights that a server was started with
+REMEDY = "Start servers with the command that agile.policies.vllm_server.server_command gives (docs/vllm.md)."
+
+
+def server_command(
+    model: str | Path,
+    port: int,
+    *,
+    host: str = "127.0.0.1",
+    python: str = sys.executable,
+    name: str = "agile",
+    dtype: str = "bfloat16",
+    max_model_len: int | None = None,
+    max_num_seqs: int = 256,
+    kv_cache_gib: float | None = None,
+    enforce_eager: bool = False,
+    block_size: int | None = None,
+) -> list[str]:
+    """The command that starts a server such as `VLLMServerPolicy` expects.
+
+    The server obeys everyone who reaches its port (that is how it takes over weights): a host other than the default
+    belongs on a trusted network only.
+
+    Args:
+        model: A folder in Hugging Face format on the server's machine.
+        python: The interpreter of the environment that vLLM is installed in.
+        kv_cache_gib: Size of the KV cache; by default what vLLM finds free. Name it on a CPU.
+        enforce_eager: Compile nothing: an earlier start, slower steps on a GPU.
+
+    >>> print(*server_command("runs/mine/sft", 8000, python="python")[:5])
+    env VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server
+    """
+    optional = {
+        "--max-model-len": max_model_len,
+        "--block-size": block_size,
+        "--kv-cache-memory-bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
+    }
+    return [
+        *("env", "VLLM_SERVER_DEV_MODE=1", python, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model), "--served-model-name", name, "--host", host, "--port", str(port)),
+        *("--dtype", dtype, "--max-num-seqs", str(max_num_seqs)),
+        *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
+        *("--skip-tokenizer-init", "--enable-scale-out", "--enable-prefix-caching", "--enable-prompt-tokens-details"),
+        *(["--enforce-eager"] if enforce_eager else []),
+        *(str(part) for pair in optional.items() if pair[1] is not None for part in pair),
+    ]
+
+
+class _Failed(Exception):
+    """A server did not answer as it should; another one, or a later try, may."""
+
+    def __init__(self, reason: str, *, gone: bool = False):
+        super().__init__(reason)
+        self.gone = gone  # no use to ask it again at once
+
+
+class _Busy(Exception):
+    """A server asks for patience, of so many seconds if it says so."""
+
+    def __init__(self, after_s: float | None):
+        super().__init__("HTTP 429: too many requests")
+        self.after_s = after_s
+
+
+@dataclass(slots=True, eq=False)
+class _Server:
+    url: str
+    up: bool = True
+    active: int = 0
+    failures: int = 0  # in a row
+    next_try: float = 0.0  # of a server that is down
+    last_error: str = ""
+    revival: asyncio.Task[None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Pushed:
+    """The weights that every server must hold."""
+
+    folder: Path
+    label: str
+    expected: list[float] | None
+
+
+class VLLMServerPolicy:
+    """Samples with vLLM servers, which may be on other machines and in environments of their own.
+
+    A request goes to the server with the fewest under way. It is repeated, there or elsewhere, when a server is busy,
+    fails or dies; the seed makes the answer the same. A dead server is left out and tried again; before it is used
+    again it gets the current weights. The distribution is softmax(logits / temperature), never truncated.
+
+    Args:
+        model: A folder with the config of the model that the servers serve.
+        servers: Their addresses, `http://host:port`.
+        num_tokens: Length of the tokenizer, to be checked against the model; None for no check.
+        name: What the servers call the model.
+        dtype: What the servers were started with; says how exact their log-probabilities are.
+        max_model_len: Most tokens of prompt and completion that will be asked for; the model's own by default.
+        temperature: Of sampling.
+        weights_dir: Where `update_weights` writes; the servers see it under the same path.
+        timeout_s: How long a request may go unanswered, over all tries, before the run ends.
+        request_timeout_s: The same for one try.
+        retry_s: How long a dead server is left out while others live.
+        verify: Compare log-probabilities with transformers' after each update of the weights. Loads them on the CPU
+            of this machine.
+
+    Raises:
+        AgileError: No server answers, or one serves another model or with other options than this policy needs.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        servers: Sequence[str],
+        *,
+        num_tokens: int | None = None,
+        name: str = "agile",
+        dtype: str = "bfloat16",
+        max_model_len: int | None = None,
+        temperature: float = 1.0,
+        weights_dir: str | Path | None = None,
+        timeout_s: float = 300.0,
+        request_timeout_s: float = 120.0,
+        retry_s: float = 30.0,
+        verify: bool = True,
+    ):
+        if not servers:
+            raise AgileError("The policy vllm_server needs the address of a server (http://host:port). " + REMEDY)
+        self.model = ServedModel.read(model, max_model_len=max_model_len, num_tokens=num_tokens)
+        self.name = name
+        self.dtype = dtype
+        self.temperature = temperature
+        self.weights_dir = None if weights_dir is None else Path(weights_dir).resolve()
+        self.timeout_s = timeout_s
+        self.retry_s = retry_s
+        self.verify = verify
+        self.version = 0
+        self._servers = [_Server(url.rstrip("/")) for url in servers]
+        self._run = os.urandom(4).hex()  # tells this run's weights from another's on the same server
+        self._pushed: _Pushed | None = None
+        self._written: list[Path] = []
+        self._random = random.Random()
+        # addresses are reached directly; a proxy of the environment is for the world outside
+        self._client = httpx2.Client(timeout=request_timeout_s, trust_env=False)
+        self._async: tuple[asyncio.AbstractEventLoop, httpx2.AsyncClient] | None = None
+        self._request_timeout_s = request_timeout_s
+        for server in self._servers:
+            try:
+                self._check(server)
+            except _Failed as error:
+                self._take_out(server, error)
+        if not any(s.up for s in self._servers):
+            raise self._none_left()
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Requests
+
+    async def complete(
+        self, prompt_ids: Sequence[int], *, max_tokens: int, stop: Collection[int], seed: int
+    ) -> Completion:
+        self.model.check_request(prompt_ids, max_tokens)
+        body = self._body(
+            prompt_ids, temperature=self.temperature, max_tokens=max_tokens, seed=seed, stop_token_ids=sorted(stop)
+        )
+        deadline = time.monotonic() + self.timeout_s
+        delay_s = 0.25
+        while True:
+            server = await self._choose(deadline)
+            try:
+                return await self._generate(server, body)
+            except _Busy as busy:
+                server.last_error = str(busy)
+                wait_s = busy.after_s or delay_s
+            except _Failed as error:
+                self._note_failure(server, error)
+                wait_s = 0.0 if error.gone else delay_s
+            delay_s = min(2 * delay_s, 10.0)
+            wait_s *= self._random.uniform(1.0, 1.5)  # not all at once again
+            await asyncio.sleep(min(wait_s, max(0.0, deadline - time.monotonic())))
+
+    def _body(self, prompt_ids: Sequence[int], **sampling: Any) -> dict[str, Any]:
+        # everything that a server could have a default of its own for is named
+        fixed = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True, "logprobs": 0}
+        penalties = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "watermarking": False, "detokenize": False}
+        return {
+            "model": self.name,
+            "token_ids": list(prompt_ids),
+            "sampling_params": {**fixed, **penalties, "temperature": 1.0, **sampling},
+        }
+
+    async def _choose(self, deadline: float) -> _Server:
+        while True:
+            now = time.monotonic()
+            if now >= deadline:
+                raise self._none_left()
+            for server in self._servers:
+                if not server.up and now >= server.next_try and (server.revival is None or server.revival.done()):
+                    server.revival = asyncio.create_task(self._revive(server))
+            if up := [s for s in self._servers if s.up]:
+                return min(up, key=lambda s: s.active)
+            await asyncio.sleep(0.05)
+
+    async def _generate(self, server: _Server, body: dict[str, Any]) -> Completion:
+        server.active += 1
+        try:
+            response = await self._async_client().post(f"{server.url}/inference/v1/generate", json=body)
+        except httpx2.RequestError as error:
+            gone = isinstance(error, httpx2.ConnectError)
+            raise _Failed(f"{type(error).__name__}: {error}", gone=gone) from None
+        finally:
+            server.active -= 1
+        answer = self._read(server, response)
+        try:
+            (choice,) = answer["choices"]
+            ids = tuple(int(i) for i in choice["token_ids"])
+            logprobs = tuple(min(0.0, float(row["logprob"])) for row in choice["logprobs"]["content"])
+            labels = {str(span["version"]) for span in choice["weight_versions"]}
+            usage = answer["usage"]
+            cached = (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0
+            spent = Usage(usage["prompt_tokens"], cached, len(ids))
+            if choice["finish_reason"] not in ("stop", "length"):
+                raise ValueError(f"finish_reason {choice['finish_reason']!r}")
+            completion = Completion(ids, logprobs, choice["finish_reason"], self.version, spent)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _Failed(f"an answer that is none of vLLM 0.32's ({type(error).__name__}: {error})") from None
+        self._check_label(server, labels)
+        server.failures = 0
+        return completion
+
+    def _check_label(self, server: _Server, labels: set[str]) -> None:
+        expected = self._pushed.label if self._pushed else FRESH
+        if labels == {expected}:
+            return
+        if all(label == FRESH or label.endswith(self._run) for label in labels):
+            raise _Failed(f"it was restarted and holds weights {labels}, not {expected}", gone=True)
+        raise AgileError(
+            f"{server.url} holds the weights {', '.join(sorted(labels))}, expected {expected}: another run gave it its "
+            "own. Restart the server, or give each run servers of its own."
+        )
+
+    def _async_client(self) -> httpx2.AsyncClient:
+        """One per event loop: connections do not outlive theirs."""
+        loop = asyncio.get_running_loop()
+        if self._async is None or self._async[0] is not loop:
+            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+            client = httpx2.AsyncClient(timeout=self._request_timeout_s, limits=limits, trust_env=False)
+            self._async = (loop, client)
+        return self._async[1]
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Servers that fail, and come back
+
+    def _note_failure(self, server: _Server, error: _Failed) -> None:
+        server.failures += 1
+        server.last_error = str(error)
+        if server.up and (error.gone or server.failures >= 3):
+            self._take_out(server, error)
+
+    def _take_out(self, server: _Server, error: Exception) -> None:
+        server.up = False
+        server.last_error = str(error)
+        others = sum(s.up for s in self._servers)
+        server.next_try = time.monotonic() + (self.retry_s if others else 0.5)
+        logger.warning("%s is left out (%s); %d other servers are left.", server.url, error, others)
+
+    async def _revive(self, server: _Server) -> None:
+        """Look whether a server is back, and give it the current weights before anyone uses it."""
+        try:
+            await asyncio.to_thread(self._check, server)
+            if self._pushed:
+                await asyncio.to_thread(self._push, server, self._pushed)
+        except (_Failed, _Busy, AgileError) as error:
+            server.last_error = str(error)
+            server.next_try = time.monotonic() + (self.retry_s if any(s.up for s in self._servers) else 0.5)
+            return
+        server.up, server.failures = True, 0
+        logger.warning("%s is back.", server.url)
+
+    def _none_left(self) -> AgileError:
+        errors = "; ".join(f"{s.url}: {s.last_error or 'no error'}" for s in self._servers)
+        return AgileError(f"No vLLM server answered within {self.timeout_s:g} s ({errors}). Are they running? {REMEDY}")
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What a server must be like
+
+    def _ask(self, server: _Server, path: str, body: dict[str, Any] | None = None, timeout_s: float = 60.0) -> Any:
+        """GET, or POST of a body; also from threads."""
+        method = "GET" if body is None else "POST"
+        try:
+            response = self._client.request(method, server.url + path, json=body, timeout=timeout_s)
+        except httpx2.RequestError as error:
+            raise _Failed(f"{type(error).__name__}: {error}", gone=True) from None
+        return self._read(server, response)
+
+    def _read(self, server: _Server, response: httpx2.Response) -> Any:
+        """The JSON of an answer.
+
+        Raises:
+            AgileError: The server refuses what no repetition would change.
+        """
+        status, text = response.status_code, " ".join(response.text.split())[:300]
+        path = response.request.url.path
+        if status == 429:
+            after = response.headers.get("Retry-After", "")
+            raise _Busy(float(after) if after.isdigit() else None)
+        if status >= 500:
+            if path == "/collective_rpc":
+                raise AgileError(
+                    f"{server.url} could not load the weights in {self.weights_dir} ({text}). It must see this folder "
+                    "under the same path: set rollout.weights_dir to one on a shared file system."
+                )
+            raise _Failed(f"HTTP {status}: {text}")
+        if status >= 400:
+            reason = "" if status == 400 else REMEDY
+            raise AgileError(f"{server.url} refuses {path} (HTTP {status}: {text}). {reason}".rstrip())
+        try:
+            return response.json()
+        except ValueError:
+            raise _Failed(f"no JSON but {text[:80]!r}") from None
+
+    def _check(self, server: _Server) -> None:
+        """Refuse a server that would sample something else than asked for.
+
+        Raises:
+            AgileError: Its model, vocabulary, context or options are not those of this policy.
+        """
+        models = {m["id"]: m.get("max_model_len") for m in self._ask(server, "/v1/models")["data"]}
+        if self.name not in models:
+            raise AgileError(f"{server.url} serves {sorted(models)}, expected {self.name!r}. {REMEDY}")
+        if (found := models[self.name] or 0) < self.model.max_model_len:
+            raise AgileError(
+                f"{server.url} serves a context of {found} tokens, expected {self.model.max_model_len}. Start it with "
+                f"--max-model-len {self.model.max_model_len}, or lower max_model_len of the policy."
+            )
+        size = self.model.vocab_size
+        self._ask_top(server, logit_bias={str(size - 1): 0.0})
+        try:
+            self._ask_top(server, logit_bias={str(size): 0.0})
+        except AgileError:
+            pass  # vLLM refuses ids out of the vocabulary
+        else:
+            raise AgileError(f"{server.url} has a vocabulary larger than the {size} of {self.model.folder}. {REMEDY}")
+        if self.temperature not in (0.0, 1.0):
+            plain, tempered = (self._ask_top(server, temperature=t, logprobs=5) for t in (1.0, self.temperature))
+            if all(abs(plain[i] - tempered[i]) < 1e-6 for i in plain.keys() & tempered.keys()):
+                raise AgileError(
+                    f"{server.url} gives log-probabilities of temperature 1, expected those of temperature "
+                    f"{self.temperature:g}. Start it with --logprobs-mode processed_logprobs."
+                )
+
+    def _ask_top(self, server: _Server, **sampling: Any) -> dict[int, float]:
+        """The likeliest first tokens of a completion."""
+        body = self._body(self.model.probe, max_tokens=1, seed=0, **sampling)
+        (choice,) = self._ask(server, "/inference/v1/generate", body)["choices"]
+        return {int(t["token_id"]): float(t["logprob"]) for t in choice["logprobs"]["content"][0]["top_logprobs"]}
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Weights
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        if self.weights_dir is None:
+            raise AgileError(
+                "To update the weights of servers, set rollout.weights_dir to a folder that they see under the same "
+                "path, on a shared file system if they are on other machines."
+            )
+        folder = self.weights_dir / str(version)
+        self.model.write(weights, folder)
+        expected = self.model.written_logprobs(folder) if self.verify else None
+        self._pushed = pushed = _Pushed(folder, f"{version}-{self._run}", expected)
+        self.version = version
+
+        def push(server: _Server) -> None:
+            try:
+                self._push(server, pushed)
+            except (_Failed, _Busy) as error:
+                self._take_out(server, error)
+
+        with ThreadPoolExecutor(len(self._servers)) as pool:
+            list(pool.map(push, [s for s in self._servers if s.up]))
+        if not any(s.up for s in self._servers):
+            raise self._none_left()
+        self._written = [f for f in self._written if f != folder] + [folder]
+        for old in self._written[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
+        self._written = self._written[-2:]
+
+    def _push(self, server: _Server, pushed: _Pushed) -> None:
+        """Have a server load the weights, forget what it cached under the old ones, and prove it.
+
+        Raises:
+            AgileError: It does not, or was not started in a mode that allows it.
+        """
+        kwargs = {"weights_path": str(pushed.folder)}
+        self._ask(server, "/collective_rpc", {"method": "reload_weights", "kwargs": kwargs}, timeout_s=600.0)
+        if not self._ask(server, "/reset_prefix_cache", {})["success"]:
+            raise AgileError(
+                f"{server.url} kept its prefix cache, which other weights filled: somebody else's requests run there. "
+                "Give each run servers of its own."
+            )
+        self._ask(server, "/update_weight_version", {"new_version": pushed.label})
+        self._check_label(server, {str(self._ask(server, "/weight_info")["weight_version"])})
+        if pushed.expected is not None:
+            probe = self.model.probe
+            answer = self._ask(server, "/inference/v1/generate", self._body(probe, max_tokens=1, prompt_logprobs=0))
+            found = [row[str(i)]["logprob"] for i, row in zip(probe[1:], answer["prompt_logprobs"][1:], strict=True)]
+            check_logprobs(found, pushed.expected, self.dtype, server.url)
+
+    def close(self) -> None:
+        self._client.close()
+        self._async = None

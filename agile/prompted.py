@@ -1,0 +1,49 @@
+"""The agent `prompted` of a config: which endpoint it asks, and what that takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agile.config import PromptedConfig
+from agile.tokens import ActionCodec
+
+if TYPE_CHECKING:  # the client takes a second to import, and most runs need none
+    from agile.policies.endpoint import Endpoint
+    from agile.policies.openai import OpenAIPolicy
+
+CACHE = "answers.sqlite"
+
+
+def check_key(config: PromptedConfig) -> None:
+    """Raise `AgileError` if the key that the endpoint needs is not there."""
+    from agile.policies.endpoint import read_key
+
+    read_key(config.base_url, config.api_key_env)
+
+
+def prompted_policy(config: PromptedConfig, codec: ActionCodec, price: float, folder: Path) -> OpenAIPolicy:
+    """The policy; its answers are kept in `folder`, or where the config says."""
+    from agile.policies.endpoint import Endpoint, Prices
+    from agile.policies.openai import OpenAIPolicy
+
+    endpoint = Endpoint(
+        config.base_url,
+        config.model or "",
+        api_key_env=config.api_key_env,
+        max_concurrent=config.max_concurrent,
+        requests_per_minute=config.requests_per_minute,
+        timeout_s=config.timeout_s,
+        prices=Prices(**config.prices.model_dump()),
+        cache=config.cache or folder / CACHE,
+    )
+    return OpenAIPolicy(
+        codec, price, endpoint, tools=config.tools, temperature=config.temperature, max_tokens=config.max_tokens
+    )
+
+
+def spent(endpoint: Endpoint) -> str:
+    """What the requests of this process took, in a few words."""
+    usage = endpoint.spent
+    money = f", {usage.cost:,.4f} paid" if usage.cost else ""
+    return f"{endpoint.num_requests:,} requests, {usage.prompt_tokens + usage.completion_tokens:,} tokens{money}"
