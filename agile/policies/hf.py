@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from agile.errors import AgileError
-from agile.policies.slots import SlotCache, check_attention, last_logits, max_context, slot_attention
+from agile.policies.slots import SlotCache, check_attention, last_logits, max_context, part_of, slot_attention
 from agile.types import Completion, Usage
 
 MAX_PASS_TOKENS = 8192  # of one forward pass, unless a single prompt has more: bounds memory
@@ -74,7 +74,7 @@ class HFPolicy:
 
     Args:
         model: A causal LM; it is used as it is, in its device and dtype. A trainer may share it, see `update_weights`.
-        pad_id: Padding token id.
+        pad_id: Not used: nothing is padded. Callers pass it as other policies may need it.
         temperature: Of sampling.
         max_batch_size: Slots: most sequences that are sampled at once and kept. Further requests wait.
         reuse: Whether keys and values are kept between requests; without, each computes its whole prompt.
@@ -136,6 +136,7 @@ class HFPolicy:
                 found.add(name)
         if found and (missing := sorted(expected.keys() - found)):
             raise AgileError(f"The update lacks the parameters {missing}; send all of them, tied ones included.")
+        self._weights_seen = self._fingerprint()
         self._version = version
 
     def close(self) -> None:
@@ -148,7 +149,8 @@ class HFPolicy:
         if count := len(self._arrived) + len(self._waiting) + len(self._running):
             raise AgileError(f"{count} requests are being sampled; update or close a policy when all are answered.")
         layers = self.model.config.get_text_config().num_hidden_layers
-        self._cache = SlotCache(layers, self.model.device)
+        self._device = self.model.device
+        self._cache = SlotCache(layers, self._device)
         self._free = [_Slot(row) for row in reversed(range(self.max_batch_size))]
         self._idle: list[_Slot] = []  # least recently used first
         self._weights_seen = self._fingerprint()
@@ -198,7 +200,7 @@ class HFPolicy:
                 f"but {self._limit_name} of {type(self.model).__name__} is {self._max_context}. Lower "
                 "rollout.max_context_tokens to that, or take a model with a longer context."
             )
-        generator = torch.Generator(self.model.device).manual_seed(seed)
+        generator = torch.Generator(self._device).manual_seed(seed)
         return _Request(list(prompt_ids), num_prompt, max_tokens, stop, seed, generator)
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -333,7 +335,7 @@ class HFPolicy:
         counts = [_num_new(r) for r in group]
         plan = self._cache.prepare([s.row for s in slots], [s.length for s in slots], counts)
         ids = [i for r, n in zip(group, counts, strict=True) for i in r.ids[-n:]]
-        logits = last_logits(self.model, self._cache, plan, torch.tensor([ids], device=self.model.device))
+        logits = last_logits(self.model, self._cache, plan, torch.tensor([ids], device=self._device))
         for slot, count in zip(slots, counts, strict=True):
             slot.length += count
         return logits
@@ -352,10 +354,10 @@ def _holds(slot: _Slot, ids: list[int]) -> bool:
 
 
 def _passes(requests: Sequence[_Request]) -> list[list[_Request]]:
-    """Requests that share a forward pass, those of one new token first, each kind in the order of its rows."""
+    """Requests that share a forward pass, in the order of its parts and their rows."""
     passes: list[list[_Request]] = []
     room = 0
-    for request in sorted(requests, key=lambda r: (min(_num_new(r), 2), r.slot.row if r.slot else -1)):
+    for request in sorted(requests, key=lambda r: (part_of(_num_new(r)), r.slot.row if r.slot else -1)):
         if not passes or _num_new(request) > room:
             passes.append([])
             room = MAX_PASS_TOKENS

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -73,7 +74,7 @@ class Plan:
         write: (N,) their places in the store, seen as one long list of tokens.
         positions: (1, N) their positions in their sequences.
         last: (sequences,) the last token of each sequence among the N.
-        parts: How they attend: first the sequences of one new token, then all others.
+        parts: How they attend: sequences with like numbers of new tokens together, in order.
     """
 
     write: Tensor
@@ -141,7 +142,7 @@ class SlotCache(Cache):
         """Plan a pass over `counts[i]` new tokens of each row, behind the `starts[i]` that it holds.
 
         Args:
-            rows: Distinct rows; those of one new token come first.
+            rows: Distinct rows, ordered by `part_of` their counts.
         """
         self.shape = (
             _grown(self.shape[0], max(rows) + 1),
@@ -150,13 +151,13 @@ class SlotCache(Cache):
         r, s, c = (np.asarray(a, dtype=np.int64) for a in (rows, starts, counts))
         ends = np.cumsum(c)
         positions = np.arange(ends[-1]) + np.repeat(s + c - ends, c)  # (N,)
-        single = int((c == 1).sum())
-        cuts = [(i, j) for i, j in ((0, single), (single, len(r))) if i < j]
+        kinds = [part_of(count) for count in counts]
+        cuts = [0, *(i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]), len(kinds)]
         self.plan = Plan(
             self._tensor(np.repeat(r, c) * self.shape[1] + positions),
             self._tensor(positions[None]),
             self._tensor(ends - 1),
-            tuple(self._part(r[i:j], s[i:j], c[i:j]) for i, j in cuts),
+            tuple(self._part(r[i:j], s[i:j], c[i:j]) for i, j in pairwise(cuts)),
         )
         return self.plan
 
@@ -184,6 +185,11 @@ class SlotCache(Cache):
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def part_of(count: int) -> int:
+    """Which part of a pass a sequence of so many new tokens belongs to: padding at most doubles a part of long ones."""
+    return 0 if count == 1 else max(6, (count - 1).bit_length())
 
 
 def _grown(size: int, needed: int) -> int:

@@ -362,6 +362,15 @@ def test_the_same_requests_give_the_same_bits(model: LlamaForCausalLM) -> None:
     assert talk(HFPolicy(model, PAD, max_batch_size=7), range(12)) == first
 
 
+def test_long_prompts_are_computed_in_several_passes(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And prompts of very different lengths side by side."""
+    prompts = [[(7 * i) % 50 + 2 for i in range(n)] for n in (1, 2, 63, 66, 150, 129, 3, 1)]
+    expected = [sample(HFPolicy(model, PAD), [p], [i])[0] for i, p in enumerate(prompts)]
+    assert_same(sample(HFPolicy(model, PAD), prompts, range(8)), expected)
+    monkeypatch.setattr("agile.policies.hf.MAX_PASS_TOKENS", 70)
+    assert_same(sample(HFPolicy(model, PAD), prompts, range(8)), expected)
+
+
 def test_the_least_recently_used_slot_is_evicted(model: LlamaForCausalLM) -> None:
     policy = HFPolicy(model, PAD, max_batch_size=2)
 
