@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import torch
 from torch import Tensor
 
 from agile.errors import AgileError
@@ -70,6 +71,19 @@ def server_command(
         *(["--enforce-eager"] if enforce_eager else []),
         *(str(part) for pair in optional.items() if pair[1] is not None for part in pair),
     ]
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _from_first(value: Any) -> Any:
+    """The value that the first of the training processes has."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 class _Failed(Exception):
@@ -162,12 +176,14 @@ class VLLMServerPolicy:
         self.verify = verify
         self.version = 0
         self._servers = [_Server(url.rstrip("/")) for url in servers]
-        self._run = os.urandom(4).hex()  # tells this run's weights from another's on the same server
+        self._run: str = _from_first(os.urandom(4).hex())  # tells this run's weights from another's on the same server
         self._pushed: _Pushed | None = None
         self._written: list[Path] = []
         self._random = random.Random()
         # addresses are reached directly; a proxy of the environment is for the world outside
-        self._client = httpx2.Client(timeout=request_timeout_s, trust_env=False)
+        secure = any(url.startswith("https:") for url in servers)
+        self._tls = httpx2.create_ssl_context() if secure else False  # reading certificates takes long
+        self._client = httpx2.Client(timeout=request_timeout_s, trust_env=False, verify=self._tls)
         self._async: tuple[asyncio.AbstractEventLoop, httpx2.AsyncClient] | None = None
         self._request_timeout_s = request_timeout_s
         for server in self._servers:
@@ -269,7 +285,8 @@ class VLLMServerPolicy:
         loop = asyncio.get_running_loop()
         if self._async is None or self._async[0] is not loop:
             limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-            client = httpx2.AsyncClient(timeout=self._request_timeout_s, limits=limits, trust_env=False)
+            timeout_s = self._request_timeout_s
+            client = httpx2.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False, verify=self._tls)
             self._async = (loop, client)
         return self._async[1]
 
@@ -389,11 +406,25 @@ class VLLMServerPolicy:
                 "To update the weights of servers, set rollout.weights_dir to a folder that they see under the same "
                 "path, on a shared file system if they are on other machines."
             )
-        folder = self.weights_dir / str(version)
+        error: AgileError | None = None
+        weights = iter(weights)
+        if _rank() == 0:
+            try:
+                self._take_over(weights, self.weights_dir / str(version), f"{version}-{self._run}")
+            except AgileError as reason:
+                error = reason
+        for _ in weights:  # they may be gathered from all processes: each must walk through all of them
+            pass
+        error, self._pushed = _from_first((error, self._pushed))
+        if error is not None:
+            raise error
+        self.version = version
+
+    def _take_over(self, weights: Iterable[tuple[str, Tensor]], folder: Path, label: str) -> None:
+        """Write the weights, and have all servers load them."""
         self.model.write(weights, folder)
         expected = self.model.written_logprobs(folder) if self.verify else None
-        self._pushed = pushed = _Pushed(folder, f"{version}-{self._run}", expected)
-        self.version = version
+        self._pushed = pushed = _Pushed(folder, label, expected)
 
         def push(server: _Server) -> None:
             try:

@@ -39,7 +39,8 @@ class Server:
         command = server_command(
             folder, self.port, dtype="float32", max_num_seqs=32, kv_cache_gib=0.05, enforce_eager=True, block_size=32
         )
-        self.command = [part for part in command if part not in drop] + list(extra)
+        # the worker in the engine's process: it would import vLLM once more
+        self.command = [part for part in command if part not in drop] + ["--distributed-executor-backend", "uni", *extra]
         self.log = log
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -50,12 +51,13 @@ class Server:
 
     def wait(self, timeout_s: float = 500.0) -> Server:
         end = time.monotonic() + timeout_s
-        while time.monotonic() < end:
-            with suppress(httpx2.RequestError):
-                if httpx2.get(f"{self.url}/health", trust_env=False).status_code == 200:
-                    return self
-            assert self.process is not None and self.process.poll() is None, self.log.read_text()[-3000:]
-            time.sleep(0.3)
+        with httpx2.Client(trust_env=False, verify=False) as client:
+            while time.monotonic() < end:
+                with suppress(httpx2.RequestError):
+                    if client.get(f"{self.url}/health").status_code == 200:
+                        return self
+                assert self.process is not None and self.process.poll() is None, self.log.read_text()[-3000:]
+                time.sleep(0.5)
         raise AssertionError(f"not up after {timeout_s} s: {self.log.read_text()[-3000:]}")
 
     def kill(self) -> None:
