@@ -40,7 +40,11 @@ class Server:
             folder, self.port, dtype="float32", max_num_seqs=32, kv_cache_gib=0.05, enforce_eager=True, block_size=32
         )
         # the worker in the engine's process: it would import vLLM once more
-        self.command = [part for part in command if part not in drop] + ["--distributed-executor-backend", "uni", *extra]
+        self.command = [part for part in command if part not in drop] + [
+            "--distributed-executor-backend",
+            "uni",
+            *extra,
+        ]
         self.log = log
         self.process: subprocess.Popen[bytes] | None = None
 
