@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import shutil
-import sys
 import time
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,56 +20,14 @@ from torch import Tensor
 
 from agile.errors import AgileError
 from agile.policies.serving import ServedModel, check_logprobs
+from agile.policies.vllm_http import REMEDY, Busy, Failed, read_answer, server_command
 from agile.types import Completion, Usage
+
+__all__ = ["VLLMServerPolicy", "server_command"]
 
 logger = logging.getLogger(__name__)
 
 FRESH = "default"  # what vLLM calls the weights that a server was started with
-REMEDY = "Start servers with the command that agile.policies.vllm_server.server_command gives (docs/vllm.md)."
-
-
-def server_command(
-    model: str | Path,
-    port: int,
-    *,
-    host: str = "127.0.0.1",
-    python: str = sys.executable,
-    name: str = "agile",
-    dtype: str = "bfloat16",
-    max_model_len: int | None = None,
-    max_num_seqs: int = 256,
-    kv_cache_gib: float | None = None,
-    enforce_eager: bool = False,
-    block_size: int | None = None,
-) -> list[str]:
-    """The command that starts a server such as `VLLMServerPolicy` expects.
-
-    The server obeys everyone who reaches its port (that is how it takes over weights): a host other than the default
-    belongs on a trusted network only.
-
-    Args:
-        model: A folder in Hugging Face format on the server's machine.
-        python: The interpreter of the environment that vLLM is installed in.
-        kv_cache_gib: Size of the KV cache; by default what vLLM finds free. Name it on a CPU.
-        enforce_eager: Compile nothing: an earlier start, slower steps on a GPU.
-
-    >>> print(*server_command("runs/mine/sft", 8000, python="python")[:5])
-    env VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server
-    """
-    optional = {
-        "--max-model-len": max_model_len,
-        "--block-size": block_size,
-        "--kv-cache-memory-bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
-    }
-    return [
-        *("env", "VLLM_SERVER_DEV_MODE=1", python, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(model), "--served-model-name", name, "--host", host, "--port", str(port)),
-        *("--dtype", dtype, "--max-num-seqs", str(max_num_seqs)),
-        *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
-        *("--skip-tokenizer-init", "--enable-scale-out", "--enable-prefix-caching", "--enable-prompt-tokens-details"),
-        *(["--enforce-eager"] if enforce_eager else []),
-        *(str(part) for pair in optional.items() if pair[1] is not None for part in pair),
-    ]
 
 
 def _rank() -> int:
@@ -84,22 +41,6 @@ def _from_first(value: Any) -> Any:
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
-
-
-class _Failed(Exception):
-    """A server did not answer as it should; another one, or a later try, may."""
-
-    def __init__(self, reason: str, *, gone: bool = False):
-        super().__init__(reason)
-        self.gone = gone  # no use to ask it again at once
-
-
-class _Busy(Exception):
-    """A server asks for patience, of so many seconds if it says so."""
-
-    def __init__(self, after_s: float | None):
-        super().__init__("HTTP 429: too many requests")
-        self.after_s = after_s
 
 
 @dataclass(slots=True, eq=False)
@@ -189,7 +130,7 @@ class VLLMServerPolicy:
         for server in self._servers:
             try:
                 self._check(server)
-            except _Failed as error:
+            except (Failed, Busy) as error:
                 self._take_out(server, error)
         if not any(s.up for s in self._servers):
             raise self._none_left()
@@ -210,10 +151,10 @@ class VLLMServerPolicy:
             server = await self._choose(deadline)
             try:
                 return await self._generate(server, body)
-            except _Busy as busy:
+            except Busy as busy:
                 server.last_error = str(busy)
                 wait_s = busy.after_s or delay_s
-            except _Failed as error:
+            except Failed as error:
                 self._note_failure(server, error)
                 wait_s = 0.0 if error.gone else delay_s
             delay_s = min(2 * delay_s, 10.0)
@@ -248,10 +189,10 @@ class VLLMServerPolicy:
             response = await self._async_client().post(f"{server.url}/inference/v1/generate", json=body)
         except httpx2.RequestError as error:
             gone = isinstance(error, httpx2.ConnectError)
-            raise _Failed(f"{type(error).__name__}: {error}", gone=gone) from None
+            raise Failed(f"{type(error).__name__}: {error}", gone=gone) from None
         finally:
             server.active -= 1
-        answer = self._read(server, response)
+        answer = read_answer(response)
         try:
             (choice,) = answer["choices"]
             ids = tuple(int(i) for i in choice["token_ids"])
@@ -264,7 +205,7 @@ class VLLMServerPolicy:
                 raise ValueError(f"finish_reason {choice['finish_reason']!r}")
             completion = Completion(ids, logprobs, choice["finish_reason"], self.version, spent)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _Failed(f"an answer that is none of vLLM 0.32's ({type(error).__name__}: {error})") from None
+            raise Failed(f"an answer that is none of vLLM 0.32's ({type(error).__name__}: {error})") from None
         self._check_label(server, labels)
         server.failures = 0
         return completion
@@ -274,7 +215,7 @@ class VLLMServerPolicy:
         if labels == {expected}:
             return
         if all(label == FRESH or label.endswith(self._run) for label in labels):
-            raise _Failed(f"it was restarted and holds weights {labels}, not {expected}", gone=True)
+            raise Failed(f"it was restarted and holds weights {labels}, not {expected}", gone=True)
         raise AgileError(
             f"{server.url} holds the weights {', '.join(sorted(labels))}, expected {expected}: another run gave it its "
             "own. Restart the server, or give each run servers of its own."
@@ -293,7 +234,7 @@ class VLLMServerPolicy:
     # ----------------------------------------------------------------------------------------------------------------
     # Servers that fail, and come back
 
-    def _note_failure(self, server: _Server, error: _Failed) -> None:
+    def _note_failure(self, server: _Server, error: Failed) -> None:
         server.failures += 1
         server.last_error = str(error)
         if server.up and (error.gone or server.failures >= 3):
@@ -312,7 +253,7 @@ class VLLMServerPolicy:
             await asyncio.to_thread(self._check, server)
             if self._pushed:
                 await asyncio.to_thread(self._push, server, self._pushed)
-        except (_Failed, _Busy, AgileError) as error:
+        except (Failed, Busy, AgileError) as error:
             server.last_error = str(error)
             server.next_try = time.monotonic() + (self.retry_s if any(s.up for s in self._servers) else 0.5)
             return
@@ -332,34 +273,8 @@ class VLLMServerPolicy:
         try:
             response = self._client.request(method, server.url + path, json=body, timeout=timeout_s)
         except httpx2.RequestError as error:
-            raise _Failed(f"{type(error).__name__}: {error}", gone=True) from None
-        return self._read(server, response)
-
-    def _read(self, server: _Server, response: httpx2.Response) -> Any:
-        """The JSON of an answer.
-
-        Raises:
-            AgileError: The server refuses what no repetition would change.
-        """
-        status, text = response.status_code, " ".join(response.text.split())[:300]
-        path = response.request.url.path
-        if status == 429:
-            after = response.headers.get("Retry-After", "")
-            raise _Busy(float(after) if after.isdigit() else None)
-        if status >= 500:
-            if path == "/collective_rpc":
-                raise AgileError(
-                    f"{server.url} could not load the weights in {self.weights_dir} ({text}). It must see this folder "
-                    "under the same path: set rollout.weights_dir to one on a shared file system."
-                )
-            raise _Failed(f"HTTP {status}: {text}")
-        if status >= 400:
-            reason = "" if status == 400 else REMEDY
-            raise AgileError(f"{server.url} refuses {path} (HTTP {status}: {text}). {reason}".rstrip())
-        try:
-            return response.json()
-        except ValueError:
-            raise _Failed(f"no JSON but {text[:80]!r}") from None
+            raise Failed(f"{type(error).__name__}: {error}", gone=True) from None
+        return read_answer(response)
 
     def _check(self, server: _Server) -> None:
         """Refuse a server that would sample something else than asked for.
@@ -429,7 +344,7 @@ class VLLMServerPolicy:
         def push(server: _Server) -> None:
             try:
                 self._push(server, pushed)
-            except (_Failed, _Busy) as error:
+            except (Failed, Busy) as error:
                 self._take_out(server, error)
 
         with ThreadPoolExecutor(len(self._servers)) as pool:

@@ -19,7 +19,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from agile.errors import AgileError
-from agile.policies import vllm_server
+from agile.policies.vllm_http import REMEDY
 from agile.policies.vllm_server import VLLMServerPolicy, server_command
 from agile.types import Completion
 from tests.policies.contract import PolicyContract
@@ -275,7 +275,7 @@ def test_the_only_server_killed_ends_the_run_in_time_with_the_remedy(
     for error in errors:
         assert isinstance(error, AgileError)
         assert "No vLLM server answered within 4 s" in str(error) and servers[0].url in str(error)
-        assert vllm_server.REMEDY in str(error)
+        assert REMEDY in str(error)
     with pytest.raises(AgileError, match="No vLLM server answered"):
         connect(folder, servers[:1])
     policy.close()
