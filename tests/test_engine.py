@@ -6,6 +6,8 @@ import copy
 import gc
 import os
 import resource
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -222,3 +224,22 @@ def test_weights_are_full_under_every_stage_of_zero(stage: int) -> None:
     found = trained_actor(stage)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_process_gets_full_weights(stage: int, tmp_path: Path) -> None:
+    """Two processes that learn from the same batches learn what one does."""
+    program = (
+        "import os, sys, torch; from tests.test_engine import trained_actor\n"
+        "torch.save(trained_actor(int(sys.argv[1])), f'{sys.argv[2]}/{os.environ[\"RANK\"]}.pt')"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command = [*launcher, sys.executable, "-c", program, str(stage), str(tmp_path)]
+    root = Path(__file__).parents[1]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, check=True, timeout=100)
+    expected = trained_actor(0)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=f"{rank} {name}")

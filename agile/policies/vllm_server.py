@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import shutil
-import sys
 import time
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,76 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import torch
 from torch import Tensor
 
 from agile.errors import AgileError
 from agile.policies.serving import ServedModel, check_logprobs
+from agile.policies.vllm_http import REMEDY, Busy, Failed, read_answer, server_command
 from agile.types import Completion, Usage
+
+__all__ = ["VLLMServerPolicy", "server_command"]
 
 logger = logging.getLogger(__name__)
 
 FRESH = "default"  # what vLLM calls the weights that a server was started with
-REMEDY = "Start servers with the command that agile.policies.vllm_server.server_command gives (docs/vllm.md)."
 
 
-def server_command(
-    model: str | Path,
-    port: int,
-    *,
-    host: str = "127.0.0.1",
-    python: str = sys.executable,
-    name: str = "agile",
-    dtype: str = "bfloat16",
-    max_model_len: int | None = None,
-    max_num_seqs: int = 256,
-    kv_cache_gib: float | None = None,
-    enforce_eager: bool = False,
-    block_size: int | None = None,
-) -> list[str]:
-    """The command that starts a server such as `VLLMServerPolicy` expects.
-
-    The server obeys everyone who reaches its port (that is how it takes over weights): a host other than the default
-    belongs on a trusted network only.
-
-    Args:
-        model: A folder in Hugging Face format on the server's machine.
-        python: The interpreter of the environment that vLLM is installed in.
-        kv_cache_gib: Size of the KV cache; by default what vLLM finds free. Name it on a CPU.
-        enforce_eager: Compile nothing: an earlier start, slower steps on a GPU.
-
-    >>> print(*server_command("runs/mine/sft", 8000, python="python")[:5])
-    env VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server
-    """
-    optional = {
-        "--max-model-len": max_model_len,
-        "--block-size": block_size,
-        "--kv-cache-memory-bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
-    }
-    return [
-        *("env", "VLLM_SERVER_DEV_MODE=1", python, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(model), "--served-model-name", name, "--host", host, "--port", str(port)),
-        *("--dtype", dtype, "--max-num-seqs", str(max_num_seqs)),
-        *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
-        *("--skip-tokenizer-init", "--enable-scale-out", "--enable-prefix-caching", "--enable-prompt-tokens-details"),
-        *(["--enforce-eager"] if enforce_eager else []),
-        *(str(part) for pair in optional.items() if pair[1] is not None for part in pair),
-    ]
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-class _Failed(Exception):
-    """A server did not answer as it should; another one, or a later try, may."""
-
-    def __init__(self, reason: str, *, gone: bool = False):
-        super().__init__(reason)
-        self.gone = gone  # no use to ask it again at once
-
-
-class _Busy(Exception):
-    """A server asks for patience, of so many seconds if it says so."""
-
-    def __init__(self, after_s: float | None):
-        super().__init__("HTTP 429: too many requests")
-        self.after_s = after_s
+def _from_first(value: Any) -> Any:
+    """The value that the first of the training processes has."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 @dataclass(slots=True, eq=False)
@@ -162,18 +117,20 @@ class VLLMServerPolicy:
         self.verify = verify
         self.version = 0
         self._servers = [_Server(url.rstrip("/")) for url in servers]
-        self._run = os.urandom(4).hex()  # tells this run's weights from another's on the same server
+        self._run: str = _from_first(os.urandom(4).hex())  # tells this run's weights from another's on the same server
         self._pushed: _Pushed | None = None
         self._written: list[Path] = []
         self._random = random.Random()
         # addresses are reached directly; a proxy of the environment is for the world outside
-        self._client = httpx2.Client(timeout=request_timeout_s, trust_env=False)
+        secure = any(url.startswith("https:") for url in servers)
+        self._tls = httpx2.create_ssl_context() if secure else False  # reading certificates takes long
+        self._client = httpx2.Client(timeout=request_timeout_s, trust_env=False, verify=self._tls)
         self._async: tuple[asyncio.AbstractEventLoop, httpx2.AsyncClient] | None = None
         self._request_timeout_s = request_timeout_s
         for server in self._servers:
             try:
                 self._check(server)
-            except _Failed as error:
+            except (Failed, Busy) as error:
                 self._take_out(server, error)
         if not any(s.up for s in self._servers):
             raise self._none_left()
@@ -194,10 +151,10 @@ class VLLMServerPolicy:
             server = await self._choose(deadline)
             try:
                 return await self._generate(server, body)
-            except _Busy as busy:
+            except Busy as busy:
                 server.last_error = str(busy)
                 wait_s = busy.after_s or delay_s
-            except _Failed as error:
+            except Failed as error:
                 self._note_failure(server, error)
                 wait_s = 0.0 if error.gone else delay_s
             delay_s = min(2 * delay_s, 10.0)
@@ -232,10 +189,10 @@ class VLLMServerPolicy:
             response = await self._async_client().post(f"{server.url}/inference/v1/generate", json=body)
         except httpx2.RequestError as error:
             gone = isinstance(error, httpx2.ConnectError)
-            raise _Failed(f"{type(error).__name__}: {error}", gone=gone) from None
+            raise Failed(f"{type(error).__name__}: {error}", gone=gone) from None
         finally:
             server.active -= 1
-        answer = self._read(server, response)
+        answer = read_answer(response)
         try:
             (choice,) = answer["choices"]
             ids = tuple(int(i) for i in choice["token_ids"])
@@ -248,7 +205,7 @@ class VLLMServerPolicy:
                 raise ValueError(f"finish_reason {choice['finish_reason']!r}")
             completion = Completion(ids, logprobs, choice["finish_reason"], self.version, spent)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise _Failed(f"an answer that is none of vLLM 0.32's ({type(error).__name__}: {error})") from None
+            raise Failed(f"an answer that is none of vLLM 0.32's ({type(error).__name__}: {error})") from None
         self._check_label(server, labels)
         server.failures = 0
         return completion
@@ -258,7 +215,7 @@ class VLLMServerPolicy:
         if labels == {expected}:
             return
         if all(label == FRESH or label.endswith(self._run) for label in labels):
-            raise _Failed(f"it was restarted and holds weights {labels}, not {expected}", gone=True)
+            raise Failed(f"it was restarted and holds weights {labels}, not {expected}", gone=True)
         raise AgileError(
             f"{server.url} holds the weights {', '.join(sorted(labels))}, expected {expected}: another run gave it its "
             "own. Restart the server, or give each run servers of its own."
@@ -269,14 +226,15 @@ class VLLMServerPolicy:
         loop = asyncio.get_running_loop()
         if self._async is None or self._async[0] is not loop:
             limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-            client = httpx2.AsyncClient(timeout=self._request_timeout_s, limits=limits, trust_env=False)
+            timeout_s = self._request_timeout_s
+            client = httpx2.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False, verify=self._tls)
             self._async = (loop, client)
         return self._async[1]
 
     # ----------------------------------------------------------------------------------------------------------------
     # Servers that fail, and come back
 
-    def _note_failure(self, server: _Server, error: _Failed) -> None:
+    def _note_failure(self, server: _Server, error: Failed) -> None:
         server.failures += 1
         server.last_error = str(error)
         if server.up and (error.gone or server.failures >= 3):
@@ -295,7 +253,7 @@ class VLLMServerPolicy:
             await asyncio.to_thread(self._check, server)
             if self._pushed:
                 await asyncio.to_thread(self._push, server, self._pushed)
-        except (_Failed, _Busy, AgileError) as error:
+        except (Failed, Busy, AgileError) as error:
             server.last_error = str(error)
             server.next_try = time.monotonic() + (self.retry_s if any(s.up for s in self._servers) else 0.5)
             return
@@ -315,34 +273,8 @@ class VLLMServerPolicy:
         try:
             response = self._client.request(method, server.url + path, json=body, timeout=timeout_s)
         except httpx2.RequestError as error:
-            raise _Failed(f"{type(error).__name__}: {error}", gone=True) from None
-        return self._read(server, response)
-
-    def _read(self, server: _Server, response: httpx2.Response) -> Any:
-        """The JSON of an answer.
-
-        Raises:
-            AgileError: The server refuses what no repetition would change.
-        """
-        status, text = response.status_code, " ".join(response.text.split())[:300]
-        path = response.request.url.path
-        if status == 429:
-            after = response.headers.get("Retry-After", "")
-            raise _Busy(float(after) if after.isdigit() else None)
-        if status >= 500:
-            if path == "/collective_rpc":
-                raise AgileError(
-                    f"{server.url} could not load the weights in {self.weights_dir} ({text}). It must see this folder "
-                    "under the same path: set rollout.weights_dir to one on a shared file system."
-                )
-            raise _Failed(f"HTTP {status}: {text}")
-        if status >= 400:
-            reason = "" if status == 400 else REMEDY
-            raise AgileError(f"{server.url} refuses {path} (HTTP {status}: {text}). {reason}".rstrip())
-        try:
-            return response.json()
-        except ValueError:
-            raise _Failed(f"no JSON but {text[:80]!r}") from None
+            raise Failed(f"{type(error).__name__}: {error}", gone=True) from None
+        return read_answer(response)
 
     def _check(self, server: _Server) -> None:
         """Refuse a server that would sample something else than asked for.
@@ -389,16 +321,30 @@ class VLLMServerPolicy:
                 "To update the weights of servers, set rollout.weights_dir to a folder that they see under the same "
                 "path, on a shared file system if they are on other machines."
             )
-        folder = self.weights_dir / str(version)
+        error: AgileError | None = None
+        weights = iter(weights)
+        if _rank() == 0:
+            try:
+                self._take_over(weights, self.weights_dir / str(version), f"{version}-{self._run}")
+            except AgileError as reason:
+                error = reason
+        for _ in weights:  # they may be gathered from all processes: each must walk through all of them
+            pass
+        error, self._pushed = _from_first((error, self._pushed))
+        if error is not None:
+            raise error
+        self.version = version
+
+    def _take_over(self, weights: Iterable[tuple[str, Tensor]], folder: Path, label: str) -> None:
+        """Write the weights, and have all servers load them."""
         self.model.write(weights, folder)
         expected = self.model.written_logprobs(folder) if self.verify else None
-        self._pushed = pushed = _Pushed(folder, f"{version}-{self._run}", expected)
-        self.version = version
+        self._pushed = pushed = _Pushed(folder, label, expected)
 
         def push(server: _Server) -> None:
             try:
                 self._push(server, pushed)
-            except (_Failed, _Busy) as error:
+            except (Failed, Busy) as error:
                 self._take_out(server, error)
 
         with ThreadPoolExecutor(len(self._servers)) as pool:

@@ -19,7 +19,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from agile.errors import AgileError
-from agile.policies import vllm_server
+from agile.policies.vllm_http import REMEDY
 from agile.policies.vllm_server import VLLMServerPolicy, server_command
 from agile.types import Completion
 from tests.policies.contract import PolicyContract
@@ -39,7 +39,12 @@ class Server:
         command = server_command(
             folder, self.port, dtype="float32", max_num_seqs=32, kv_cache_gib=0.05, enforce_eager=True, block_size=32
         )
-        self.command = [part for part in command if part not in drop] + list(extra)
+        # the worker in the engine's process: it would import vLLM once more
+        self.command = [part for part in command if part not in drop] + [
+            "--distributed-executor-backend",
+            "uni",
+            *extra,
+        ]
         self.log = log
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -50,12 +55,13 @@ class Server:
 
     def wait(self, timeout_s: float = 500.0) -> Server:
         end = time.monotonic() + timeout_s
-        while time.monotonic() < end:
-            with suppress(httpx2.RequestError):
-                if httpx2.get(f"{self.url}/health", trust_env=False).status_code == 200:
-                    return self
-            assert self.process is not None and self.process.poll() is None, self.log.read_text()[-3000:]
-            time.sleep(0.3)
+        with httpx2.Client(trust_env=False, verify=False) as client:
+            while time.monotonic() < end:
+                with suppress(httpx2.RequestError):
+                    if client.get(f"{self.url}/health").status_code == 200:
+                        return self
+                assert self.process is not None and self.process.poll() is None, self.log.read_text()[-3000:]
+                time.sleep(0.5)
         raise AssertionError(f"not up after {timeout_s} s: {self.log.read_text()[-3000:]}")
 
     def kill(self) -> None:
@@ -269,7 +275,7 @@ def test_the_only_server_killed_ends_the_run_in_time_with_the_remedy(
     for error in errors:
         assert isinstance(error, AgileError)
         assert "No vLLM server answered within 4 s" in str(error) and servers[0].url in str(error)
-        assert vllm_server.REMEDY in str(error)
+        assert REMEDY in str(error)
     with pytest.raises(AgileError, match="No vLLM server answered"):
         connect(folder, servers[:1])
     policy.close()

@@ -17,6 +17,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from agile.errors import AgileError
+from agile.policies.serving import ServedModel
 from agile.policies.vllm_server import VLLMServerPolicy, server_command
 from agile.types import Completion, Usage
 from tests.policies.contract import CODEC
@@ -271,7 +272,7 @@ def test_a_server_that_is_not_what_the_policy_needs_is_refused(
     stub.dev_mode = False
     with pytest.raises(AgileError, match=r"refuses /collective_rpc \(HTTP 404.*server_command"):
         connect(folder, stub, weights_dir=tmp_path / "weights").update_weights(weights(lm), 1)
-    with pytest.raises(AgileError, match="set rollout.weights_dir"):
+    with pytest.raises(AgileError, match=r"set rollout.weights_dir"):
         connect(folder, stub).update_weights(weights(lm), 1)
     with pytest.raises(AgileError, match="needs the address of a server"):
         connect(folder)
@@ -288,8 +289,6 @@ def test_incomplete_weights_leave_no_folder(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_written_weights_are_a_model_folder(folder: Path, tmp_path: Path, tied: bool) -> None:
-    from agile.policies.serving import ServedModel
-
     lm = make_model(3, tied=tied)
     model = ServedModel.read(save(lm, tmp_path / "lm"), max_model_len=None, num_tokens=None)
     model.write(weights(lm), tmp_path / "written")

@@ -1,0 +1,102 @@
+"""How vLLM servers are started, and what their answers mean."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from agile.errors import AgileError
+
+REMEDY = "Start servers with the command that agile.policies.vllm_server.server_command gives (docs/vllm.md)."
+
+
+def server_command(
+    model: str | Path,
+    port: int,
+    *,
+    host: str = "127.0.0.1",
+    python: str = sys.executable,
+    name: str = "agile",
+    dtype: str = "bfloat16",
+    max_model_len: int | None = None,
+    max_num_seqs: int = 256,
+    kv_cache_gib: float | None = None,
+    enforce_eager: bool = False,
+    block_size: int | None = None,
+) -> list[str]:
+    """The command that starts a server such as `VLLMServerPolicy` expects.
+
+    The server obeys everyone who reaches its port (that is how it takes over weights): a host other than the default
+    belongs on a trusted network only.
+
+    Args:
+        model: A folder in Hugging Face format on the server's machine.
+        python: The interpreter of the environment that vLLM is installed in.
+        kv_cache_gib: Size of the KV cache; by default what vLLM finds free. Name it on a CPU.
+        enforce_eager: Compile nothing: an earlier start, slower steps on a GPU.
+
+    >>> print(*server_command("runs/mine/sft", 8000, python="python")[:5])
+    env VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server
+    """
+    optional = {
+        "--max-model-len": max_model_len,
+        "--block-size": block_size,
+        "--kv-cache-memory-bytes": None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
+    }
+    return [
+        *("env", "VLLM_SERVER_DEV_MODE=1", python, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model), "--served-model-name", name, "--host", host, "--port", str(port)),
+        *("--dtype", dtype, "--max-num-seqs", str(max_num_seqs)),
+        *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
+        *("--skip-tokenizer-init", "--enable-scale-out", "--enable-prefix-caching", "--enable-prompt-tokens-details"),
+        *(["--enforce-eager"] if enforce_eager else []),
+        *(str(part) for pair in optional.items() if pair[1] is not None for part in pair),
+    ]
+
+
+class Failed(Exception):
+    """A server did not answer as it should; another one, or a later try, may."""
+
+    def __init__(self, reason: str, *, gone: bool = False):
+        super().__init__(reason)
+        self.gone = gone  # no use to ask it again at once
+
+
+class Busy(Exception):
+    """A server asks for patience, of so many seconds if it says so."""
+
+    def __init__(self, after_s: float | None):
+        super().__init__("HTTP 429: too many requests")
+        self.after_s = after_s
+
+
+def read_answer(response: httpx2.Response) -> Any:
+    """The JSON of a server's answer.
+
+    Raises:
+        AgileError: The server refuses what no repetition would change.
+        Failed, Busy: Another try may do better.
+    """
+    status, text = response.status_code, " ".join(response.text.split())[:300]
+    url = response.request.url
+    server, path = f"{url.scheme}://{url.netloc.decode()}", url.path
+    if status == 429:
+        after = response.headers.get("Retry-After", "")
+        raise Busy(float(after) if after.isdigit() else None)
+    if status >= 500:
+        if path.endswith("/collective_rpc"):
+            raise AgileError(
+                f"{server} could not load the weights ({text}). It must see rollout.weights_dir "
+                "under the same path: choose a folder on a shared file system."
+            )
+        raise Failed(f"HTTP {status}: {text}")
+    if status >= 400:
+        reason = "" if status == 400 else REMEDY
+        raise AgileError(f"{server} refuses {path} (HTTP {status}: {text}). {reason}".rstrip())
+    try:
+        return response.json()
+    except ValueError:
+        raise Failed(f"no JSON but {text[:80]!r}") from None
