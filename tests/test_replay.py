@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -30,7 +29,7 @@ from agile.tokens import ActionCodec, Turns
 from agile.types import Action, AdviceRequest, Fn, Item, Reward, Segment, Session, SessionStatus, Source, to_json
 from tests.test_executor_noise import Noise
 from tests.tiny import TINY, agile
-from tests.worlds import NOTES, ListMemory, item, make_codec, make_executor, note_executor, play, script
+from tests.worlds import AGENT, NOTES, ListMemory, item, make_codec, make_executor, note_executor, play, script
 
 ROOT = Path(__file__).parents[1]
 LIMITS = Limits(
@@ -86,19 +85,21 @@ def test_every_session_is_replayed_as_it_was(kind: str) -> None:
     executor, noise, codec = noisy_executor(kind)
     policy = noise(codec, random.Random(kind))
 
-    async def differences() -> Iterator[tuple[Session, object]]:
-        found, memory = [], ListMemory()
-        for index in range(600):
-            session = await executor.run(policy, item(), memory, stream_id="s", index=index, progress=0.5, seed=index)
+    async def checked() -> list[Session]:
+        found = []
+        for index in range(150):
+            session = await executor.run(
+                policy, item(), ListMemory(), stream_id="s", index=index, progress=0.5, seed=index
+            )
             recorded = logged(session)
             again = await replay_session(executor, recorded, item(), 0.5)
             assert again == recorded, first_difference(recorded, again, executor.codec)
-            found.append((session, again))
-        return iter(found)
+            found.append(session)
+        return found
 
-    sessions = [session for session, _ in asyncio.run(differences())]
+    sessions = asyncio.run(checked())
     statuses = {session.status for session in sessions}
-    assert {SessionStatus.COMPLETED, SessionStatus.INVALID_ACTION, SessionStatus.TRUNCATED} <= statuses
+    assert {SessionStatus.COMPLETED, SessionStatus.TRUNCATED} <= statuses
     sources = {span.source for s in sessions for segment in s.segments for span in segment.spans}
     assert (Source.CARRIED in sources and Source.TEMPLATE in sources) == (kind == "thinking")
     assert (kind == "product_qa") <= any(s.advised for s in sessions)
@@ -168,14 +169,15 @@ def asked() -> Session:
 
 
 def test_a_changed_prompt_is_found_at_its_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    codec, question = make_codec(), ProductQAAgent.question
+    codec, question, expected = make_codec(), ProductQAAgent.question, asked()
     monkeypatch.setattr(ProductQAAgent, "question", lambda *a: question(*a).replace("question:", "questiom:"))
-    found = first_difference(asked(), replayed(make_executor(), asked()), codec)
+    found = first_difference(expected, replayed(make_executor(), expected), codec)
     assert found is not None
-    before = len(codec.encode("round 0\ncolor: red\nquestio")) + 1
-    number = int(found.where.removeprefix("segment 0, token "))
-    assert abs(number - before) <= 1, "where `n` became `m`"
-    row = [(i, s.source) for s in asked().segments[0].spans for i in s.token_ids]
+    old = question(AGENT, item(), 0.0)
+    tokens = zip(codec.encode(old), codec.encode(old.replace("question:", "questiom:")), strict=False)
+    number = 1 + next(n for n, (a, b) in enumerate(tokens) if a != b)  # after [GetQuestion]
+    assert found.where == f"segment 0, token {number}"
+    row = [(i, s.source) for s in expected.segments[0].spans for i in s.token_ids]
     assert f"(id {row[number][0]}, task)" in found.expected
     assert "color: red" in codec.decode([i for i, _ in row[:number]]) and "[GetQuestion]" in found.hint
 
@@ -307,7 +309,7 @@ def test_other_data_are_named(run: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--session", "shop_00/3"], "has no session 'shop_00/3'; the nearest of its 16 ids is 'shop_0000/3'"),
+        (["--session", "shop_00/3"], "has no session 'shop_00/3'; the nearest of its 16 ids is 'shop_000"),
         (["--session", "shop_0000/3", "--step", "9"], "session shop_0000/3 has no step 9; it has 1, 2."),
         (["--step", "9"], "has no step 9; it has 1, 2."),
         (["--rescore", "nowhere"], "nowhere is no model"),
