@@ -14,24 +14,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from agile.agents.product_qa import ProductQAAgent, Teacher
+from agile.agents.product_qa import ProductQAAgent
 from agile.build import Setup
 from agile.config import load_config
 from agile.executor import Executor, Limits
-from agile.policies import HFPolicy
 from agile.protocols import Policy
 from agile.replay import first_difference, replay_session
-from agile.rollout import collect
-from agile.session_log import JsonLines, append_sessions, read_lines, session_from_json
+from agile.rescore import rescore_run
+from agile.session_log import read_lines, session_from_json
 from agile.tasks.productqa import ProductQA
 from agile.tokens import ActionCodec, Turns
 from agile.types import Action, AdviceRequest, Fn, Item, Reward, Segment, Session, SessionStatus, Source, to_json
 from tests.test_executor_noise import Noise
-from tests.tiny import TINY, agile
+from tests.tiny import TinyRun, agile
 from tests.worlds import AGENT, NOTES, ListMemory, item, make_codec, make_executor, note_executor, play, script
 
-ROOT = Path(__file__).parents[1]
 LIMITS = Limits(
     max_turns=8, max_context_tokens=250, max_session_tokens=300, max_action_tokens=30, max_invalid_actions=5
 )
@@ -226,39 +225,6 @@ def test_segments_that_end_otherwise_differ() -> None:
 # A run
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder without training: step 1 by the teacher, step 2 by a model of random weights, which is `sft`."""
-    path = tmp_path_factory.mktemp("made") / "run"
-    path.mkdir()
-    config = load_config(ROOT / "configs" / "demo.yaml", [*TINY, "rollout.max_action_tokens=6"])
-    (path / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
-    setup = Setup(config, path)
-    tokenizer = setup.tokenizer()
-    executor, lm = setup.executor(tokenizer), setup.language_model(tokenizer)
-    teacher, rng = Teacher(executor.codec, setup.agent, 0.5), np.random.default_rng(0)
-    model = HFPolicy(lm, tokenizer.pad_token_id, temperature=config.rollout.temperature)
-    streams = setup.task.streams("train")[:2]
-    log = JsonLines(path / "sessions-0.jsonl")
-    for step in (1, 2):
-        played = asyncio.run(
-            collect(
-                executor,
-                model,
-                streams,
-                lambda stream: ListMemory(),
-                seed=step,
-                policy_for=(lambda question, memory: teacher.policy(question, memory, rng)) if step == 1 else None,
-                max_failed=1.0,
-            )
-        )
-        append_sessions(log, [s for t in played for s in t.sessions], stage="ppo", step=step)
-    log.close()
-    lm.save_pretrained(path / "sft")
-    tokenizer.save_pretrained(path / "sft")
-    return path
-
-
 @pytest.fixture
 def run(made: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made, tmp_path / "run")
@@ -332,15 +298,17 @@ def test_a_folder_that_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     assert "holds no sessions" in agile("replay", run).output
 
 
+def test_a_trained_run_is_identical_in_training_and_tests(tiny_run: TinyRun) -> None:
+    assert agile("replay", tiny_run.path).output == "48 of 48 sessions identical\n"
+    scored = agile("replay", tiny_run.path, "--rescore", tiny_run.path / "sft")
+    assert "agree to 0.0001 nats: version 0, test of " in scored.output and "test of sft" in scored.output
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Rescore
 
 
 def test_the_model_that_played_agrees_and_another_does_not(made: Path, run: Path) -> None:
-    from rich.console import Console
-
-    from agile.build import Setup
-    from agile.rescore import rescore_run
 
     found = rescore_run(made, made / "sft", Console(quiet=True), step=2)["version 0"]
     assert found.max_difference < 1e-4 and found.outside == 0
