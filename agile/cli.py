@@ -244,8 +244,10 @@ def replay(
 ) -> None:
     """Play logged sessions again with today's code: do prompts, parsing and rewards still give the same tokens?
 
-    What the model, memory, tools and experts gave comes from the logs. The first token or reward that differs is named,
-    with exit code 1. With `--rescore` nothing is played: a model scores the logged tokens, `RUN/sft` those of version 0.
+    What the model, memory, tools and experts gave comes from the logs. The first token or reward that differs is
+    named, with exit code 1.
+
+    With `--rescore` nothing is played: a model scores the logged tokens (`RUN/sft` should agree with version 0).
 
     - `agile replay runs/demo`
     - `agile replay runs/demo --session shop_0001/3 --step 2`

@@ -225,7 +225,5 @@ def _unknown(run: Path, ids: Mapping[str, set[int]], session_id: str | None, ste
     whose = f"session {session_id}" if session_id is not None else str(run)
     if not steps:
         return AgileError(f"{whose} has no step {step}: it was played in tests alone. Leave --step out.")
-    nearest = min(steps, key=lambda s: abs(s - (step or 0)))
-    return AgileError(
-        f"{whose} has no step {step}; it has {len(steps)} from {steps[0]} to {steps[-1]}, such as {nearest}."
-    )
+    named = ", ".join(map(str, steps[:8])) + ", ..." * (len(steps) > 8)
+    return AgileError(f"{whose} has no step {step}; it has {named}.")

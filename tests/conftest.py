@@ -42,3 +42,13 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     result = agile("demo", f"out={path}", *TINY)
     assert result.exit_code == 0, result.output
     return TinyRun(path, result.output)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of logged sessions without training, for reading: copy it to change it."""
+    from tests.tiny import make_run
+
+    path = tmp_path_factory.mktemp("made") / "run"
+    make_run(path)
+    return path
