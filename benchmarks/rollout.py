@@ -109,7 +109,7 @@ def measure(found: dict[str, Callable[[], Run]], repeats: int) -> dict[str, dict
 def show(medians: dict[str, dict[str, float]], console: Console) -> None:
     table = Table(title="rollouts on MiniShop; the last columns are tokens a session")
     table.add_column("policy", no_wrap=True)
-    for column in ("sessions/s", "tokens/s", "ratio", "prompt", "prefilled", "sampled"):
+    for column in ("sessions/s", "tok/s", "ratio", "prompt", "prefilled", "sampled"):
         table.add_column(column, justify="right")
     for name, row in medians.items():
         per_session = [row[f"{kind}_tokens"] / row["sessions"] for kind in ("prompt", "prefilled", "sampled")]
