@@ -213,7 +213,7 @@ def print_view(view: View, console: Console, *, figures: bool = False) -> None:
 
 
 def _label(source: Source, console: Console) -> str:
-    return LABELS[source] if console.color_system else f"[{LABELS[source]}]"
+    return LABELS[source] if console.color_system and not console.no_color else f"[{LABELS[source]}]"
 
 
 def _visible(text: str) -> str:

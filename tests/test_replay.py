@@ -107,7 +107,8 @@ def test_every_session_is_replayed_as_it_was(kind: str) -> None:
 class Hanging:
     """Waits for ever in whichever role it is put; its memory and its tool raise."""
 
-    name = description = "hangs"
+    name: str = "hangs"
+    description: str = "hangs"
 
     async def complete(self, *args: Any, **kwargs: Any) -> Any:
         await asyncio.sleep(60)
@@ -115,7 +116,7 @@ class Hanging:
     async def advise(self, request: AdviceRequest) -> Any:
         await asyncio.sleep(60)
 
-    async def __call__(self, argument: str, question: Item) -> Any:
+    async def __call__(self, argument: str, item: Item) -> Any:
         await asyncio.sleep(60)
 
 
@@ -233,9 +234,9 @@ def run(made: Path, tmp_path: Path) -> Path:
 def test_a_run_is_identical(made: Path) -> None:
     result = agile("replay", made)
     assert (result.exit_code, result.output) == (0, "32 of 32 sessions identical\n")
-    assert agile("replay", made, "--step", 2).output == "16 of 16 sessions identical\n"
+    assert agile("replay", made, "--step", "2").output == "16 of 16 sessions identical\n"
     assert agile("replay", f"out={made}", "--session", "shop_0000/3").output == "2 of 2 sessions identical\n"
-    one = agile("replay", made, "--session", "shop_0000/3", "--step", 1)
+    one = agile("replay", made, "--session", "shop_0000/3", "--step", "1")
     assert one.output == "1 of 1 sessions identical\n"
 
 
@@ -338,5 +339,5 @@ def test_the_model_that_played_agrees_and_another_does_not(made: Path, run: Path
     assert drift.mean_ratio == pytest.approx(ratios.mean(), rel=1e-4)
     assert drift.outside == pytest.approx(((ratios < 0.9) | (ratios > 1.1)).mean(), abs=0.01)
 
-    printed = agile("replay", made, "--rescore", made / "sft", "--step", 2)
+    printed = agile("replay", made, "--rescore", made / "sft", "--step", "2")
     assert printed.exit_code == 0 and "agree to 0.0001 nats: version 0" in printed.output

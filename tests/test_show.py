@@ -139,7 +139,7 @@ def test_sessions_of_a_step_are_listed(made: Path) -> None:
     assert listed.exit_code == 0
     assert "step 2" in listed.output and listed.output.count("shop_000") == 17
     assert f"agile show {made} --session shop_0000/0 --step 2" in " ".join(listed.output.split())
-    rows = agile("show", made, "--step", 1).output.splitlines()
+    rows = agile("show", made, "--step", "1").output.splitlines()
     assert any(re.search(r"completed +yes +0\.7", row) for row in rows)
 
 
@@ -150,7 +150,7 @@ def test_a_session_is_shown_and_written(made: Path, tmp_path: Path) -> None:
     assert "[task]" in shown.output and "logprob -" in shown.output
     assert "The newest of 2 of this id (step 1, step 2)" in shown.output
     page = tmp_path / "session.html"
-    assert agile("show", made, "--session", "shop_0000/1", "--step", 1, "--html", page).exit_code == 0
+    assert agile("show", made, "--session", "shop_0000/1", "--step", "1", "--html", page).exit_code == 0
     assert "shop_0000/1 (step 1, sessions-0.jsonl)" in page.read_text()
 
 
