@@ -125,6 +125,8 @@ class VLLMPolicy:
                 self._engine = self._vllm.LLMEngine.from_engine_args(arguments)
         except Exception as error:  # vLLM has no error of its own for what it does not support
             raise AgileError(f"vLLM does not start with the model in {model}: {error}") from error
+        # when it is collected it would destroy the process group, which is the trainer's too: `close` does the rest
+        self._engine.engine_core._finalizer.detach()
         self._dtype = dtype_name(self._engine.model_config.dtype)
 
     async def complete(
@@ -251,7 +253,6 @@ class VLLMPolicy:
         if engine is None:
             return
         core = engine.engine_core.engine_core
-        # the engine's own shutdown would also destroy the process group, which is the trainer's too
         core.model_executor.shutdown()
         core.scheduler.shutdown()
         del core, engine
