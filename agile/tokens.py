@@ -96,7 +96,7 @@ class ActionCodec:
         # A model of whole words holds the names of special tokens as words: nothing but their ids tells them apart.
         unk = tokenizer.unk_token_id
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._reserved = (special | {*tokenizer.all_special_ids} - {unk}) | {self.end_id, *self._names}
+        self._reserved = ((special | {*tokenizer.all_special_ids}) - {unk}) | {self.end_id, *self._names}
         self._plain = () if unk is None or unk in self._reserved else (int(unk),)
         self.encode = lru_cache(maxsize=65536)(self._encode)
 

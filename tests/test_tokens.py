@@ -195,3 +195,8 @@ def test_text_is_one_action_as_written(text: str) -> None:
 def test_a_special_token_in_an_argument_is_no_text() -> None:
     ids = [*TEXT.encode("[PredictAnswer] yes"), SUBMIT, EOS]
     assert TEXT.parse(ids, LEGAL, None) == "the action holds a special token"
+
+
+def test_an_unknown_word_stays_visible_as_unknown() -> None:
+    codec = make_codec("word")
+    assert codec.encode("steel frobnic") == (*codec.encode("steel"), codec.tokenizer.unk_token_id)
