@@ -153,6 +153,8 @@ class Setup:
             copy: Whether the policy keeps weights of its own while those of `lm` change.
         """
         rollout, vllm = self.config.rollout, self.config.vllm
+        # vLLM's own `auto` takes a model of float32 for one of bfloat16
+        dtype = str(lm.dtype).removeprefix("torch.") if vllm.dtype == "auto" else vllm.dtype
         if rollout.policy == "hf":
             return HFPolicy(
                 deepcopy(lm) if copy else lm,
@@ -164,7 +166,7 @@ class Setup:
             return VLLMPolicy(
                 folder,
                 num_tokens=len(tokenizer),
-                dtype=vllm.dtype,
+                dtype=dtype,
                 max_model_len=rollout.max_context_tokens,
                 max_num_seqs=rollout.max_batch_size,
                 temperature=temperature,
@@ -178,7 +180,7 @@ class Setup:
             vllm.servers,
             num_tokens=len(tokenizer),
             name=vllm.name,
-            dtype=str(lm.dtype).removeprefix("torch.") if vllm.dtype == "auto" else vllm.dtype,
+            dtype=dtype,
             max_model_len=rollout.max_context_tokens,
             temperature=temperature,
             weights_dir=vllm.weights_dir,

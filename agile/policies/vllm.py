@@ -58,7 +58,7 @@ class VLLMPolicy:
     Args:
         model: A folder in Hugging Face format.
         num_tokens: Length of the tokenizer, to be checked against the model; None for no check.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto` for the model's own.
+        dtype: `float32`, `bfloat16`, `float16`, or vLLM's `auto`, which takes float32 models for bfloat16 ones.
         max_model_len: Most tokens of prompt and completion; the model's own by default.
         max_num_seqs: Most sequences in one step.
         temperature: Of sampling.
@@ -128,6 +128,11 @@ class VLLMPolicy:
         # when it is collected it would destroy the process group, which is the trainer's too: `close` does the rest
         self._engine.engine_core._finalizer.detach()
         self._dtype = dtype_name(self._engine.model_config.dtype)
+        try:
+            self._probe()
+        except Exception as error:  # what vLLM does not support may show at the first step only
+            self.close()
+            raise AgileError(f"vLLM cannot run the model in {model}: {error}. Use rollout.policy=hf.") from error
 
     async def complete(
         self, prompt_ids: Sequence[int], *, max_tokens: int, stop: Collection[int], seed: int
