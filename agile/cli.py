@@ -1,8 +1,9 @@
-"""The command line: `agile demo`, `train`, `bench`, `chat`, `show`, `replay`, `minishop`."""
+"""The command line: `agile --help` lists the commands."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -272,6 +273,44 @@ def replay(
         console.print(str(result), markup=False, soft_wrap=True)
         if result.different is not None:
             raise typer.Exit(1)
+
+
+@app.command("vllm-server")
+def vllm_server(
+    model: Annotated[Path, typer.Argument(help="Model folder, such as RUN/sft.", show_default=False)],
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address; it obeys whoever reaches it.")] = "127.0.0.1",
+    python: Annotated[
+        str, typer.Option(help="Python of the environment that has vLLM (default: this one).", show_default=False)
+    ] = sys.executable,
+    name: Annotated[str, typer.Option(help="Name of the model, as vllm.name.")] = "agile",
+    dtype: Annotated[str | None, typer.Option(help="By default the saved model's.", show_default=False)] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest context.", show_default=False)] = None,
+    kv_cache_gib: Annotated[float | None, typer.Option(help="KV cache; needed on a CPU.", show_default=False)] = None,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Start in seconds, compile nothing.")] = False,
+) -> None:
+    """Start a vLLM server for `rollout.policy=vllm-server`, which takes over the trainer's weights.
+
+    - `agile vllm-server runs/mine/sft --port 8000`
+    - `agile vllm-server runs/mine/sft --kv-cache-gib 1 --enforce-eager`
+    - `agile train CONFIG rollout.policy=vllm-server vllm.servers=[http://127.0.0.1:8000] vllm.weights_dir=runs/weights`
+    """
+    with _one_screen():
+        from agile.policies.vllm_http import saved_dtype, server_command
+
+        command = server_command(
+            model,
+            port,
+            host=host,
+            python=python,
+            name=name,
+            dtype=dtype or saved_dtype(model),
+            max_model_len=max_model_len,
+            kv_cache_gib=kv_cache_gib,
+            enforce_eager=enforce_eager,
+        )
+        console.print(" ".join(command), markup=False, soft_wrap=True)
+        os.execvp(command[0], command)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from agile.types import to_json
 from tests.tiny import TINY, TinyRun, agile
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "train", "bench", "chat", "show", "replay", "minishop")
+COMMANDS = ("demo", "train", "bench", "chat", "show", "replay", "vllm-server", "minishop")
 
 
 def one_line(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,20 @@ import httpx2
 
 from agile.errors import AgileError
 
-REMEDY = "Start servers with the command that agile.policies.vllm_server.server_command gives (docs/vllm.md)."
+REMEDY = "Start servers with `agile vllm-server` (docs/vllm.md)."
+
+
+def saved_dtype(model: str | Path) -> str:
+    """The dtype that a model folder was saved in.
+
+    Raises:
+        AgileError: It is no model folder.
+    """
+    try:
+        config = json.loads((Path(model) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise AgileError(f"{model} is no model folder ({error}). Give one such as RUN/sft of `agile train`.") from None
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 
 
 def server_command(

@@ -20,10 +20,8 @@ from torch import Tensor
 
 from agile.errors import AgileError
 from agile.policies.serving import ServedModel, check_logprobs
-from agile.policies.vllm_http import REMEDY, Busy, Failed, read_answer, server_command
+from agile.policies.vllm_http import REMEDY, Busy, Failed, read_answer
 from agile.types import Completion, Usage
-
-__all__ = ["VLLMServerPolicy", "server_command"]
 
 logger = logging.getLogger(__name__)
 

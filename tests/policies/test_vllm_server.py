@@ -19,8 +19,8 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from agile.errors import AgileError
-from agile.policies.vllm_http import REMEDY
-from agile.policies.vllm_server import VLLMServerPolicy, server_command
+from agile.policies.vllm_http import REMEDY, server_command
+from agile.policies.vllm_server import VLLMServerPolicy
 from agile.types import Completion
 from tests.policies.contract import PolicyContract
 from tests.policies.rollout_engines import PROMPTS, largest_error, make_model, perturb, sample, save, weights
@@ -296,7 +296,7 @@ def test_a_server_without_processed_logprobs_or_dev_mode_is_refused(
         with pytest.raises(AgileError, match=r"temperature 0.7. Start it with --logprobs-mode processed_logprobs"):
             connect(folder, [server], temperature=0.7, max_model_len=128)
         policy = connect(folder, [server], max_model_len=128)
-        with pytest.raises(AgileError, match=r"refuses /collective_rpc \(HTTP 404.*server_command"):
+        with pytest.raises(AgileError, match=r"refuses /collective_rpc \(HTTP 404.*agile vllm-server"):
             policy.update_weights(weights(lm), 1)
     finally:
         server.kill()

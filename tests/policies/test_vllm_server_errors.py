@@ -18,7 +18,8 @@ from transformers import LlamaForCausalLM
 
 from agile.errors import AgileError
 from agile.policies.serving import ServedModel
-from agile.policies.vllm_server import VLLMServerPolicy, server_command
+from agile.policies.vllm_http import server_command
+from agile.policies.vllm_server import VLLMServerPolicy
 from agile.types import Completion, Usage
 from tests.policies.contract import CODEC
 from tests.policies.rollout_engines import make_model, save, weights
@@ -220,7 +221,7 @@ def test_no_server_left_is_an_error_with_address_reason_and_remedy(folder: Path,
     with pytest.raises(AgileError) as caught:
         ask(policy, range(5))
     assert time.monotonic() - started < 3.0
-    for part in (stubs[0].url, stubs[1].url, "ConnectError", "server_command"):
+    for part in (stubs[0].url, stubs[1].url, "ConnectError", "agile vllm-server"):
         assert part in str(caught.value)
     with pytest.raises(AgileError, match=rf"No vLLM server answered .*{stubs[0].url}: ConnectError"):
         connect(folder, *stubs)
@@ -270,7 +271,7 @@ def test_a_server_that_is_not_what_the_policy_needs_is_refused(
     with pytest.raises(AgileError, match="--logprobs-mode processed_logprobs"):
         connect(folder, stub, temperature=0.7)
     stub.dev_mode = False
-    with pytest.raises(AgileError, match=r"refuses /collective_rpc \(HTTP 404.*server_command"):
+    with pytest.raises(AgileError, match=r"refuses /collective_rpc \(HTTP 404.*agile vllm-server"):
         connect(folder, stub, weights_dir=tmp_path / "weights").update_weights(weights(lm), 1)
     with pytest.raises(AgileError, match=r"set rollout.weights_dir"):
         connect(folder, stub).update_weights(weights(lm), 1)
