@@ -125,7 +125,8 @@ def rows(
         found[f"vLLM, {len(streams)}"] = vllm(VLLMPolicy(folder / "model", **limits, **engine))
     if args.server:
         url = stack.enter_context(server(folder, limits["max_model_len"], engine))
-        policy = VLLMServerPolicy(folder / "model", [url], dtype="float32", weights_dir=folder / "weights", **limits)
+        weights_dir = folder / "weights"
+        policy = VLLMServerPolicy(folder / "model", [url], dtype="float32", weights_dir=weights_dir, **limits)
         found[f"vLLM server, {len(streams)}"] = vllm(policy)
     return found
 
