@@ -16,12 +16,13 @@ def choices(spec: AgentSpec) -> tuple[str, ...]:
     return tuple(action.name for action in spec.actions if action.name in free)
 
 
-def instructions(spec: AgentSpec, price: float, *, native: bool = False) -> str:
+def instructions(spec: AgentSpec, price: float, *, native: bool = False, hints: bool = False) -> str:
     """The system prompt of an agent: its actions, the scoring rule and the format.
 
     Args:
         price: What one piece of advice costs, in units of a right answer.
         native: Actions are called as tools of the API; otherwise they are written as `[Action] argument`.
+        hints: Every observation ends with `next_line`.
     """
     free = choices(spec)
     asked = [a.name for a in spec.actions if a.name not in free and a.takes_argument]
@@ -35,7 +36,7 @@ def instructions(spec: AgentSpec, price: float, *, native: bool = False) -> str:
         parts.append("Actions whose argument you are asked for:\n" + "\n".join(_line(spec, name) for name in asked))
     if others:
         parts.append("Actions that happen by themselves:\n" + "\n".join(_line(spec, name) for name in others))
-    parts += [_scoring(spec, price), _format(spec, free, native)]
+    parts += [_scoring(spec, price), _format(spec, free, native, hints)]
     return "\n\n".join(parts)
 
 
@@ -79,12 +80,12 @@ def _scoring(spec: AgentSpec, price: float) -> str:
     return " ".join(lines)
 
 
-def _format(spec: AgentSpec, free: Sequence[str], native: bool) -> str:
+def _format(spec: AgentSpec, free: Sequence[str], native: bool, hints: bool) -> str:
     if native:
         return "Format: every turn is exactly one call of one of the tools that are offered, without other text."
     example = next((_form(spec, name) for name in free if spec[name].takes_argument), "[Action] argument")
     return (
         "Format: every turn is exactly one action: its name in brackets and, if it takes one, its argument on the same "
-        f"line, such as `{example}`. Write nothing before or after it. The last line that you are shown says which "
-        "actions may come next."
+        f"line, such as `{example}`. Write nothing before or after it."
+        + (" The last line that you are shown says which actions may come next." if hints else "")
     )

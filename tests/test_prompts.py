@@ -46,8 +46,9 @@ AS_TOOLS = "Format: every turn is exactly one call of one of the tools that are 
 
 
 def test_instructions() -> None:
-    assert instructions(SPEC, 0.3) == TEXT + AS_TEXT
-    assert instructions(SPEC, 0.3, native=True) == TEXT + AS_TOOLS
+    assert instructions(SPEC, 0.3, hints=True) == TEXT + AS_TEXT
+    assert instructions(SPEC, 0.3) == (TEXT + AS_TEXT).partition(" The last line")[0]
+    assert instructions(SPEC, 0.3, native=True, hints=True) == TEXT + AS_TOOLS
 
 
 def test_an_agent_without_experts_hears_nothing_of_prices() -> None:

@@ -56,7 +56,7 @@ class OpenAIPolicy:
         self.temperature = temperature
         self.max_tokens = max_tokens
         self._none_id: int = codec.tokenizer.unk_token_id
-        self._systems = {native: instructions(codec.spec, price, native=native) for native in (True, False)}
+        self._systems = {native: instructions(codec.spec, price, native=native, hints=True) for native in (True, False)}
         self._form_key = endpoint.cache.key({"base_url": endpoint.base_url, "model": endpoint.model, "form": tools})
         # what the endpoint was found to accept; `native` is None until a first answer tells
         found = endpoint.cache.get(self._form_key) or {}
