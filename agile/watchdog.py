@@ -43,7 +43,8 @@ async def within(stage: str, limit_s: float | None, call: Coroutine[Any, Any, T]
     """
     if limit_s is None:
         return await call
-    task = asyncio.ensure_future(_stepwise(stage, limit_s, call))
+    left_behind = asyncio.Event()
+    task = asyncio.ensure_future(_stepwise(stage, limit_s, call, left_behind))
     task.add_done_callback(lambda task: _bury(task, stage, limit_s, call))
     try:
         left = limit_s
@@ -52,6 +53,7 @@ async def within(stage: str, limit_s: float | None, call: Coroutine[Any, Any, T]
             await asyncio.wait({task}, timeout=left)
             left = _Busy.total_s - busy
     finally:
+        left_behind.set()
         task.cancel()
     if not task.done():
         raise StageTimeout(stage, limit_s)
@@ -96,16 +98,19 @@ def interrupted(stage: str, limit_s: float | None) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, max(1e-6, outer_s - elapsed), interval_s)
 
 
-async def _stepwise(stage: str, limit_s: float, call: Coroutine[Any, Any, T]) -> T:
-    result: T = await _steps(stage, limit_s, call)
+async def _stepwise(stage: str, limit_s: float, call: Coroutine[Any, Any, T], left_behind: asyncio.Event) -> T:
+    result: T = await _steps(stage, limit_s, call, left_behind)
     return result
 
 
 @types.coroutine
-def _steps(stage: str, limit_s: float, call: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+def _steps(
+    stage: str, limit_s: float, call: Coroutine[Any, Any, T], left_behind: asyncio.Event
+) -> Generator[Any, Any, T]:
     """Run a coroutine, each step from one suspension to the next within the limit.
 
-    The second cancellation ends it whatever it does: the loop, when it closes, would wait for it for ever.
+    Once it is left behind, the second cancellation ends it whatever it does: the loop, when it closes, would wait for
+    it for ever. Before, cancellations are its own business: libraries cancel their own tasks to end their scopes.
     """
     step, value = call.send, None
     cancelled = False
@@ -121,7 +126,7 @@ def _steps(stage: str, limit_s: float, call: Coroutine[Any, Any, T]) -> Generato
         except BaseException as error:
             if cancelled and isinstance(error, asyncio.CancelledError):
                 raise
-            cancelled = isinstance(error, asyncio.CancelledError)
+            cancelled = isinstance(error, asyncio.CancelledError) and left_behind.is_set()
             step, value = call.throw, error
 
 

@@ -290,3 +290,19 @@ def test_the_guard_costs_little() -> None:
         return (time.monotonic() - started) / 300
 
     assert asyncio.run(calls()) < 0.1
+
+
+def test_a_call_may_cancel_itself_to_end_a_scope_of_its_own() -> None:
+    """As anyio does, under every HTTP client: again and again until the scope is left."""
+
+    async def scoped() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        for _ in range(3):
+            asyncio.get_running_loop().call_soon(task.cancel)
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(10)
+            task.uncancel()
+        return "done"
+
+    assert asyncio.run(within("policy", 5.0, scoped())) == "done"
