@@ -76,6 +76,11 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         ("evaluate.baselines=router", ["evaluate.baselines is 'router'", "expected a list, [a, b]"]),
         ("evaluate.baselines=[routr]", ["evaluate.baselines is 'routr'", "'router'"]),
         ("task=3", ["task is 3", "section of keys", "advice_price"]),
+        ("rollout.top_p=0.9", ["top_p is 0.9", "bias every importance ratio", "rollout.temperature"]),
+        ("rollout.min_p=0.1", ["min_p is 0.1", "remove it"]),
+        ("rollout.policy=vllm-server", ["vllm.servers is missing", "docs/vllm.md"]),
+        ("prompt.instructions=system", ["format is plain", "set instructions to user"]),
+        ("rollout.masked=[broken]", ["rollout.masked", "'tool_timeout'"]),
         ("seed=-1", ["seed is -1"]),
         ("task.num_questions=0", ["task.num_questions is 0", "greater than or equal to 1", "default is 40"]),
         # several keys that do not go together

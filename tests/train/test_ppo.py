@@ -239,6 +239,19 @@ def test_chain_carries_a_later_reward_back_and_a_cut_off_session_does_not() -> N
     assert returns(first, replace(second, status=SessionStatus.FAILED), third) == [1.5, 1.5, 1.0]
 
 
+@pytest.mark.parametrize("status", list(SessionStatus))
+def test_which_ends_are_masked_is_a_rule(status: SessionStatus) -> None:
+    """By default those that were not the policy's doing; with no rule, none."""
+    ended = replace(played()[0].sessions[0], status=status)
+    trajectories = [*played(), Trajectory("ended", (ended,))]
+    rewards = [*totals(played()), [0.5]]
+    without, _ = lay_out(played(), totals(played()))
+    blameless = status is SessionStatus.FAILED or status.value.endswith("_timeout")
+    assert (len(lay_out(trajectories, rewards)[0]) == len(without)) == blameless
+    assert len(lay_out(trajectories, rewards, ())[0]) > len(without)
+    assert len(lay_out(trajectories, rewards, (status,))[0]) < len(lay_out(trajectories, rewards, ())[0])
+
+
 def test_without_a_sampled_token_there_is_nothing_to_learn_from() -> None:
     silent = session(segment([5, 6], [False, False], TRUNCATED), status=SessionStatus.TRUNCATED, error="too long")
     with pytest.raises(AgileError, match=r"nothing to learn from.*s/0: truncated, too long"):
