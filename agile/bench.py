@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from agile.executor import Executor
 from agile.prompted import check_key, prompted_policy, spent
 from agile.protocols import Policy
 from agile.report import save_plots, write_report
-from agile.rollout import collect
+from agile.rollout import collect, run_loop
 from agile.run_folder import claim, writing
 from agile.session_log import JsonLines, append_sessions, read_lines
 from agile.show import describe
+from agile.tokens import ActionCodec
 from agile.types import Session, Trajectory, Usage, to_json
 
 NUM_EXAMPLES = 6
@@ -134,7 +135,7 @@ def play_agent(setup: Setup, folder: Path, name: str, out: Path) -> tuple[list[T
     """Play the test streams greedily with the model in `folder`; sessions go to `<out>/test-<name>.jsonl`."""
     tokenizer = setup.tokenizer(folder)
     executor = setup.executor(tokenizer)
-    policy = setup.policy(setup.language_model(tokenizer, folder), tokenizer, folder, temperature=0.0)
+    policy = setup.greedy(tokenizer, folder)
     with closing(policy):
         return _play(setup, executor, policy, name, out), executor
 
@@ -142,12 +143,21 @@ def play_agent(setup: Setup, folder: Path, name: str, out: Path) -> tuple[list[T
 def play_prompted(setup: Setup, out: Path) -> tuple[list[Trajectory], Executor, dict[str, Any]]:
     """Play the test streams with the model of `evaluate.prompted`; also what its requests took in this process."""
     config = setup.config.evaluate.prompted
-    executor = setup.executor(setup.carrier())
+    tokenizer = setup.carrier()
+    executor = setup.executor(tokenizer, codec=ActionCodec(tokenizer, setup.agent.spec))
+    executor.limits = replace(executor.limits, max_stage_s=None)  # the endpoint has a patience of its own
     policy = prompted_policy(config, executor.codec, setup.config.task.advice_price, out)
     endpoint = policy.endpoint
     try:
         trajectories = _play(
-            setup, executor, policy, "prompted", out, close=endpoint.close, remark=lambda: spent(endpoint)
+            setup,
+            executor,
+            policy,
+            "prompted",
+            out,
+            max_failed=setup.config.rollout.max_failed,
+            close=endpoint.close,
+            remark=lambda: spent(endpoint),
         )
     finally:
         get_console().print(f"The endpoint: {spent(endpoint)}; {endpoint.num_cached} answers were there already.")
@@ -168,12 +178,14 @@ def _play(
     name: str,
     out: Path,
     *,
+    max_failed: float = 1.0,
     close: Callable[[], Awaitable[None]] | None = None,
     remark: Callable[[], str] = str,
 ) -> list[Trajectory]:
     """Play the test streams and keep the sessions.
 
     Args:
+        max_failed: Share of failed sessions above which it stops: there the endpoint is to blame, not the agent.
         close: Awaited at the end, however it comes.
         remark: What the progress bar says beside the name.
     """
@@ -189,7 +201,8 @@ def _play(
                     streams,
                     setup.memory,
                     seed=setup.config.seed,
-                    max_failed=1.0,
+                    max_failed=max_failed,
+                    max_concurrent=setup.config.rollout.concurrency,
                     on_session=lambda session: progress.update(
                         bar, advance=1, description=" ".join(["test", name, remark()]).rstrip()
                     ),
@@ -198,7 +211,7 @@ def _play(
                 if close is not None:
                     await close()
 
-        trajectories = asyncio.run(run())
+        trajectories = run_loop(run())
     sessions, draft = out / f"test-{name}.jsonl", out / f".test-{name}.jsonl"
     with writing(sessions):
         draft.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from agile.advice import AdviceDesk, DatasetAdvisor
 from agile.agents.product_qa import ProductQAAgent, Teacher, random_memory
 from agile.baselines import BaselineRun, run_baselines
 from agile.batching import Row, session_rows
-from agile.chat_template import chat_turns
+from agile.chat_template import bos_ids, chat_turns
 from agile.config import RunConfig
 from agile.errors import AgileError
 from agile.executor import Executor, Limits
@@ -187,6 +187,14 @@ class Setup:
             timeout_s=vllm.timeout_s,
         )
 
+    def greedy(self, tokenizer: PreTrainedTokenizerFast, folder: Path) -> TrainablePolicy:
+        """The policy that plays the agent saved in `folder`, without sampling."""
+        lm = self.language_model(tokenizer, folder)
+        policy = self.policy(lm, tokenizer, folder, temperature=0.0)
+        if self.config.rollout.policy == "vllm-server":  # whatever the servers were started from or trained with
+            policy.update_weights(lm.named_parameters(remove_duplicate=False), 0)
+        return policy
+
     def codec(self, tokenizer: PreTrainedTokenizerFast) -> ActionCodec:
         """Tokenizer, actions and prompt format.
 
@@ -205,15 +213,20 @@ class Setup:
                 options=prompt.template_options,
             )
             return ActionCodec(tokenizer, spec, special_tokens=prompt.special_tokens, turns=turns, end_id=end_id)
-        opening = tuple(tokenizer(f"{told}\n\n", add_special_tokens=False)["input_ids"]) if told else ()
+        opening = (
+            *bos_ids(tokenizer),
+            *tokenizer(f"{told}\n\n" if told else "", add_special_tokens=False)["input_ids"],
+        )
         turns = Turns(opening=opening, keep_thinking=keep)
         return ActionCodec(tokenizer, spec, special_tokens=prompt.special_tokens, turns=turns)
 
-    def executor(self, tokenizer: PreTrainedTokenizerFast, advisor: Advisor | None = None) -> Executor:
+    def executor(
+        self, tokenizer: PreTrainedTokenizerFast, advisor: Advisor | None = None, codec: ActionCodec | None = None
+    ) -> Executor:
         rollout = self.config.rollout
         return Executor(
             self.agent,
-            self.codec(tokenizer),
+            codec or self.codec(tokenizer),
             {"SearchProduct": self.task.search},
             AdviceDesk(advisor or DatasetAdvisor(), self.config.task.advice_price),
             self.task.score,

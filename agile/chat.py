@@ -39,7 +39,7 @@ def run_chat(run: Path, memory_path: Path, console: Console) -> None:
     executor = setup.executor(tokenizer, TerminalAdvisor(console=console))
     executor.score = lambda item, session: Reward({})
     executor.limits = replace(executor.limits, max_stage_s=None)  # people think as long as they like
-    policy = setup.policy(setup.language_model(tokenizer, folder), tokenizer, folder, temperature=0.0)
+    policy = setup.greedy(tokenizer, folder)
     stream = setup.task.streams("test")[0]
     with SqliteMemory(setup.encoder, memory_path) as memory:
         console.print(f"The agent {folder} answers about the shop {stream.id}, which it has never seen in training.")

@@ -67,8 +67,9 @@ def chat_turns(
         )
     # Without thinking, both differ in white space at most, which the sampled text may bring itself.
     thinks = _THINKING.search(to_llm)
+    start, head = bos_ids(tokenizer), _ids(tokenizer, opening)
     turns = Turns(
-        opening=_ids(tokenizer, opening),
+        opening=head if head[: len(start)] == start else start + head,
         to_llm=_ids(tokenizer, to_llm),
         to_llm_before=_ids(tokenizer, before if thinks else to_llm),
         to_user=tuple(to_user),
@@ -151,6 +152,13 @@ def _check_growth(parts: Sequence[Sequence[str]], role: str, instructions: str) 
         "The chat template is not prefix-preserving: with one question more it renders the earlier turns differently, "
         f"{[*one[:1], *longer[1:]]} became {list(three)}. {remedy}"
     )
+
+
+def bos_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """What the tokenizer itself puts before a text, such as `<s>`; models were trained to see it."""
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("x")["input_ids"]
+    return tuple(whole[: next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)])
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[int, ...]:

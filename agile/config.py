@@ -134,7 +134,9 @@ class RolloutConfig(_Config):
     max_stage_s: float | None = Field(
         600, gt=0, description="Seconds after which a policy, tool, expert or memory is given up and its session ends."
     )
-    max_concurrent: Count = Field(1024, description="Streams under way at a time; the others wait.")
+    max_concurrent: Count | None = Field(
+        None, description="Streams under way at a time; by default max_batch_size, so that nobody waits for a place."
+    )
     max_failed: Share = Field(0.5, description="Share of failed sessions above which a run stops.")
     masked: tuple[SessionStatus, ...] = Field(
         BLAMELESS, description="Sessions that end so are left out of the loss; the others have their reward."
@@ -149,6 +151,10 @@ class RolloutConfig(_Config):
         description="Largest difference, in nats, between the logprobs of rollout and trainer in float32 and without "
         "lag; above, the weights are not the same and the run stops.",
     )
+
+    @property
+    def concurrency(self) -> int:
+        return self.max_concurrent or self.max_batch_size
 
     @model_validator(mode="before")
     @classmethod

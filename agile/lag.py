@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from agile.protocols import TrainablePolicy
+from agile.rollout import run_loop
 from agile.types import Trajectory
 
-Play = Callable[[int], Sequence[Trajectory]]
+Play = Callable[[int], Awaitable[Sequence[Trajectory]]]
 Weights = Iterable[tuple[str, Any]]
 
 
@@ -48,6 +51,8 @@ class Collector:
         self.lag = lag
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="collector")
         self._ahead: dict[int, Future[Sequence[Trajectory]]] = {}
+        self._playing_now: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+        self._closed = False
         for iteration, trajectories in (played or {}).items():
             self._ahead[iteration] = Future()
             self._ahead[iteration].set_result(trajectories)
@@ -70,14 +75,30 @@ class Collector:
 
     def _play(self, weights: Weights, version: int, iteration: int) -> Sequence[Trajectory]:
         self.policy.update_weights(weights, version)
-        return self.play(iteration)
+        return run_loop(self._playing(iteration))
+
+    async def _playing(self, iteration: int) -> Sequence[Trajectory]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._playing_now = asyncio.get_running_loop(), task
+        try:
+            if self._closed:
+                raise asyncio.CancelledError
+            return await self.play(iteration)
+        finally:
+            self._playing_now = None
 
     def ahead(self) -> dict[int, Sequence[Trajectory]]:
         """Wait for the iterations under way, and return them: part of a checkpoint, for their weights are gone."""
         return {iteration: future.result() for iteration, future in self._ahead.items()}
 
     def close(self) -> None:
-        """Forget what is not played yet, and wait for what is being played."""
+        """Stop what is being played, and forget what is not played yet."""
+        self._closed = True
+        if self._playing_now is not None:
+            loop, task = self._playing_now
+            with suppress(RuntimeError):  # it ended just now
+                loop.call_soon_threadsafe(task.cancel)
         self._threads.shutdown(cancel_futures=True)
 
 

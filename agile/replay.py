@@ -298,6 +298,10 @@ class RunParts:
         return {}
 
     def executor(self, logged: Logged) -> Executor:
+        if logged.path not in self._executors and logged.agent == "prompted":
+            carrier = self.setup.carrier()
+            codec = ActionCodec(carrier, self.setup.agent.spec)
+            self._executors[logged.path] = self.setup.executor(carrier, codec=codec)
         if logged.path not in self._executors:
             names = [logged.agent] if logged.agent else ["ppo", "sft"]
             folders = [self._trained / name for name in names if (self._trained / name).is_dir()]

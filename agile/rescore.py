@@ -121,6 +121,8 @@ def rescore_run(
     with Progress(transient=True, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("rescore", total=None)
         for agent, sessions in groupby(logged_sessions(run, session_id, step), lambda logged: logged.agent):
+            if agent == "prompted":  # its ids are those of a carrier, no model's
+                continue
             checked = (_fitting(logged, size, checkpoint) for logged in sessions)
             # tests are greedy, and log what temperature 1 says
             temperature = 1.0 if agent else config.rollout.temperature

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeVar
 
+from agile.advice import threads
 from agile.errors import AgileError
 from agile.executor import Executor
 from agile.protocols import Memory, Policy
 from agile.seeding import derive_seed
 from agile.types import Item, Session, SessionStatus, Stream, Trajectory
 
+T = TypeVar("T")
 MemoryFor = Callable[[Stream], Memory]
 PolicyFor = Callable[[Item, Memory], Policy]
 
@@ -81,6 +86,23 @@ async def collect(
     finally:
         for task in tasks:
             task.cancel()
+
+
+class _DaemonThreads(ThreadPoolExecutor):
+    """Threads of `asyncio.to_thread` that nobody waits for: a tool that never returns must not hold up the end."""
+
+    def submit(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        return threads.start(partial(function, *args, **kwargs))
+
+
+def run_loop(main: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, except that it leaves threads behind which have not ended."""
+
+    async def run() -> T:
+        asyncio.get_running_loop().set_default_executor(_DaemonThreads())
+        return await main
+
+    return asyncio.run(run())
 
 
 def status_counts(trajectories: Iterable[Trajectory]) -> dict[str, int]:

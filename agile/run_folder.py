@@ -22,6 +22,12 @@ from agile.session_log import JsonLines, append_sessions, read_lines, session_fr
 from agile.types import Session, Trajectory
 
 KEPT_CHECKPOINTS = 2
+# What may change while a run is interrupted: where engines are, and how patient it is; no token depends on it.
+FREE_KEYS = (
+    *(f"vllm.{name} " for name in ("servers", "weights_dir", "timeout_s", "kv_cache_gib", "gpu_memory_utilization")),
+    *("rollout.max_failed ", "rollout.max_stage_s "),
+    *(f"evaluate.prompted.{name} " for name in ("api_key_env", "max_concurrent", "requests_per_minute", "timeout_s")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,8 @@ def claim(path: Path, config: RunConfig) -> IO[str]:
     """
     saved = path / "config.yaml"
     known, started = saved.exists(), _started(path)
-    if known and started and (changed := differences(load_config(saved), config)):
+    changes = differences(load_config(saved), config) if known and started else []
+    if changed := [c for c in changes if not c.startswith(FREE_KEYS)]:
         raise AgileError(
             f"{path} was started with another config: {'; '.join(changed)}. "
             f"Go on with the one it has, {saved}, or choose another out=DIR."
@@ -82,7 +89,7 @@ def claim(path: Path, config: RunConfig) -> IO[str]:
         except BlockingIOError:
             lock.close()
             raise AgileError(f"Another process works in {path}. Wait for it, or choose another out=DIR.") from None
-        if not (known and started):
+        if changes or not (known and started):
             write_atomically(saved, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     return lock
 

@@ -22,7 +22,7 @@ from agile.session_log import Logged, last_step, logged_sessions
 from agile.show import View, describe, print_view, render_page
 from agile.train.ppo import Discounts, advantages, lay_out, score_rows
 from agile.training import terminal_rewards
-from agile.types import SessionStatus, Trajectory
+from agile.types import Trajectory
 
 NUM_LISTED = 20
 
@@ -123,14 +123,14 @@ def critic_of(parts: RunParts, logged: Logged) -> tuple[list[float], list[float]
     engine = _engine(parts, logged, found[-1])
     similarities = parts.setup.question_similarities()
     rewards = terminal_rewards(config, similarities, [trajectory], np.random.default_rng(config.seed))
-    rows, plan = lay_out([trajectory], rewards)
+    rows, plan = lay_out([trajectory], rewards, config.rollout.masked)
     scored = score_rows(
         engine, None, rows, batch_size=config.ppo.micro_batch_size, temperature=config.rollout.temperature
     )
     ppo = config.ppo
     gained, _, _ = advantages(plan, rows, scored, Discounts(ppo.gamma, ppo.lam, ppo.gamma_session, ppo.lam_session))
     engine.close()
-    learned = [s.id for s in trajectory.sessions if s.status is not SessionStatus.FAILED]  # as `lay_out` leaves out
+    learned = [s.id for s in trajectory.sessions if s.status not in config.rollout.masked]  # as `lay_out` does
     (laid_out,) = plan
     numbers, _ = dict(zip(learned, laid_out, strict=True)).get(logged.session.id, (range(0), 0.0))
     return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import logging
 import time
@@ -170,7 +169,7 @@ def check_mismatch(rollout: RolloutConfig, iteration: int, mismatch: Mapping[str
             f"Iteration {iteration + 1}: the logprobs of rollout.policy={rollout.policy} and of the trainer differ by "
             f"up to {difference:.3g} nats, expected at most {rollout.max_difference:g} (rollout.max_difference). The "
             "engine has other weights, or samples from a truncated or otherwise changed distribution. Nothing was "
-            "learned from it: start the engine anew and go on with --resume; rollout.policy=hf shares the weights."
+            "learned from it: start the engine or its servers anew and go on with --resume."
         )
     ratio, outside = mismatch["rollout_ratio"], mismatch["rollout_outside"]
     if abs(ratio - 1) > HEALTHY_RATIO or outside > HEALTHY_OUTSIDE:
@@ -207,21 +206,21 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
     streams = setup.task.streams("train")
     count = min(ppo.streams_per_iteration, len(streams))
 
-    def play(iteration: int) -> list[Trajectory]:
+    async def play(iteration: int) -> list[Trajectory]:
         rng = np.random.default_rng(derive_seed(config.seed, "streams", iteration))
         chosen = [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))]
-        return asyncio.run(
-            collect(
-                executor,
-                policy,
-                chosen,
-                setup.memory,
-                seed=derive_seed(config.seed, "ppo", iteration),
-                max_failed=rollout.max_failed,
-                max_concurrent=rollout.max_concurrent,
-            )
+        return await collect(
+            executor,
+            policy,
+            chosen,
+            setup.memory,
+            seed=derive_seed(config.seed, "ppo", iteration),
+            max_failed=rollout.max_failed,
+            max_concurrent=rollout.concurrency,
         )
 
+    engine_dtype = "float32" if rollout.policy == "hf" or config.vllm.dtype == "auto" else config.vllm.dtype
+    exact = model.lm.dtype == torch.float32 and engine_dtype == "float32"
     shares_model = rollout.policy == "hf" and rollout.lag == 0
     collector = Collector(
         policy,
@@ -281,5 +280,5 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
             temperature=rollout.temperature,
             seed=config.seed,
             masked=rollout.masked,
-            check=partial(check_mismatch, rollout, exact=next(model.lm.parameters()).dtype == torch.float32),
+            check=partial(check_mismatch, rollout, exact=exact),
         )

@@ -235,5 +235,5 @@ def test_explained_variance(values: list[float], expected: float) -> None:
 
 
 def test_explained_variance_of_constant_returns_is_zero() -> None:
-    assert explained_variance(np.arange(3.0), np.ones(3), np.ones(3, dtype=bool)) == 0
+    assert explained_variance(np.array([0.0, 1.0, 2.0]), np.ones(3), np.ones(3, dtype=bool)) == 0
     assert explained_variance(np.ones(3), np.ones(3), np.zeros(3, dtype=bool)) == 0

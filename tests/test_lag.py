@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -42,8 +43,8 @@ def run(lag: int, num_iterations: int, *, first: int = 0, slow_play: bool = Fals
     """Train for some iterations; returns (iteration, version, weight) as each was played."""
     engine, trainer, played = Engine(), [0.0], []
 
-    def play(iteration: int) -> list[Trajectory]:
-        time.sleep(0.002 * slow_play)
+    async def play(iteration: int) -> list[Trajectory]:
+        await asyncio.sleep(0.002 * slow_play)
         played.append((iteration, engine.version, engine.weight[0]))
         return [trajectory(iteration)]
 
@@ -76,7 +77,7 @@ def test_a_resumed_run_plays_what_was_not_played() -> None:
 def test_playing_goes_on_while_the_trainer_learns() -> None:
     began = threading.Event()
 
-    def play(iteration: int) -> list[Trajectory]:
+    async def play(iteration: int) -> list[Trajectory]:
         if iteration == 1:
             began.set()
         return [trajectory(iteration)]
@@ -91,7 +92,7 @@ def test_playing_goes_on_while_the_trainer_learns() -> None:
 def test_an_error_of_the_policy_reaches_the_trainer_and_the_rest_is_not_played() -> None:
     played = []
 
-    def play(iteration: int) -> list[Trajectory]:
+    async def play(iteration: int) -> list[Trajectory]:
         played.append(iteration)
         raise AgileError("the server is gone")
 
@@ -99,6 +100,27 @@ def test_an_error_of_the_policy_reaches_the_trainer_and_the_rest_is_not_played()
     with pytest.raises(AgileError, match="the server is gone"), closing(collector):
         collector.collect(0)
     assert set(played) <= {0, 1}
+
+
+def test_closing_stops_what_is_being_played() -> None:
+    """Ctrl-C does not wait for a round that nobody will learn from."""
+    began, stopped = threading.Event(), threading.Event()
+
+    async def play(iteration: int) -> list[Trajectory]:
+        if iteration == 1:
+            began.set()
+            try:
+                await asyncio.sleep(60)
+            finally:
+                stopped.set()
+        return [trajectory(iteration)]
+
+    collector = Collector(Engine(), play, lambda: [("w", [0.0])], copied=list, num_iterations=9, lag=1)
+    collector.collect(0)
+    assert began.wait(10)
+    started = time.monotonic()
+    collector.close()
+    assert stopped.is_set() and time.monotonic() - started < 10
 
 
 def test_staleness_is_the_mean_over_sampled_tokens() -> None:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -11,7 +14,7 @@ from agile.errors import AgileError
 from agile.executor import Executor, Limits
 from agile.policies import HFPolicy, ScriptedPolicy
 from agile.protocols import Memory, Policy
-from agile.rollout import collect, status_counts
+from agile.rollout import collect, run_loop, status_counts
 from agile.seeding import derive_seed
 from agile.types import Action, AdviceRequest, Completion, Fn, Item, Segment, Session, Stream, Trajectory
 from tests.worlds import ListMemory, Replay, item, make_codec, make_executor
@@ -201,6 +204,20 @@ def test_no_more_streams_than_allowed_are_under_way() -> None:
     assert max(under_way) == 7
     assert [t.stream_id for t in trajectories] == [s.id for s in streams]
     assert status_counts(trajectories) == {"completed": 100}
+
+
+def test_a_thread_that_never_ends_does_not_hold_up_the_end() -> None:
+    release = threading.Event()
+
+    async def main() -> str:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.to_thread(release.wait, 60), 0.05)
+        return "done"
+
+    started = time.monotonic()
+    assert run_loop(main()) == "done"
+    assert time.monotonic() - started < 20
+    release.set()
 
 
 def test_statuses_are_counted() -> None:
