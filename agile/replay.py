@@ -57,7 +57,7 @@ class RanOut(StageTimeout):
     """A stand-in was asked for more than was logged; the executor ends the session as at a stage that hangs."""
 
     def __init__(self, stage: str):
-        Exception.__init__(self, f"{stage}: {NO_MORE}")
+        BaseException.__init__(self, f"{stage}: {NO_MORE}")
         self.stage = stage
 
 
