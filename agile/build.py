@@ -158,7 +158,6 @@ class Setup:
         if rollout.policy == "hf":
             return HFPolicy(
                 deepcopy(lm) if copy else lm,
-                tokenizer.pad_token_id,
                 temperature=temperature,
                 max_batch_size=rollout.max_batch_size,
             )

@@ -102,7 +102,10 @@ class PromptConfig(_Config):
 
 
 class VLLMConfig(_Config):
-    """vLLM in this process (`rollout.policy=vllm`) or in servers (`vllm-server`), see docs/vllm.md."""
+    """vLLM in this process (`rollout.policy=vllm`) or in servers (`vllm-server`), see docs/vllm.md.
+
+    Servers have options of their own for the cache, memory, blocks and compilation: `agile vllm-server --help`.
+    """
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="auto: the saved model's.")
     kv_cache_gib: float | None = Field(None, gt=0, description="Size of the KV cache; vLLM's choice by default.")
@@ -124,7 +127,7 @@ class RolloutConfig(_Config):
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of training rollouts.")
     max_batch_size: Count = Field(
         256,
-        description="hf: most sequences sampled at once, and whose keys and values are kept; fewer take less memory.",
+        description="Most sequences sampled at once (hf: and whose keys and values are kept); fewer take less memory.",
     )
     max_turns: Count = 8
     max_context_tokens: Count = 512

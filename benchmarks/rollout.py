@@ -93,7 +93,7 @@ def rows(
 
     def hf(slots: int, *groups: Sequence[Stream], reuse: bool = True) -> Callable[[], Run]:
         """A policy a run: none begins with a warm cache."""
-        return lambda: bench.play(HFPolicy(model, tokenizer.pad_token_id, max_batch_size=slots, reuse=reuse), *groups)
+        return lambda: bench.play(HFPolicy(model, max_batch_size=slots, reuse=reuse), *groups)
 
     found = {
         "one at a time": hf(1, *([s] for s in streams[::16])),

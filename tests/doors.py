@@ -132,7 +132,7 @@ def rollouts(
     max_turns: int = 3,
     seed: int = 0,
 ) -> list[Trajectory]:
-    policy = HFPolicy(lm, codec().tokenizer.pad_token_id, temperature=temperature)
+    policy = HFPolicy(lm, temperature=temperature)
     return asyncio.run(
         collect(
             make_executor(max_turns),

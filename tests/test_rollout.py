@@ -57,7 +57,7 @@ def tiny_model() -> Policy:
 
     tokenizer = make_codec("word").tokenizer
     lm = small_llama(tokenizer, num_layers=1, hidden_size=16, num_heads=2, max_tokens=512, seed=1)
-    return HFPolicy(lm, tokenizer.pad_token_id)
+    return HFPolicy(lm)
 
 
 def run(

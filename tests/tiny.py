@@ -61,7 +61,7 @@ def make_run(path: Path) -> None:
     tokenizer = setup.tokenizer()
     executor, lm = setup.executor(tokenizer), setup.language_model(tokenizer)
     teacher, rng = Teacher(executor.codec, setup.agent, 0.5), np.random.default_rng(0)
-    model = HFPolicy(lm, tokenizer.pad_token_id, temperature=config.rollout.temperature)
+    model = HFPolicy(lm, temperature=config.rollout.temperature)
     log = JsonLines(path / "sessions-0.jsonl")
     for step in (1, 2):
         played = asyncio.run(

@@ -74,7 +74,6 @@ class HFPolicy:
 
     Args:
         model: A causal LM; it is used as it is, in its device and dtype. A trainer may share it, see `update_weights`.
-        pad_id: Not used: nothing is padded. Callers pass it as other policies may need it.
         temperature: Of sampling.
         max_batch_size: Slots: most sequences that are sampled at once and kept. Further requests wait.
         reuse: Whether keys and values are kept between requests; without, each computes its whole prompt.
@@ -86,14 +85,12 @@ class HFPolicy:
     def __init__(
         self,
         model: PreTrainedModel,
-        pad_id: int,
         *,
         temperature: float = 1.0,
         max_batch_size: int = 256,
         reuse: bool = True,
     ):
         self.model = model
-        self.pad_id = pad_id
         self.temperature = temperature
         self.max_batch_size = max_batch_size
         self.reuse = reuse

@@ -65,7 +65,7 @@ def assert_same(found: Sequence[Completion], expected: Sequence[Completion]) -> 
 def test_logprobs_are_those_of_a_plain_forward_pass(model: LlamaForCausalLM, temperature: float) -> None:
     """Of softmax(logits / temperature); greedy ones of temperature 1."""
     for prompt, completion in zip(
-        PROMPTS, sample(HFPolicy(model, PAD, temperature=temperature), PROMPTS, SEEDS), strict=True
+        PROMPTS, sample(HFPolicy(model, temperature=temperature), PROMPTS, SEEDS), strict=True
     ):
         logits = logits_after(model, [*prompt, *completion.token_ids])[len(prompt) - 1 : -1] / (temperature or 1.0)
         expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
@@ -76,9 +76,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass(model: LlamaForCausalLM, tem
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_follow_the_softmax(model: LlamaForCausalLM, temperature: float) -> None:
     """Chi-square of 4,000 draws of one token."""
-    draws = sample(
-        HFPolicy(model, PAD, temperature=temperature, max_batch_size=4000), [PROMPTS[1]] * 4000, range(4000), 1
-    )
+    draws = sample(HFPolicy(model, temperature=temperature, max_batch_size=4000), [PROMPTS[1]] * 4000, range(4000), 1)
     expected = (logits_after(model, PROMPTS[1])[-1] / temperature).softmax(-1) * 4000
     counts = torch.bincount(torch.tensor([d.token_ids[0] for d in draws]), minlength=len(expected))
     rare = expected < 5
@@ -91,7 +89,7 @@ def test_samples_follow_the_softmax(model: LlamaForCausalLM, temperature: float)
 
 
 def test_a_sample_depends_on_its_seed_alone(model: LlamaForCausalLM) -> None:
-    policy = HFPolicy(model, PAD)
+    policy = HFPolicy(model)
     expected = sample(policy, PROMPTS, SEEDS)
     assert expected[1].token_ids != expected[4].token_ids, "other seeds must give other samples"
     order = list(range(len(PROMPTS)))
@@ -100,11 +98,11 @@ def test_a_sample_depends_on_its_seed_alone(model: LlamaForCausalLM) -> None:
     for i, prompt in enumerate(PROMPTS):
         assert_same(sample(policy, [prompt], [SEEDS[i]]), [expected[i]])
     for max_batch_size in (1, 2, 3):
-        assert_same(sample(HFPolicy(model, PAD, max_batch_size=max_batch_size), PROMPTS, SEEDS), expected)
+        assert_same(sample(HFPolicy(model, max_batch_size=max_batch_size), PROMPTS, SEEDS), expected)
 
 
 def test_greedy_is_the_argmax(model: LlamaForCausalLM) -> None:
-    for prompt, completion in zip(PROMPTS, sample(HFPolicy(model, PAD, temperature=0), PROMPTS, SEEDS), strict=True):
+    for prompt, completion in zip(PROMPTS, sample(HFPolicy(model, temperature=0), PROMPTS, SEEDS), strict=True):
         ids = list(prompt)
         for _ in range(10):
             ids.append(int(logits_after(model, ids)[-1].argmax()))
@@ -113,7 +111,7 @@ def test_greedy_is_the_argmax(model: LlamaForCausalLM) -> None:
 
 def test_every_row_has_its_own_stops_and_limit(model: LlamaForCausalLM) -> None:
     """A stop or a limit cuts the unbounded sample, and changes nothing before the cut."""
-    policy = HFPolicy(model, PAD)
+    policy = HFPolicy(model)
     free = sample(policy, PROMPTS, SEEDS)
     stop = [set(), {free[1].token_ids[6]}, {free[2].token_ids[0], PAD}, set(free[3].token_ids[-1:]), set(range(60))]
     limits = [1, 10, 10, 7, 10]
@@ -129,7 +127,7 @@ def test_every_row_has_its_own_stops_and_limit(model: LlamaForCausalLM) -> None:
 
 def test_the_models_own_generation_config_changes_nothing(model: LlamaForCausalLM) -> None:
     """Models of the hub bring end tokens, penalties and truncation of their own, and modes of their own."""
-    expected = sample(HFPolicy(model, PAD), PROMPTS, SEEDS)
+    expected = sample(HFPolicy(model), PROMPTS, SEEDS)
     own = model.generation_config
     hostile = GenerationConfig(
         eos_token_id=[t for c in expected for t in c.token_ids[2:4]],
@@ -142,7 +140,7 @@ def test_the_models_own_generation_config_changes_nothing(model: LlamaForCausalL
     model.generation_config = hostile
     model.train()
     try:
-        assert_same(sample(HFPolicy(model, PAD), PROMPTS, SEEDS), expected)
+        assert_same(sample(HFPolicy(model), PROMPTS, SEEDS), expected)
         assert model.generation_config is hostile and model.training
     finally:
         model.generation_config = own
@@ -181,7 +179,7 @@ def test_requests_share_steps_and_wait_for_a_slot(
     model: LlamaForCausalLM, batches: list[int], max_batch_size: int
 ) -> None:
     """Whoever ends makes room for the next: no step but the last ones has a free slot."""
-    policy = HFPolicy(model, PAD, max_batch_size=max_batch_size)
+    policy = HFPolicy(model, max_batch_size=max_batch_size)
     batches.clear()
 
     async def together() -> list[Completion]:
@@ -196,7 +194,7 @@ def test_requests_share_steps_and_wait_for_a_slot(
 
 
 def test_sessions_share_batches(model: LlamaForCausalLM, batches: list[int]) -> None:
-    policy = HFPolicy(model, PAD)
+    policy = HFPolicy(model)
     batches.clear()
     run = collect(
         make_executor(codec=make_codec("word"), limits=Limits(max_action_tokens=8)),
@@ -234,7 +232,7 @@ def test_a_failing_model_fails_every_waiting_session_and_hangs_none(
     model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executor = make_executor(codec=make_codec("word"), limits=Limits(max_action_tokens=8))
-    policy = HFPolicy(model, PAD)
+    policy = HFPolicy(model)
 
     async def bounded(numbers: int) -> list[str]:
         run = collect(executor, policy, streams(numbers), lambda s: ListMemory(), seed=0, max_failed=1.0)
@@ -249,11 +247,11 @@ def test_a_failing_model_fails_every_waiting_session_and_hangs_none(
         later = asyncio.run(bounded(4))
     assert 1 <= sum(s.startswith(SessionStatus.FAILED) for s in later) <= 4, "one step fails those that are in it"
     assert not model.training and model.config._attn_implementation == "sdpa"
-    assert_same(sample(policy, PROMPTS, SEEDS), sample(HFPolicy(model, PAD), PROMPTS, SEEDS))
+    assert_same(sample(policy, PROMPTS, SEEDS), sample(HFPolicy(model), PROMPTS, SEEDS))
 
 
 def test_a_failing_sample_leaves_nothing_behind(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = HFPolicy(model, PAD, max_batch_size=2)
+    policy = HFPolicy(model, max_batch_size=2)
     expected = sample(policy, PROMPTS, SEEDS)
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
         fail_at(model, patch, lambda n: n == 3)
@@ -265,7 +263,7 @@ def test_a_failing_sample_leaves_nothing_behind(model: LlamaForCausalLM, monkeyp
 @pytest.mark.parametrize("turns", [1, 12, 14, 16])
 def test_a_cancelled_request_leaves_the_others_alone(model: LlamaForCausalLM, batches: list[int], turns: int) -> None:
     """Whether it waits, runs, or is done."""
-    policy = HFPolicy(model, PAD, max_batch_size=2)
+    policy = HFPolicy(model, max_batch_size=2)
 
     async def two_of_three() -> list[Completion]:
         tasks = [ask(policy, i, 6) for i in range(3)]
@@ -276,7 +274,7 @@ def test_a_cancelled_request_leaves_the_others_alone(model: LlamaForCausalLM, ba
             await tasks[1]
         return [await tasks[0], await tasks[2]]
 
-    expected = [HFPolicy(model, PAD).sample([PROMPTS[i]], max_tokens=[6], stop=[{1}], seeds=[i])[0] for i in (0, 2)]
+    expected = [HFPolicy(model).sample([PROMPTS[i]], max_tokens=[6], stop=[{1}], seeds=[i])[0] for i in (0, 2)]
     batches.clear()
     assert_same(asyncio.run(two_of_three()), expected)
     if turns == 1:
@@ -287,7 +285,7 @@ def test_a_cancelled_request_leaves_the_others_alone(model: LlamaForCausalLM, ba
 def test_requests_of_a_loop_that_was_torn_down_do_not_haunt_the_next(
     model: LlamaForCausalLM, batches: list[int]
 ) -> None:
-    policy = HFPolicy(model, PAD)
+    policy = HFPolicy(model)
 
     async def abandoned() -> None:
         ask(policy, 0)
@@ -304,7 +302,7 @@ def test_requests_of_a_loop_that_was_torn_down_do_not_haunt_the_next(
 
 def test_a_short_session_does_not_wait_for_a_long_one(model: LlamaForCausalLM, batches: list[int]) -> None:
     """Ten short requests in turn, beside a long one, take no step more than their own tokens."""
-    policy = HFPolicy(model, PAD)
+    policy = HFPolicy(model)
     batches.clear()
 
     async def both() -> tuple[int, Completion]:
@@ -341,8 +339,8 @@ def talk(policy: HFPolicy, seeds: Sequence[int], num_turns: int = 4) -> list[lis
 
 @pytest.mark.parametrize("max_batch_size", [64, 12, 5])
 def test_reuse_changes_nothing_but_the_usage(model: LlamaForCausalLM, max_batch_size: int) -> None:
-    kept = talk(HFPolicy(model, PAD, max_batch_size=max_batch_size), range(12))
-    fresh = talk(HFPolicy(model, PAD, max_batch_size=max_batch_size, reuse=False), range(12))
+    kept = talk(HFPolicy(model, max_batch_size=max_batch_size), range(12))
+    fresh = talk(HFPolicy(model, max_batch_size=max_batch_size, reuse=False), range(12))
     for ours, theirs in zip(kept, fresh, strict=True):
         assert_same(ours, theirs)
         assert all(turn.usage.cached_tokens == 0 for turn in theirs)
@@ -355,24 +353,24 @@ def test_reuse_changes_nothing_but_the_usage(model: LlamaForCausalLM, max_batch_
 
 def test_the_same_requests_give_the_same_bits(model: LlamaForCausalLM) -> None:
     """Also after the cache was dropped: a resumed run is the same run."""
-    policy = HFPolicy(model, PAD, max_batch_size=7)
+    policy = HFPolicy(model, max_batch_size=7)
     first = talk(policy, range(12))
     policy.update_weights((), 0)
     assert talk(policy, range(12)) == first
-    assert talk(HFPolicy(model, PAD, max_batch_size=7), range(12)) == first
+    assert talk(HFPolicy(model, max_batch_size=7), range(12)) == first
 
 
 def test_long_prompts_are_computed_in_several_passes(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """And prompts of very different lengths side by side."""
     prompts = [[(7 * i) % 50 + 2 for i in range(n)] for n in (1, 2, 63, 66, 150, 129, 3, 1)]
-    expected = [sample(HFPolicy(model, PAD), [p], [i])[0] for i, p in enumerate(prompts)]
-    assert_same(sample(HFPolicy(model, PAD), prompts, range(8)), expected)
+    expected = [sample(HFPolicy(model), [p], [i])[0] for i, p in enumerate(prompts)]
+    assert_same(sample(HFPolicy(model), prompts, range(8)), expected)
     monkeypatch.setattr("agile.policies.hf.MAX_PASS_TOKENS", 70)
-    assert_same(sample(HFPolicy(model, PAD), prompts, range(8)), expected)
+    assert_same(sample(HFPolicy(model), prompts, range(8)), expected)
 
 
 def test_the_least_recently_used_slot_is_evicted(model: LlamaForCausalLM) -> None:
-    policy = HFPolicy(model, PAD, max_batch_size=2)
+    policy = HFPolicy(model, max_batch_size=2)
 
     def turn(prompt: list[int]) -> tuple[list[int], int]:
         completion = policy.sample([prompt], max_tokens=[3], stop=[()], seeds=[1])[0]
@@ -390,7 +388,7 @@ def test_the_least_recently_used_slot_is_evicted(model: LlamaForCausalLM) -> Non
 
 
 def test_a_slot_is_taken_only_by_a_prompt_that_goes_on_from_it(model: LlamaForCausalLM) -> None:
-    first = HFPolicy(model, PAD).sample([[7, 8, 9]], max_tokens=[2], stop=[()], seeds=[1])[0]
+    first = HFPolicy(model).sample([[7, 8, 9]], max_tokens=[2], stop=[()], seeds=[1])[0]
     held = [7, 8, 9, first.token_ids[0]]
     for prompt, cached in (
         ([7, 8, 9, 10], 0),
@@ -399,7 +397,7 @@ def test_a_slot_is_taken_only_by_a_prompt_that_goes_on_from_it(model: LlamaForCa
         ([*held[:-1], held[-1] + 1, 4], 0),
         ([*held, 4], 4),
     ):
-        policy = HFPolicy(model, PAD)
+        policy = HFPolicy(model)
         assert policy.sample([[7, 8, 9]], max_tokens=[2], stop=[()], seeds=[1]) == [first]
         assert sample(policy, [prompt], [2], 1)[0].usage.cached_tokens == cached
 
@@ -420,7 +418,7 @@ def other_model(model: LlamaForCausalLM) -> LlamaForCausalLM:
 def test_new_weights_leave_nothing_stale(model: LlamaForCausalLM, how: str) -> None:
     """Whether they are sent, or changed in place by a trainer that says so, or does not."""
     mine, new = copy.deepcopy(model), other_model(model)
-    policy = HFPolicy(mine, PAD)
+    policy = HFPolicy(mine)
     prompts = [[*p, *c.token_ids, 4] for p, c in zip(PROMPTS, sample(policy, PROMPTS, SEEDS), strict=True)]
     if how == "sent":
         policy.update_weights(new.state_dict().items(), 3)
@@ -433,12 +431,12 @@ def test_new_weights_leave_nothing_stale(model: LlamaForCausalLM, how: str) -> N
     found = sample(policy, prompts, SEEDS)
     assert {c.policy_version for c in found} == {0 if how == "unannounced" else 3}
     assert [c.usage.cached_tokens for c in found] == [0] * len(prompts)
-    expected = sample(HFPolicy(new, PAD), prompts, SEEDS)
+    expected = sample(HFPolicy(new), prompts, SEEDS)
     assert_same([replace(c, policy_version=0) for c in found], expected)
 
 
 def test_the_version_is_stamped_by_an_update_alone(model: LlamaForCausalLM) -> None:
-    policy = HFPolicy(model, PAD)
+    policy = HFPolicy(model)
     with pytest.raises(AttributeError):
         policy.version = 4  # type: ignore[misc]
     policy.update_weights(None, 4)
@@ -446,7 +444,7 @@ def test_the_version_is_stamped_by_an_update_alone(model: LlamaForCausalLM) -> N
 
 
 def test_weights_of_another_model_are_refused(model: LlamaForCausalLM) -> None:
-    policy = HFPolicy(copy.deepcopy(model), PAD)
+    policy = HFPolicy(copy.deepcopy(model))
     weights = dict(model.named_parameters())
     with pytest.raises(AgileError, match=r"no parameter 'lm_head\.bias'"):
         policy.update_weights([("lm_head.bias", torch.zeros(1))], 1)
@@ -458,7 +456,7 @@ def test_weights_of_another_model_are_refused(model: LlamaForCausalLM) -> None:
 
 
 def test_an_update_while_requests_run_is_refused(model: LlamaForCausalLM) -> None:
-    policy = HFPolicy(model, PAD)
+    policy = HFPolicy(model)
 
     async def during() -> None:
         task = ask(policy, 0)
@@ -499,7 +497,7 @@ def tiny(kind: str) -> PreTrainedModel:
 def test_other_architectures(kind: str) -> None:
     """Grouped heads, learned positions, tied embeddings, dropout: each turn is that of a plain forward pass."""
     lm = tiny(kind).train()
-    policy = HFPolicy(lm, 0, max_batch_size=6)
+    policy = HFPolicy(lm, max_batch_size=6)
     own, ids = lm.config._attn_implementation, [list(range(1 + i)) for i in range(6)]
     for turn in range(3):
         completions = policy.sample(ids, max_tokens=[1 + i % 3 for i in range(6)], stop=[()] * 6, seeds=range(6))
@@ -520,12 +518,12 @@ def test_other_architectures(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["mamba", "bloom"])
 def test_a_model_that_cannot_is_named(kind: str) -> None:
     with pytest.raises(AgileError, match=r"(MambaForCausalLM|BloomForCausalLM) .*Serve it with vLLM"):
-        HFPolicy(tiny(kind), 0)
+        HFPolicy(tiny(kind))
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("gpt2", 64), ("mistral", 40)])
 def test_a_context_that_is_too_long_is_refused_before_anything_is_computed(kind: str, limit: int) -> None:
-    policy = HFPolicy(tiny(kind), 0)
+    policy = HFPolicy(tiny(kind))
     assert len(policy.sample([[1] * (limit - 4)], max_tokens=[4], stop=[()], seeds=[0])[0].token_ids) == 4
     name = "sliding_window" if kind == "mistral" else "max_position_embeddings"
     with pytest.raises(AgileError, match=rf"are {limit + 1}, but {name} .* is {limit}"):

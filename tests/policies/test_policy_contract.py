@@ -17,7 +17,7 @@ from tests.stub_endpoint import stub_endpoint
 from tests.worlds import make_codec
 
 POLICIES: dict[str, Callable[[LlamaForCausalLM], Policy]] = {
-    "hf": lambda model: HFPolicy(model, CODEC.tokenizer.pad_token_id),
+    "hf": lambda model: HFPolicy(model),
     "scripted": lambda model: ScriptedPolicy(CODEC, lambda context: Action(Fn.PREDICT_ANSWER, "steel is washable")),
 }
 

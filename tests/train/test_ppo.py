@@ -25,7 +25,6 @@ from agile.types import SegmentEnd, Session, SessionStatus, Trajectory
 from tests.doors import (
     Gradients,
     actor_critic,
-    codec,
     largest_difference,
     llama,
     rollouts,
@@ -358,7 +357,7 @@ def run(
     **changes: Any,
 ) -> list[float]:
     """Train on the doors; returns the share of right doors of each iteration."""
-    policy = HFPolicy(model.lm, codec().tokenizer.pad_token_id)
+    policy = HFPolicy(model.lm)
     scores: list[float] = []
 
     def collect(iteration: int) -> list[Trajectory]:
