@@ -1,4 +1,4 @@
-"""What continues token ids: Hugging Face, vLLM, vLLM servers, a chat endpoint, a script. Imported here: what is light."""
+"""What continues token ids: Hugging Face, vLLM here or on servers, a chat endpoint, a script."""
 
 from agile.policies.hf import HFPolicy
 from agile.policies.scripted import ScriptedPolicy
