@@ -1,0 +1,42 @@
+"""A whole run that vLLM samples: its logprobs stay the trainer's, and nothing is learned where they do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from agile.errors import AgileError
+from agile.policies.vllm import VLLMPolicy
+from agile.replay import replay_run
+from agile.training import train
+from tests.test_training import metrics, tiny
+
+VLLM = [
+    *("rollout.policy=vllm", "vllm.kv_cache_gib=0.25", "vllm.enforce_eager=true"),
+    *("model.hidden_size=64", "model.num_heads=2", "ppo.num_iterations=6", "sft.num_steps=10"),
+]
+
+
+@pytest.mark.vllm
+def test_rollout_and_trainer_agree_before_and_after_five_updates(tmp_path: Path) -> None:
+    train(tiny(*VLLM), tmp_path / "run")
+    steps = [row for row in metrics(tmp_path / "run") if row["stage"] == "ppo"]
+    assert len(steps) == 6
+    assert max(row["rollout_difference"] for row in steps) < 1e-4
+    assert all(row["staleness"] == 0 for row in steps)
+    result = replay_run(tmp_path / "run", Console(quiet=True))
+    assert result.different is None
+
+
+@pytest.mark.vllm
+def test_an_update_that_does_not_arrive_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget(self: VLLMPolicy, weights: Any, version: int) -> None:
+        self.version = version
+
+    monkeypatch.setattr(VLLMPolicy, "update_weights", forget)
+    with pytest.raises(AgileError, match=r"Iteration 3: .*rollout.policy=vllm and of the trainer differ by"):
+        train(tiny(*VLLM, "ppo.lr=3e-3"), tmp_path / "run")
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
