@@ -74,9 +74,16 @@ def server_command(
 class Failed(Exception):
     """A server did not answer as it should; another one, or a later try, may."""
 
-    def __init__(self, reason: str, *, gone: bool = False):
+    def __init__(self, reason: str, *, gone: bool = False, timeout: bool = False):
         super().__init__(reason)
         self.gone = gone  # no use to ask it again at once
+        self.timeout = timeout  # it did not answer in time, and may still be about to
+
+    @classmethod
+    def of(cls, error: httpx2.RequestError, *, gone: bool = False) -> Failed:
+        """A request that brought no answer; `gone` even if there was a connection."""
+        gone = gone or isinstance(error, httpx2.ConnectError)
+        return cls(f"{type(error).__name__}: {error}", gone=gone, timeout=isinstance(error, httpx2.TimeoutException))
 
 
 class Busy(Exception):
@@ -85,6 +92,11 @@ class Busy(Exception):
     def __init__(self, after_s: float | None):
         super().__init__("HTTP 429: too many requests")
         self.after_s = after_s
+
+
+def patience(timeout_s: float) -> httpx2.Timeout:
+    """For an answer; a connection comes soon or not at all."""
+    return httpx2.Timeout(timeout_s, connect=min(30.0, timeout_s))
 
 
 def read_answer(response: httpx2.Response) -> Any:

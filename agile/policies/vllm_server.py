@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from agile.errors import AgileError
 from agile.policies.serving import ServedModel, check_logprobs
-from agile.policies.vllm_http import REMEDY, Busy, Failed, read_answer
+from agile.policies.vllm_http import REMEDY, Busy, Failed, patience, read_answer
 from agile.types import Completion, Usage
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class _Server:
     url: str
     up: bool = True
     active: int = 0
-    failures: int = 0  # in a row
+    failures: int = 0  # since it last answered; requests under way at the same time count once
+    failed_at: float = 0.0  # when the last of them was counted
     next_try: float = 0.0  # of a server that is down
     last_error: str = ""
     revival: asyncio.Task[None] | None = None
@@ -64,9 +66,10 @@ class _Pushed:
 class VLLMServerPolicy:
     """Samples with vLLM servers, which may be on other machines and in environments of their own.
 
-    A request goes to the server with the fewest under way. It is repeated, there or elsewhere, when a server is busy,
-    fails or dies; the seed makes the answer the same. A dead server is left out and tried again; before it is used
-    again it gets the current weights. The distribution is softmax(logits / temperature), never truncated.
+    A request goes to the server with the fewest under way; when all have as many as they may, it waits. It is repeated,
+    there or elsewhere, when a server is busy, fails or dies; the seed makes the answer the same. A dead server is left
+    out and tried again; before it is used again it gets the current weights. The distribution is
+    softmax(logits / temperature), never truncated.
 
     Args:
         model: A folder with the config of the model that the servers serve.
@@ -77,8 +80,10 @@ class VLLMServerPolicy:
         max_model_len: Most tokens of prompt and completion that will be asked for; the model's own by default.
         temperature: Of sampling.
         weights_dir: Where `update_weights` writes; the servers see it under the same path.
-        timeout_s: How long a request may go unanswered, over all tries, before the run ends.
-        request_timeout_s: The same for one try.
+        timeout_s: How long a request may go unanswered, over all tries, before the run ends. While it waits for a
+            server with room, only the time counts in which no server answers any request.
+        request_timeout_s: How long one try may take; `timeout_s` by default.
+        max_active: Most requests under way at one server.
         retry_s: How long a dead server is left out while others live.
         verify: Compare log-probabilities with transformers' after each update of the weights. Loads them on the CPU
             of this machine.
@@ -99,7 +104,8 @@ class VLLMServerPolicy:
         temperature: float = 1.0,
         weights_dir: str | Path | None = None,
         timeout_s: float = 300.0,
-        request_timeout_s: float = 120.0,
+        request_timeout_s: float | None = None,
+        max_active: int = 256,
         retry_s: float = 30.0,
         verify: bool = True,
     ):
@@ -111,6 +117,7 @@ class VLLMServerPolicy:
         self.temperature = temperature
         self.weights_dir = None if weights_dir is None else Path(weights_dir).resolve()
         self.timeout_s = timeout_s
+        self.max_active = max_active
         self.retry_s = retry_s
         self.verify = verify
         self.version = 0
@@ -119,12 +126,14 @@ class VLLMServerPolicy:
         self._pushed: _Pushed | None = None
         self._written: list[Path] = []
         self._random = random.Random()
+        self._waiting: deque[asyncio.Future[None]] = deque()  # requests for which no server has room
+        self._answered = 0.0  # when any server last did
         # addresses are reached directly; a proxy of the environment is for the world outside
         secure = any(url.startswith("https:") for url in servers)
         self._tls = httpx2.create_ssl_context() if secure else False  # reading certificates takes long
-        self._client = httpx2.Client(timeout=request_timeout_s, trust_env=False, verify=self._tls)
+        self._client = httpx2.Client(trust_env=False, verify=self._tls)
         self._async: tuple[asyncio.AbstractEventLoop, httpx2.AsyncClient] | None = None
-        self._request_timeout_s = request_timeout_s
+        self._request_timeout_s = timeout_s if request_timeout_s is None else request_timeout_s
         for server in self._servers:
             try:
                 self._check(server)
@@ -143,21 +152,28 @@ class VLLMServerPolicy:
         body = self._body(
             prompt_ids, temperature=self.temperature, max_tokens=max_tokens, seed=seed, stop_token_ids=sorted(stop)
         )
-        deadline = time.monotonic() + self.timeout_s
-        delay_s = 0.25
+        asked_at = time.monotonic()
+        spent_s, delay_s = 0.0, 0.25  # `spent_s` on tries and pauses, not on waiting for room
+        failed: set[_Server] = set()
         while True:
-            server = await self._choose(deadline)
+            server = await self._choose(asked_at, failed)
+            began_at = time.monotonic()
             try:
                 return await self._generate(server, body)
             except Busy as busy:
                 server.last_error = str(busy)
                 wait_s = busy.after_s or delay_s
             except Failed as error:
-                self._note_failure(server, error)
+                failed.add(server)
+                await self._note_failure(server, error, began_at)
                 wait_s = 0.0 if error.gone else delay_s
             delay_s = min(2 * delay_s, 10.0)
             wait_s *= self._random.uniform(1.0, 1.5)  # not all at once again
-            await asyncio.sleep(min(wait_s, max(0.0, deadline - time.monotonic())))
+            left_s = self.timeout_s - spent_s - (time.monotonic() - began_at)
+            await asyncio.sleep(max(0.0, min(wait_s, left_s)))
+            spent_s += time.monotonic() - began_at
+            if spent_s >= self.timeout_s and all(s in failed for s in self._servers if s.up):
+                raise self._none_left()
 
     def _body(self, prompt_ids: Sequence[int], **sampling: Any) -> dict[str, Any]:
         # everything that a server could have a default of its own for is named
@@ -169,27 +185,47 @@ class VLLMServerPolicy:
             "sampling_params": {**fixed, **penalties, "temperature": 1.0, **sampling},
         }
 
-    async def _choose(self, deadline: float) -> _Server:
-        while True:
-            now = time.monotonic()
-            if now >= deadline:
-                raise self._none_left()
-            for server in self._servers:
-                if not server.up and now >= server.next_try and (server.revival is None or server.revival.done()):
-                    server.revival = asyncio.create_task(self._revive(server))
-            if up := [s for s in self._servers if s.up]:
-                return min(up, key=lambda s: s.active)
-            await asyncio.sleep(0.05)
+    async def _choose(self, asked_at: float, failed: Collection[_Server]) -> _Server:
+        """A server with room, of which those that `failed` this request come last."""
+        ready: asyncio.Future[None] | None = None
+        try:
+            while True:
+                now = time.monotonic()
+                if ready and now >= max(asked_at, self._answered) + self.timeout_s:
+                    raise self._none_left()
+                for server in self._servers:
+                    if not server.up and now >= server.next_try and (server.revival is None or server.revival.done()):
+                        server.revival = asyncio.create_task(self._revive(server))
+                up = [s for s in self._servers if s.up]
+                if room := [s for s in up if s.active < self.max_active]:
+                    return min(room, key=lambda s: (s in failed, s.active))
+                if ready is None or ready.done():
+                    wait = self._waiting.append if ready is None else self._waiting.appendleft  # if it was overtaken
+                    ready = asyncio.get_running_loop().create_future()
+                    wait(ready)
+                await asyncio.wait([ready], timeout=min(0.5, self.timeout_s / 10) if up else 0.05)
+        finally:
+            if ready:
+                ready.cancel()
+
+    def _leave(self, server: _Server) -> None:
+        """One request less at a server: one that waits may go there."""
+        server.active -= 1
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            ready = self._waiting.popleft()
+            if ready.get_loop() is loop and not ready.done():
+                ready.set_result(None)
+                break
 
     async def _generate(self, server: _Server, body: dict[str, Any]) -> Completion:
         server.active += 1
         try:
             response = await self._async_client().post(f"{server.url}/inference/v1/generate", json=body)
         except httpx2.RequestError as error:
-            gone = isinstance(error, httpx2.ConnectError)
-            raise Failed(f"{type(error).__name__}: {error}", gone=gone) from None
+            raise Failed.of(error) from None
         finally:
-            server.active -= 1
+            self._leave(server)
         answer = read_answer(response)
         try:
             (choice,) = answer["choices"]
@@ -206,6 +242,7 @@ class VLLMServerPolicy:
             raise Failed(f"an answer that is none of vLLM 0.32's ({type(error).__name__}: {error})") from None
         self._check_label(server, labels)
         server.failures = 0
+        self._answered = time.monotonic()
         return completion
 
     def _check_label(self, server: _Server, labels: set[str]) -> None:
@@ -224,19 +261,34 @@ class VLLMServerPolicy:
         loop = asyncio.get_running_loop()
         if self._async is None or self._async[0] is not loop:
             limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-            timeout_s = self._request_timeout_s
-            client = httpx2.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False, verify=self._tls)
+            timeout = patience(self._request_timeout_s)
+            client = httpx2.AsyncClient(timeout=timeout, limits=limits, trust_env=False, verify=self._tls)
             self._async = (loop, client)
         return self._async[1]
 
     # ----------------------------------------------------------------------------------------------------------------
     # Servers that fail, and come back
 
-    def _note_failure(self, server: _Server, error: Failed) -> None:
-        server.failures += 1
+    async def _note_failure(self, server: _Server, error: Failed, began_at: float) -> None:
         server.last_error = str(error)
-        if server.up and (error.gone or server.failures >= 3):
+        if not server.up or (began_at < server.failed_at and not error.gone):
+            return  # with this request others failed, and one of them was counted
+        server.failures += 1
+        server.failed_at = time.monotonic()
+        dead = error.gone or server.failures >= 3
+        if error.timeout and not dead:
+            dead = not await self._is_healthy(server)
+        if server.up and dead:
             self._take_out(server, error)
+
+    async def _is_healthy(self, server: _Server) -> bool:
+        """Whether a server that keeps a request waiting is busy rather than dead."""
+        try:
+            timeout = patience(min(10.0, self._request_timeout_s))
+            response = await self._async_client().get(f"{server.url}/health", timeout=timeout)
+        except httpx2.RequestError:
+            return False
+        return response.status_code < 500
 
     def _take_out(self, server: _Server, error: Exception) -> None:
         server.up = False
@@ -260,7 +312,10 @@ class VLLMServerPolicy:
 
     def _none_left(self) -> AgileError:
         errors = "; ".join(f"{s.url}: {s.last_error or 'no error'}" for s in self._servers)
-        return AgileError(f"No vLLM server answered within {self.timeout_s:g} s ({errors}). Are they running? {REMEDY}")
+        return AgileError(
+            f"No vLLM server answered within {self.timeout_s:g} s ({errors}). Are they running? If they are only slow, "
+            f"raise vllm.timeout_s. {REMEDY}"
+        )
 
     # ----------------------------------------------------------------------------------------------------------------
     # What a server must be like
@@ -269,9 +324,9 @@ class VLLMServerPolicy:
         """GET, or POST of a body; also from threads."""
         method = "GET" if body is None else "POST"
         try:
-            response = self._client.request(method, server.url + path, json=body, timeout=timeout_s)
+            response = self._client.request(method, server.url + path, json=body, timeout=patience(timeout_s))
         except httpx2.RequestError as error:
-            raise Failed(f"{type(error).__name__}: {error}", gone=True) from None
+            raise Failed.of(error, gone=True) from None
         return read_answer(response)
 
     def _check(self, server: _Server) -> None:

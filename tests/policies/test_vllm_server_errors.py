@@ -38,6 +38,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.path == "/health":
+            return self.send({}, 200 if self.server.healthy else 503)
         answers: dict[str, Any] = {
             "/v1/models": {"data": [{"id": self.server.name, "max_model_len": 256}]},
             "/weight_info": {"weight_version": self.server.label},
@@ -55,9 +57,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.label = body.get("new_version", self.server.label)
             self.send({"success": True, "results": [None]})
 
-    def generate(self, body: dict[str, Any]) -> None:
+    def generate(self, body: dict[str, Any], *, faulty: bool = True) -> None:
         sampling = body["sampling_params"]
-        if sampling["max_tokens"] > 1 and self.server.faults:
+        if faulty and sampling["max_tokens"] > 1 and self.server.faults:
             return self.server.faults.popleft()(self)
         if any(int(i) >= VOCABULARY for i in sampling.get("logit_bias", {})):
             return self.send({"error": {"message": "out-of-vocab"}}, 400)
@@ -84,11 +86,12 @@ class Handler(BaseHTTPRequestHandler):
 
 class Stub(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.name, self.label, self.processed, self.dev_mode = "agile", "default", True, True
+        self.name, self.label, self.processed, self.dev_mode, self.healthy = "agile", "default", True, True, True
         self.faults: deque[Reply] = deque()
         self.requests: list[tuple[str, Any]] = []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -202,7 +205,10 @@ def test_a_server_that_keeps_failing_is_left_out_and_comes_back(
     folder: Path, stubs: list[Stub], caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = connect(folder, *stubs)
-    stubs[0].faults.extend([failing] * 6)
+    stubs[0].faults.extend([failing] * 100)
+    for count in (1, 2):
+        assert len(ask(policy, range(12))) == 12
+        assert policy._servers[0].failures == count and "left out" not in caplog.text
     assert len(ask(policy, range(12))) == 12
     assert f"{stubs[0].url} is left out (HTTP 500" in caplog.text
     stubs[0].faults.clear()
@@ -233,6 +239,55 @@ def test_a_hanging_server_ends_the_run_in_time(folder: Path, stubs: list[Stub]) 
     started = time.monotonic()
     with pytest.raises(AgileError, match="ReadTimeout"):
         ask(policy)
+    assert time.monotonic() - started < 3.0
+
+
+def test_a_busy_server_is_not_taken_for_dead(folder: Path, stubs: list[Stub], caplog: pytest.LogCaptureFixture) -> None:
+    policy = connect(folder, stubs[0])
+    stubs[0].faults.extend([hanging] * 12)
+    assert len(ask(policy, range(12))) == 12
+    assert "left out" not in caplog.text
+    stubs[1].healthy = False
+    policy = connect(folder, *stubs)
+    stubs[1].faults.extend([hanging] * 100)
+    assert len(ask(policy, range(12))) == 12
+    assert f"{stubs[1].url} is left out (ReadTimeout" in caplog.text
+
+
+def test_requests_wait_for_room_without_being_given_up(folder: Path, stubs: list[Stub]) -> None:
+    policy = connect(folder, *stubs, max_active=2, timeout_s=1.0, request_timeout_s=None)
+    under_way = most = 0
+    lock = threading.Lock()
+
+    def slow(handler: Handler) -> None:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.4)
+        with lock:
+            under_way -= 1
+        sampling = {"temperature": 1.0, "seed": 0, "max_tokens": 3}
+        handler.generate({"token_ids": [7, 8], "sampling_params": sampling}, faulty=False)
+
+    for stub in stubs:
+        stub.faults.extend([slow] * 8)
+    started = time.monotonic()
+    assert len(ask(policy, range(16))) == 16
+    assert most == 4 and time.monotonic() - started > 1.5
+    assert not any(s.active for s in policy._servers)
+
+
+def test_requests_that_wait_for_room_end_when_nothing_is_answered(folder: Path, stubs: list[Stub]) -> None:
+    policy = connect(folder, stubs[0], max_active=1, timeout_s=0.8, request_timeout_s=None)
+    stubs[0].faults.extend([hanging] * 100)
+
+    async def together() -> list[Completion | BaseException]:
+        calls = (policy.complete([7, 8], max_tokens=3, stop={1}, seed=s) for s in range(5))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    started = time.monotonic()
+    assert all("raise vllm.timeout_s" in str(error) for error in asyncio.run(together()))
     assert time.monotonic() - started < 3.0
 
 
