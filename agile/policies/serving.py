@@ -71,7 +71,7 @@ class ServedModel:
         if max_model_len is not None and longest is not None and max_model_len > longest:
             raise AgileError(
                 f"A context of {max_model_len} tokens is wanted, but the model in {folder} knows {longest} positions. "
-                "Lower max_model_len, or choose a model of longer context."
+                "Lower rollout.max_context_tokens, or choose a model of longer context."
             )
         if num_tokens is not None and num_tokens > text.vocab_size:
             raise AgileError(
@@ -106,7 +106,7 @@ class ServedModel:
         if len(prompt_ids) + max_tokens > self.max_model_len:
             raise AgileError(
                 f"A prompt of {len(prompt_ids)} tokens and max_tokens={max_tokens} do not fit max_model_len="
-                f"{self.max_model_len}. Raise max_model_len or lower the executor's max_context_tokens."
+                f"{self.max_model_len}. Raise rollout.max_context_tokens."
             )
         low, high = min(prompt_ids), max(prompt_ids)
         if low < 0 or high >= self.vocab_size:

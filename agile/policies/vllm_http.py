@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +82,14 @@ class Failed(Exception):
         self.timeout = timeout  # it did not answer in time, and may still be about to
 
     @classmethod
-    def of(cls, error: httpx2.RequestError, *, gone: bool = False) -> Failed:
-        """A request that brought no answer; `gone` even if there was a connection."""
-        gone = gone or isinstance(error, httpx2.ConnectError)
-        return cls(f"{type(error).__name__}: {error}", gone=gone, timeout=isinstance(error, httpx2.TimeoutException))
+    def of(cls, error: httpx2.RequestError) -> Failed:
+        """A request that brought no answer."""
+        gone, timeout = (isinstance(error, kind) for kind in (httpx2.ConnectError, httpx2.TimeoutException))
+        return cls(f"{type(error).__name__}: {error}", gone=gone, timeout=timeout)
+
+
+class LoadFailed(Failed):
+    """A server did not load the weights that it was told to."""
 
 
 class Busy(Exception):
@@ -92,6 +98,19 @@ class Busy(Exception):
     def __init__(self, after_s: float | None):
         super().__init__("HTTP 429: too many requests")
         self.after_s = after_s
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Around code that takes an answer apart.
+
+    Raises:
+        Failed: It is built otherwise.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise Failed(f"an answer that is none of vLLM 0.32's ({type(error).__name__}: {error})") from None
 
 
 def patience(timeout_s: float) -> httpx2.Timeout:
@@ -114,9 +133,9 @@ def read_answer(response: httpx2.Response) -> Any:
         raise Busy(float(after) if after.isdigit() else None)
     if status >= 500:
         if path.endswith("/collective_rpc"):
-            raise AgileError(
-                f"{server} could not load the weights ({text}). It must see rollout.weights_dir "
-                "under the same path: choose a folder on a shared file system."
+            raise LoadFailed(
+                f"{server} could not load the weights (HTTP {status}: {text}). It must see vllm.weights_dir under the "
+                "same path: choose a folder on a shared file system."
             )
         raise Failed(f"HTTP {status}: {text}")
     if status >= 400:

@@ -7,11 +7,12 @@ import logging
 import os
 import random
 import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from agile.errors import AgileError
 from agile.policies.serving import ServedModel, check_logprobs
-from agile.policies.vllm_http import REMEDY, Busy, Failed, patience, read_answer
+from agile.policies.vllm_http import REMEDY, Busy, Failed, LoadFailed, patience, read_answer, reading
 from agile.types import Completion, Usage
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class _Server:
     next_try: float = 0.0  # of a server that is down
     last_error: str = ""
     revival: asyncio.Task[None] | None = None
+    push: threading.Lock = field(default_factory=threading.Lock)  # held while it is given weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,8 @@ class VLLMServerPolicy:
         dtype: What the servers were started with; says how exact their log-probabilities are.
         max_model_len: Most tokens of prompt and completion that will be asked for; the model's own by default.
         temperature: Of sampling.
-        weights_dir: Where `update_weights` writes; the servers see it under the same path.
+        weights_dir: Where `update_weights` writes, one folder per version and run; the servers see it under the same
+            path. `close` removes them.
         timeout_s: How long a request may go unanswered, over all tries, before the run ends. While it waits for a
             server with room, only the time counts in which no server answers any request.
         request_timeout_s: How long one try may take; `timeout_s` by default.
@@ -110,12 +113,14 @@ class VLLMServerPolicy:
         verify: bool = True,
     ):
         if not servers:
-            raise AgileError("The policy vllm_server needs the address of a server (http://host:port). " + REMEDY)
+            raise AgileError(
+                "rollout.policy=vllm-server needs the address of a server (vllm.servers=[http://host:port]). " + REMEDY
+            )
         self.model = ServedModel.read(model, max_model_len=max_model_len, num_tokens=num_tokens)
         self.name = name
         self.dtype = dtype
         self.temperature = temperature
-        self.weights_dir = None if weights_dir is None else Path(weights_dir).resolve()
+        self.weights_dir = None if weights_dir is None else Path(weights_dir).absolute()
         self.timeout_s = timeout_s
         self.max_active = max_active
         self.retry_s = retry_s
@@ -227,7 +232,7 @@ class VLLMServerPolicy:
         finally:
             self._leave(server)
         answer = read_answer(response)
-        try:
+        with reading():
             (choice,) = answer["choices"]
             ids = tuple(int(i) for i in choice["token_ids"])
             logprobs = tuple(min(0.0, float(row["logprob"])) for row in choice["logprobs"]["content"])
@@ -238,8 +243,6 @@ class VLLMServerPolicy:
             if choice["finish_reason"] not in ("stop", "length"):
                 raise ValueError(f"finish_reason {choice['finish_reason']!r}")
             completion = Completion(ids, logprobs, choice["finish_reason"], self.version, spent)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Failed(f"an answer that is none of vLLM 0.32's ({type(error).__name__}: {error})") from None
         self._check_label(server, labels)
         server.failures = 0
         self._answered = time.monotonic()
@@ -307,6 +310,9 @@ class VLLMServerPolicy:
             server.last_error = str(error)
             server.next_try = time.monotonic() + (self.retry_s if any(s.up for s in self._servers) else 0.5)
             return
+        self._take_back(server)
+
+    def _take_back(self, server: _Server) -> None:
         server.up, server.failures = True, 0
         logger.warning("%s is back.", server.url)
 
@@ -326,7 +332,7 @@ class VLLMServerPolicy:
         try:
             response = self._client.request(method, server.url + path, json=body, timeout=patience(timeout_s))
         except httpx2.RequestError as error:
-            raise Failed.of(error, gone=True) from None
+            raise Failed.of(error) from None
         return read_answer(response)
 
     def _check(self, server: _Server) -> None:
@@ -335,13 +341,15 @@ class VLLMServerPolicy:
         Raises:
             AgileError: Its model, vocabulary, context or options are not those of this policy.
         """
-        models = {m["id"]: m.get("max_model_len") for m in self._ask(server, "/v1/models")["data"]}
+        answer = self._ask(server, "/v1/models")
+        with reading():
+            models = {str(m["id"]): int(m.get("max_model_len") or 0) for m in answer["data"]}
         if self.name not in models:
             raise AgileError(f"{server.url} serves {sorted(models)}, expected {self.name!r}. {REMEDY}")
-        if (found := models[self.name] or 0) < self.model.max_model_len:
+        if (found := models[self.name]) < self.model.max_model_len:
             raise AgileError(
                 f"{server.url} serves a context of {found} tokens, expected {self.model.max_model_len}. Start it with "
-                f"--max-model-len {self.model.max_model_len}, or lower max_model_len of the policy."
+                f"--max-model-len {self.model.max_model_len}, or lower rollout.max_context_tokens."
             )
         size = self.model.vocab_size
         self._ask_top(server, logit_bias={str(size - 1): 0.0})
@@ -362,8 +370,10 @@ class VLLMServerPolicy:
     def _ask_top(self, server: _Server, **sampling: Any) -> dict[int, float]:
         """The likeliest first tokens of a completion."""
         body = self._body(self.model.probe, max_tokens=1, seed=0, **sampling)
-        (choice,) = self._ask(server, "/inference/v1/generate", body)["choices"]
-        return {int(t["token_id"]): float(t["logprob"]) for t in choice["logprobs"]["content"][0]["top_logprobs"]}
+        answer = self._ask(server, "/inference/v1/generate", body)
+        with reading():
+            (choice,) = answer["choices"]
+            return {int(t["token_id"]): float(t["logprob"]) for t in choice["logprobs"]["content"][0]["top_logprobs"]}
 
     # ----------------------------------------------------------------------------------------------------------------
     # Weights
@@ -371,14 +381,14 @@ class VLLMServerPolicy:
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         if self.weights_dir is None:
             raise AgileError(
-                "To update the weights of servers, set rollout.weights_dir to a folder that they see under the same "
+                "To update the weights of servers, set vllm.weights_dir to a folder that they see under the same "
                 "path, on a shared file system if they are on other machines."
             )
         error: AgileError | None = None
         weights = iter(weights)
         if _rank() == 0:
             try:
-                self._take_over(weights, self.weights_dir / str(version), f"{version}-{self._run}")
+                self._take_over(weights, f"{version}-{self._run}")
             except AgileError as reason:
                 error = reason
         for _ in weights:  # they may be gathered from all processes: each must walk through all of them
@@ -388,26 +398,48 @@ class VLLMServerPolicy:
             raise error
         self.version = version
 
-    def _take_over(self, weights: Iterable[tuple[str, Tensor]], folder: Path, label: str) -> None:
-        """Write the weights, and have all servers load them."""
+    def _take_over(self, weights: Iterable[tuple[str, Tensor]], label: str) -> None:
+        """Write the weights, and have all servers load them; if there are none, wait for the first that comes back."""
+        assert self.weights_dir is not None
+        folder = self.weights_dir / label
         self.model.write(weights, folder)
+        self._written = [f for f in self._written if f != folder] + [folder]
         expected = self.model.written_logprobs(folder) if self.verify else None
         self._pushed = pushed = _Pushed(folder, label, expected)
-
-        def push(server: _Server) -> None:
-            try:
-                self._push(server, pushed)
-            except (Failed, Busy) as error:
-                self._take_out(server, error)
-
+        end = time.monotonic() + self.timeout_s
+        refusals: list[LoadFailed] = []
         with ThreadPoolExecutor(len(self._servers)) as pool:
-            list(pool.map(push, [s for s in self._servers if s.up]))
-        if not any(s.up for s in self._servers):
-            raise self._none_left()
-        self._written = [f for f in self._written if f != folder] + [folder]
+            errors = list(pool.map(lambda s: self._try_push(s, pushed), [s for s in self._servers if s.up]))
+            while not any(s.up for s in self._servers):
+                refusals += [e for e in errors if isinstance(e, LoadFailed)]
+                if len(refusals) > len(self._servers):  # not a mishap of one that dies
+                    raise AgileError(str(refusals[-1]))
+                if time.monotonic() >= end:
+                    raise self._none_left()
+                time.sleep(min(0.5, self.timeout_s / 10))
+                errors = list(pool.map(lambda s: self._try_push(s, pushed), self._servers))
         for old in self._written[:-2]:
             shutil.rmtree(old, ignore_errors=True)
         self._written = self._written[-2:]
+
+    def _try_push(self, server: _Server, pushed: _Pushed) -> Exception | None:
+        """Push to a server, which is left out if it fails and used again if it was."""
+        try:
+            if not server.up:
+                self._check(server)
+        except (Failed, Busy, AgileError) as error:
+            server.last_error = str(error)
+            return error
+        try:
+            self._push(server, pushed)
+        except (Failed, Busy) as error:
+            if server.up:
+                self._take_out(server, error)
+            server.last_error = str(error)
+            return error
+        if not server.up:
+            self._take_back(server)
+        return None
 
     def _push(self, server: _Server, pushed: _Pushed) -> None:
         """Have a server load the weights, forget what it cached under the old ones, and prove it.
@@ -415,21 +447,42 @@ class VLLMServerPolicy:
         Raises:
             AgileError: It does not, or was not started in a mode that allows it.
         """
-        kwargs = {"weights_path": str(pushed.folder)}
-        self._ask(server, "/collective_rpc", {"method": "reload_weights", "kwargs": kwargs}, timeout_s=600.0)
-        if not self._ask(server, "/reset_prefix_cache", {})["success"]:
-            raise AgileError(
-                f"{server.url} kept its prefix cache, which other weights filled: somebody else's requests run there. "
-                "Give each run servers of its own."
-            )
-        self._ask(server, "/update_weight_version", {"new_version": pushed.label})
-        self._check_label(server, {str(self._ask(server, "/weight_info")["weight_version"])})
-        if pushed.expected is not None:
-            probe = self.model.probe
-            answer = self._ask(server, "/inference/v1/generate", self._body(probe, max_tokens=1, prompt_logprobs=0))
-            found = [row[str(i)]["logprob"] for i, row in zip(probe[1:], answer["prompt_logprobs"][1:], strict=True)]
-            check_logprobs(found, pushed.expected, self.dtype, server.url)
+        with server.push:
+            if pushed != self._pushed:
+                raise Failed("it was to get weights that are outdated by now")
+            kwargs = {"weights_path": str(pushed.folder)}
+            body = {"method": "reload_weights", "kwargs": kwargs}
+            self._ask(server, "/collective_rpc", body, timeout_s=max(self.timeout_s, 60.0))
+            answer = self._ask(server, "/reset_prefix_cache", {})
+            with reading():
+                reset = answer["success"]
+            if not reset:
+                raise AgileError(
+                    f"{server.url} kept its prefix cache, which other weights filled: somebody else's requests run "
+                    "there. Give each run servers of its own."
+                )
+            self._ask(server, "/update_weight_version", {"new_version": pushed.label})
+            answer = self._ask(server, "/weight_info")
+            with reading():
+                label = str(answer["weight_version"])
+            self._check_label(server, {label})
+            if pushed.expected is not None:
+                check_logprobs(self._ask_probe(server)[0], pushed.expected, self.dtype, server.url)
+
+    def _ask_probe(self, server: _Server) -> tuple[list[float], set[str]]:
+        """The server's log-probabilities of the probe, and what it calls its weights."""
+        probe = self.model.probe
+        answer = self._ask(server, "/inference/v1/generate", self._body(probe, max_tokens=1, prompt_logprobs=0))
+        with reading():
+            rows = zip(probe[1:], answer["prompt_logprobs"][1:], strict=True)
+            (choice,) = answer["choices"]
+            labels = {str(span["version"]) for span in choice["weight_versions"]}
+            return [float(row[str(i)]["logprob"]) for i, row in rows], labels
 
     def close(self) -> None:
+        """Drop the connections and the weights that were written."""
         self._client.close()
         self._async = None
+        for folder in self._written:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._written = []

@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             return self.send({}, 200 if self.server.healthy else 503)
         answers: dict[str, Any] = {
-            "/v1/models": {"data": [{"id": self.server.name, "max_model_len": 256}]},
+            "/v1/models": self.server.models or {"data": [{"id": self.server.name, "max_model_len": 256}]},
             "/weight_info": {"weight_version": self.server.label},
         }
         self.send(answers[self.path])
@@ -51,6 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.path, body))
         if self.path == GENERATE:
             self.generate(body)
+        elif self.path == "/collective_rpc" and self.server.load_faults:
+            self.server.load_faults.popleft()(self)
         elif not self.server.dev_mode:
             self.send({"detail": "Not Found"}, 404)
         else:
@@ -93,6 +95,8 @@ class Stub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.name, self.label, self.processed, self.dev_mode, self.healthy = "agile", "default", True, True, True
         self.faults: deque[Reply] = deque()
+        self.load_faults: deque[Reply] = deque()
+        self.models: Any = None
         self.requests: list[tuple[str, Any]] = []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -297,17 +301,70 @@ def test_a_restarted_server_gets_the_current_weights_before_it_is_used(
     policy = connect(folder, stubs[0], weights_dir=tmp_path)
     for version in (1, 2, 3):
         policy.update_weights(weights(lm), version)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["2", "3"]
     mine = stubs[0].label
+    assert sorted(f.name for f in tmp_path.iterdir()) == [mine.replace("3-", "2-"), mine]
     stubs[0].label = "default"
     stubs[0].requests.clear()
     assert ask(policy)[0].policy_version == 3
     assert stubs[0].label == mine and mine.startswith("3-")
-    reload = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "3")}}
+    reload = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / mine)}}
     assert ("/collective_rpc", reload) in stubs[0].requests
     stubs[0].label = "4-another"
     with pytest.raises(AgileError, match=rf"{stubs[0].url} holds the weights 4-another, expected {mine}: another run"):
         ask(policy)
+
+
+@pytest.mark.parametrize("fault", [failing, hanging, cut])
+def test_a_server_that_cannot_load_is_left_out(
+    folder: Path, stubs: list[Stub], lm: LlamaForCausalLM, tmp_path: Path, fault: Reply
+) -> None:
+    policy = connect(folder, *stubs, weights_dir=tmp_path, retry_s=100.0)
+    stubs[1].load_faults.append(fault)
+    policy.update_weights(weights(lm), 1)
+    assert [s.up for s in policy._servers] == [True, False]
+    assert {c.policy_version for c in ask(policy, range(5))} == {1}
+
+
+def test_the_only_server_may_be_away_while_the_weights_change(
+    folder: Path, stubs: list[Stub], lm: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    policy = connect(folder, stubs[0], weights_dir=tmp_path)
+    port = stubs[0].server_port
+    stubs[0].stop()
+    timer = threading.Timer(1.0, lambda: stubs.append(Stub(port)))
+    timer.start()
+    policy.update_weights(weights(lm), 1)
+    assert stubs[-1].label.startswith("1-") and ask(policy)[0].policy_version == 1
+    stubs[-1].load_faults.append(failing)
+    policy.update_weights(weights(lm), 2)
+    assert stubs[-1].label.startswith("2-")
+    stubs[-1].load_faults.extend([failing] * 9)
+    with pytest.raises(AgileError, match=rf"{stubs[0].url} could not load .*worker died.* vllm.weights_dir"):
+        policy.update_weights(weights(lm), 3)
+
+
+def test_runs_may_share_the_folder_of_weights(
+    folder: Path, stubs: list[Stub], lm: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    one, other = (connect(folder, s, weights_dir=tmp_path / "link") for s in stubs)
+    for policy in (one, other):
+        policy.update_weights(weights(lm), 1)
+    assert sorted(f.name for f in (tmp_path / "there").iterdir()) == sorted(s.label for s in stubs)
+    told = [body["kwargs"]["weights_path"] for path, body in stubs[0].requests if path == "/collective_rpc"]
+    assert told == [str(tmp_path / "link" / stubs[0].label)]
+    one.close()
+    assert [f.name for f in (tmp_path / "there").iterdir()] == [stubs[1].label]
+
+
+@pytest.mark.parametrize(
+    "models", [[1], {"data": [{}]}, {"data": None}, {"data": [{"id": "agile", "max_model_len": "long"}]}]
+)
+def test_a_server_of_another_kind_is_refused(folder: Path, stubs: list[Stub], models: Any) -> None:
+    stubs[0].models = models
+    with pytest.raises(AgileError, match=rf"{stubs[0].url}: an answer that is none of vLLM 0.32's"):
+        connect(folder, stubs[0])
 
 
 def test_a_server_that_is_not_what_the_policy_needs_is_refused(
@@ -328,7 +385,7 @@ def test_a_server_that_is_not_what_the_policy_needs_is_refused(
     stub.dev_mode = False
     with pytest.raises(AgileError, match=r"refuses /collective_rpc \(HTTP 404.*agile vllm-server"):
         connect(folder, stub, weights_dir=tmp_path / "weights").update_weights(weights(lm), 1)
-    with pytest.raises(AgileError, match=r"set rollout.weights_dir"):
+    with pytest.raises(AgileError, match=r"set vllm.weights_dir"):
         connect(folder, stub).update_weights(weights(lm), 1)
     with pytest.raises(AgileError, match="needs the address of a server"):
         connect(folder)
