@@ -76,16 +76,15 @@ def server_command(
 class Failed(Exception):
     """A server did not answer as it should; another one, or a later try, may."""
 
-    def __init__(self, reason: str, *, gone: bool = False, timeout: bool = False):
+    def __init__(self, reason: str, *, gone: bool = False, silent: bool = False):
         super().__init__(reason)
         self.gone = gone  # no use to ask it again at once
-        self.timeout = timeout  # it did not answer in time, and may still be about to
+        self.silent = silent  # nothing came back: it may be busy or dead
 
     @classmethod
     def of(cls, error: httpx2.RequestError) -> Failed:
         """A request that brought no answer."""
-        gone, timeout = (isinstance(error, kind) for kind in (httpx2.ConnectError, httpx2.TimeoutException))
-        return cls(f"{type(error).__name__}: {error}", gone=gone, timeout=timeout)
+        return cls(f"{type(error).__name__}: {error}", gone=isinstance(error, httpx2.ConnectError), silent=True)
 
 
 class LoadFailed(Failed):

@@ -10,23 +10,25 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import torch
 from torch import Tensor
 
+from agile import threads
 from agile.errors import AgileError
-from agile.policies.serving import ServedModel, check_logprobs
+from agile.policies.serving import TOLERANCE, ServedModel, check_logprobs, mean_difference
 from agile.policies.vllm_http import REMEDY, Busy, Failed, LoadFailed, patience, read_answer, reading
 from agile.types import Completion, Usage
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 FRESH = "default"  # what vLLM calls the weights that a server was started with
 
 
@@ -43,6 +45,11 @@ def _from_first(value: Any) -> Any:
     return values[0]
 
 
+async def _aside(function: Callable[[], T]) -> T:
+    """Run a blocking function; the end of the event loop does not wait for it, as it does for `asyncio.to_thread`."""
+    return await asyncio.wrap_future(threads.start(function))
+
+
 @dataclass(slots=True, eq=False)
 class _Server:
     url: str
@@ -53,6 +60,8 @@ class _Server:
     next_try: float = 0.0  # of a server that is down
     last_error: str = ""
     revival: asyncio.Task[None] | None = None
+    compared: bool = False  # with the model folder, whose weights it has to have until others are pushed
+    comparison: asyncio.Task[None] | None = None
     push: threading.Lock = field(default_factory=threading.Lock)  # held while it is given weights
 
 
@@ -88,8 +97,8 @@ class VLLMServerPolicy:
         request_timeout_s: How long one try may take; `timeout_s` by default.
         max_active: Most requests under way at one server.
         retry_s: How long a dead server is left out while others live.
-        verify: Compare log-probabilities with transformers' after each update of the weights. Loads them on the CPU
-            of this machine.
+        verify: Compare log-probabilities with transformers' after each update of the weights, and with those of `model`
+            if completions are asked for before the first update. Loads the weights on the CPU of this machine.
 
     Raises:
         AgileError: No server answers, or one serves another model or with other options than this policy needs.
@@ -129,6 +138,8 @@ class VLLMServerPolicy:
         self._servers = [_Server(url.rstrip("/")) for url in servers]
         self._run: str = _from_first(os.urandom(4).hex())  # tells this run's weights from another's on the same server
         self._pushed: _Pushed | None = None
+        self._own: list[float] | None = None  # log-probabilities of the probe under the weights of the model folder
+        self._own_lock = threading.Lock()
         self._written: list[Path] = []
         self._random = random.Random()
         self._waiting: deque[asyncio.Future[None]] = deque()  # requests for which no server has room
@@ -164,6 +175,9 @@ class VLLMServerPolicy:
             server = await self._choose(asked_at, failed)
             began_at = time.monotonic()
             try:
+                if self.verify and not self._pushed and not server.compared:
+                    await self._compare(server)
+                    continue  # others may have taken the room
                 return await self._generate(server, body)
             except Busy as busy:
                 server.last_error = str(busy)
@@ -248,6 +262,28 @@ class VLLMServerPolicy:
         self._answered = time.monotonic()
         return completion
 
+    async def _compare(self, server: _Server) -> None:
+        """Refuse a server that was started from other weights; requests that come meanwhile wait together."""
+        loop = asyncio.get_running_loop()
+        task = server.comparison
+        if task is None or task.done() or task.get_loop() is not loop:
+            task = server.comparison = loop.create_task(_aside(lambda: self._check_own(server)))
+        await asyncio.shield(task)
+        server.compared = True
+
+    def _check_own(self, server: _Server) -> None:
+        found, labels = self._ask_probe(server)
+        self._check_label(server, labels)
+        with self._own_lock:
+            self._own = self._own or self.model.folder_logprobs()
+        difference = mean_difference(found, self._own)
+        if not difference <= TOLERANCE[self.dtype]:
+            raise AgileError(
+                f"{server.url} serves other weights than {self.model.folder}: its log-probabilities of {len(found)} "
+                f"tokens are off by {difference:.3g} on average, {TOLERANCE[self.dtype]:g} is what {self.dtype} "
+                "explains. Start it from that folder, or push weights by update_weights."
+            )
+
     def _check_label(self, server: _Server, labels: set[str]) -> None:
         expected = self._pushed.label if self._pushed else FRESH
         if labels == {expected}:
@@ -279,13 +315,13 @@ class VLLMServerPolicy:
         server.failures += 1
         server.failed_at = time.monotonic()
         dead = error.gone or server.failures >= 3
-        if error.timeout and not dead:
+        if error.silent and not dead:
             dead = not await self._is_healthy(server)
         if server.up and dead:
             self._take_out(server, error)
 
     async def _is_healthy(self, server: _Server) -> bool:
-        """Whether a server that keeps a request waiting is busy rather than dead."""
+        """Whether a server that left a request without an answer is busy rather than dead."""
         try:
             timeout = patience(min(10.0, self._request_timeout_s))
             response = await self._async_client().get(f"{server.url}/health", timeout=timeout)
@@ -303,9 +339,9 @@ class VLLMServerPolicy:
     async def _revive(self, server: _Server) -> None:
         """Look whether a server is back, and give it the current weights before anyone uses it."""
         try:
-            await asyncio.to_thread(self._check, server)
-            if self._pushed:
-                await asyncio.to_thread(self._push, server, self._pushed)
+            await _aside(lambda: self._check(server))
+            if pushed := self._pushed:
+                await _aside(lambda: self._push(server, pushed))
         except (Failed, Busy, AgileError) as error:
             server.last_error = str(error)
             server.next_try = time.monotonic() + (self.retry_s if any(s.up for s in self._servers) else 0.5)
@@ -313,7 +349,7 @@ class VLLMServerPolicy:
         self._take_back(server)
 
     def _take_back(self, server: _Server) -> None:
-        server.up, server.failures = True, 0
+        server.up, server.failures, server.compared = True, 0, False  # it may have been restarted
         logger.warning("%s is back.", server.url)
 
     def _none_left(self) -> AgileError:

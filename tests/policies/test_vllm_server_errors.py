@@ -66,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         if any(int(i) >= VOCABULARY for i in sampling.get("logit_bias", {})):
             return self.send({"error": {"message": "out-of-vocab"}}, 400)
         logprob = -0.5 / (sampling["temperature"] if self.server.processed else 1.0)
-        ids = [sampling["seed"] % VOCABULARY] * sampling["max_tokens"]
+        ids = [sampling.get("seed", 0) % VOCABULARY] * sampling["max_tokens"]
         row = {"logprob": logprob, "top_logprobs": [{"token_id": 0, "logprob": logprob}]}
         choice = {
             "token_ids": ids,
@@ -74,8 +74,10 @@ class Handler(BaseHTTPRequestHandler):
             "logprobs": {"content": [row] * len(ids)},
             "weight_versions": [{"version": self.server.label, "start": 0, "end": len(ids)}],
         }
+        prompt = zip(body["token_ids"][1:], self.server.logprobs, strict=False)
+        rows = [None, *({str(i): {"logprob": logprob}} for i, logprob in prompt)]
         usage = {"prompt_tokens": len(body["token_ids"]), "prompt_tokens_details": {"cached_tokens": 1}}
-        self.send({"choices": [choice], "usage": usage})
+        self.send({"choices": [choice], "usage": usage, "prompt_logprobs": rows})
 
     def send(self, answer: Any, status: int = 200, **headers: str) -> None:
         text = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
@@ -97,6 +99,7 @@ class Stub(ThreadingHTTPServer):
         self.faults: deque[Reply] = deque()
         self.load_faults: deque[Reply] = deque()
         self.models: Any = None
+        self.logprobs: list[float] = []  # of a prompt's tokens but the first
         self.requests: list[tuple[str, Any]] = []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -341,6 +344,33 @@ def test_the_only_server_may_be_away_while_the_weights_change(
     stubs[-1].load_faults.extend([failing] * 9)
     with pytest.raises(AgileError, match=rf"{stubs[0].url} could not load .*worker died.* vllm.weights_dir"):
         policy.update_weights(weights(lm), 3)
+
+
+def test_a_server_with_other_weights_is_refused_unless_it_is_given_the_right_ones(
+    folder: Path, stubs: list[Stub], lm: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    tied = save(make_model(3, tied=True), tmp_path / "tied")
+    for own in (folder, tied):
+        stubs[0].logprobs = ServedModel.read(own, max_model_len=None, num_tokens=None).folder_logprobs()
+        policy = connect(own, stubs[0], verify=True, dtype="float32")
+        stubs[0].requests.clear()
+        assert len(ask(policy, range(5))) == len(ask(policy, range(5))) == 5
+        assert sum("prompt_logprobs" in body["sampling_params"] for _, body in stubs[0].requests) == 1
+    policy = connect(folder, stubs[0], verify=True, dtype="float32", weights_dir=tmp_path / "weights")
+    with pytest.raises(AgileError, match=rf"{stubs[0].url} serves other weights than {folder}: .* update_weights"):
+        ask(policy, range(5))
+    stubs[0].logprobs = policy.model.folder_logprobs()
+    policy.update_weights(weights(lm), 1)
+    assert len(ask(policy, range(5))) == 5
+
+
+def test_a_server_that_hangs_does_not_delay_the_end(folder: Path, stubs: list[Stub]) -> None:
+    policy = connect(folder, *stubs, retry_s=0.0)
+    policy._take_out(policy._servers[1], ConnectionError("away"))
+    stubs[1].shutdown()  # it accepts connections, but answers none
+    started = time.monotonic()
+    ask(policy)
+    assert time.monotonic() - started < 3.0
 
 
 def test_runs_may_share_the_folder_of_weights(
