@@ -11,8 +11,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from agile.types import Completion, Usage
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+OUTDATED = "newer weights came while it was given the last ones"
 FRESH = "default"  # what vLLM calls the weights that a server was started with
 
 
@@ -219,9 +221,9 @@ class VLLMServerPolicy:
                 if room := [s for s in up if s.active < self.max_active]:
                     return min(room, key=lambda s: (s in failed, s.active))
                 if ready is None or ready.done():
-                    wait = self._waiting.append if ready is None else self._waiting.appendleft  # if it was overtaken
+                    queue = self._waiting.append if ready is None else self._waiting.appendleft  # if it was overtaken
                     ready = asyncio.get_running_loop().create_future()
-                    wait(ready)
+                    queue(ready)
                 await asyncio.wait([ready], timeout=min(0.5, self.timeout_s / 10) if up else 0.05)
         finally:
             if ready:
@@ -277,7 +279,7 @@ class VLLMServerPolicy:
         with self._own_lock:
             self._own = self._own or self.model.folder_logprobs()
         difference = mean_difference(found, self._own)
-        if not difference <= TOLERANCE[self.dtype]:
+        if not difference <= TOLERANCE[self.dtype] and not self._pushed:
             raise AgileError(
                 f"{server.url} serves other weights than {self.model.folder}: its log-probabilities of {len(found)} "
                 f"tokens are off by {difference:.3g} on average, {TOLERANCE[self.dtype]:g} is what {self.dtype} "
@@ -342,6 +344,8 @@ class VLLMServerPolicy:
             await _aside(lambda: self._check(server))
             if pushed := self._pushed:
                 await _aside(lambda: self._push(server, pushed))
+            if pushed != self._pushed:
+                raise Failed(OUTDATED)
         except (Failed, Busy, AgileError) as error:
             server.last_error = str(error)
             server.next_try = time.monotonic() + (self.retry_s if any(s.up for s in self._servers) else 0.5)
@@ -444,19 +448,23 @@ class VLLMServerPolicy:
         self._pushed = pushed = _Pushed(folder, label, expected)
         end = time.monotonic() + self.timeout_s
         refusals: list[LoadFailed] = []
-        with ThreadPoolExecutor(len(self._servers)) as pool:
-            errors = list(pool.map(lambda s: self._try_push(s, pushed), [s for s in self._servers if s.up]))
-            while not any(s.up for s in self._servers):
-                refusals += [e for e in errors if isinstance(e, LoadFailed)]
-                if len(refusals) > len(self._servers):  # not a mishap of one that dies
-                    raise AgileError(str(refusals[-1]))
-                if time.monotonic() >= end:
-                    raise self._none_left()
-                time.sleep(min(0.5, self.timeout_s / 10))
-                errors = list(pool.map(lambda s: self._try_push(s, pushed), self._servers))
+        errors = self._push_all([s for s in self._servers if s.up], pushed)
+        while not any(s.up for s in self._servers):
+            refusals += [e for e in errors if isinstance(e, LoadFailed)]
+            if len(refusals) > len(self._servers):  # not a mishap of one that dies
+                raise AgileError(str(refusals[-1]))
+            if time.monotonic() >= end:
+                raise self._none_left()
+            time.sleep(min(0.5, self.timeout_s / 10))
+            errors = self._push_all(self._servers, pushed)
         for old in self._written[:-2]:
             shutil.rmtree(old, ignore_errors=True)
         self._written = self._written[-2:]
+
+    def _push_all(self, servers: Iterable[_Server], pushed: _Pushed) -> list[Exception | None]:
+        futures = [threads.start(partial(self._try_push, server, pushed)) for server in servers]
+        wait(futures)
+        return [future.result() for future in futures]
 
     def _try_push(self, server: _Server, pushed: _Pushed) -> Exception | None:
         """Push to a server, which is left out if it fails and used again if it was."""
@@ -485,7 +493,7 @@ class VLLMServerPolicy:
         """
         with server.push:
             if pushed != self._pushed:
-                raise Failed("it was to get weights that are outdated by now")
+                raise Failed(OUTDATED)
             kwargs = {"weights_path": str(pushed.folder)}
             body = {"method": "reload_weights", "kwargs": kwargs}
             self._ask(server, "/collective_rpc", body, timeout_s=max(self.timeout_s, 60.0))
