@@ -286,7 +286,12 @@ def vllm_server(
     name: Annotated[str, typer.Option(help="Name of the model, as vllm.name.")] = "agile",
     dtype: Annotated[str | None, typer.Option(help="By default the saved model's.", show_default=False)] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest context.", show_default=False)] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Most sequences sampled at once.")] = 256,
     kv_cache_gib: Annotated[float | None, typer.Option(help="KV cache; needed on a CPU.", show_default=False)] = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option(help="Tokens per block of the prefix cache; vLLM's choice by default.", show_default=False),
+    ] = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Start in seconds, compile nothing.")] = False,
 ) -> None:
     """Start a vLLM server for `rollout.policy=vllm-server`, which takes over the trainer's weights.
@@ -306,8 +311,10 @@ def vllm_server(
             name=name,
             dtype=dtype or saved_dtype(model),
             max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
             kv_cache_gib=kv_cache_gib,
             enforce_eager=enforce_eager,
+            block_size=block_size,
         )
         console.print(" ".join(command), markup=False, soft_wrap=True)
         os.execvp(command[0], command)

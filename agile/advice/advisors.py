@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agile.advice import threads
+from agile import threads
 from agile.errors import AgileError
 from agile.protocols import Advisor
 from agile.types import Advice, AdviceRequest, AdviceStatus, Item

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from agile.advice import threads
+from agile import threads
 from agile.types import Advice, AdviceRequest, AdviceStatus
 
 

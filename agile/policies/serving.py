@@ -71,7 +71,7 @@ class ServedModel:
         if max_model_len is not None and longest is not None and max_model_len > longest:
             raise AgileError(
                 f"A context of {max_model_len} tokens is wanted, but the model in {folder} knows {longest} positions. "
-                "Lower max_model_len, or choose a model of longer context."
+                "Lower rollout.max_context_tokens, or choose a model of longer context."
             )
         if num_tokens is not None and num_tokens > text.vocab_size:
             raise AgileError(
@@ -106,7 +106,7 @@ class ServedModel:
         if len(prompt_ids) + max_tokens > self.max_model_len:
             raise AgileError(
                 f"A prompt of {len(prompt_ids)} tokens and max_tokens={max_tokens} do not fit max_model_len="
-                f"{self.max_model_len}. Raise max_model_len or lower the executor's max_context_tokens."
+                f"{self.max_model_len}. Raise rollout.max_context_tokens."
             )
         low, high = min(prompt_ids), max(prompt_ids)
         if low < 0 or high >= self.vocab_size:
@@ -176,14 +176,23 @@ class ServedModel:
             weights |= load_file(file)
         return self.expected_logprobs(weights)
 
-    @torch.no_grad()
+    def folder_logprobs(self) -> list[float]:
+        """`expected_logprobs` of the weights in the folder."""
+        with quiet_loading():
+            return self._logprobs(self.architecture.from_pretrained(self.folder, dtype="auto"))
+
     def expected_logprobs(self, weights: dict[str, Tensor]) -> list[float]:
         """What transformers says of each token of `probe` but the first, under these weights, on the CPU."""
         dtype = next(iter(weights.values())).dtype
         with quiet_loading():
-            lm = self.architecture.from_pretrained(None, config=self.config, state_dict=weights, dtype=dtype).eval()
+            return self._logprobs(
+                self.architecture.from_pretrained(None, config=self.config, state_dict=weights, dtype=dtype)
+            )
+
+    @torch.no_grad()
+    def _logprobs(self, lm: Any) -> list[float]:
         ids = torch.tensor([self.probe])
-        logits = lm(input_ids=ids).logits[0, :-1].float()
+        logits = lm.eval()(input_ids=ids).logits[0, :-1].float()
         found: list[float] = logits.log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1).tolist()
         return found
 
@@ -195,13 +204,17 @@ def _write_shard(shard: dict[str, Tensor], folder: Path, files: dict[str, str]) 
     shard.clear()
 
 
+def mean_difference(found: Collection[float], expected: Collection[float]) -> float:
+    return sum(abs(a - b) for a, b in zip(found, expected, strict=True)) / len(expected)
+
+
 def check_logprobs(found: Collection[float], expected: Collection[float], dtype: str, engine: str) -> None:
     """Refuse an engine whose log-probabilities are not those of the weights it was given.
 
     Raises:
         AgileError: They differ by more than rounding does.
     """
-    difference = sum(abs(a - b) for a, b in zip(found, expected, strict=True)) / len(expected)
+    difference = mean_difference(found, expected)
     if not difference <= TOLERANCE[dtype]:
         raise AgileError(
             f"{engine} did not take over the weights it was given: its log-probabilities of {len(expected)} tokens are "

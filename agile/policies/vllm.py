@@ -100,7 +100,7 @@ class VLLMPolicy:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise AgileError(
                 f"vLLM cannot run inside one of {torch.distributed.get_world_size()} training processes: it would join "
-                "their process group. Start servers and use the policy vllm_server (docs/vllm.md)."
+                "their process group. Start servers and use rollout.policy=vllm-server (docs/vllm.md)."
             )
         self._vllm = _import_vllm()
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read when the engine is made

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +76,19 @@ def server_command(
 class Failed(Exception):
     """A server did not answer as it should; another one, or a later try, may."""
 
-    def __init__(self, reason: str, *, gone: bool = False):
+    def __init__(self, reason: str, *, gone: bool = False, silent: bool = False):
         super().__init__(reason)
         self.gone = gone  # no use to ask it again at once
+        self.silent = silent  # nothing came back: it may be busy or dead
+
+    @classmethod
+    def of(cls, error: httpx2.RequestError) -> Failed:
+        """A request that brought no answer."""
+        return cls(f"{type(error).__name__}: {error}", gone=isinstance(error, httpx2.ConnectError), silent=True)
+
+
+class LoadFailed(Failed):
+    """A server did not load the weights that it was told to."""
 
 
 class Busy(Exception):
@@ -85,6 +97,24 @@ class Busy(Exception):
     def __init__(self, after_s: float | None):
         super().__init__("HTTP 429: too many requests")
         self.after_s = after_s
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Around code that takes an answer apart.
+
+    Raises:
+        Failed: It is built otherwise.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise Failed(f"an answer that is none of vLLM 0.32's ({type(error).__name__}: {error})") from None
+
+
+def patience(timeout_s: float) -> httpx2.Timeout:
+    """For an answer; a connection comes soon or not at all."""
+    return httpx2.Timeout(timeout_s, connect=min(30.0, timeout_s))
 
 
 def read_answer(response: httpx2.Response) -> Any:
@@ -102,9 +132,9 @@ def read_answer(response: httpx2.Response) -> Any:
         raise Busy(float(after) if after.isdigit() else None)
     if status >= 500:
         if path.endswith("/collective_rpc"):
-            raise AgileError(
-                f"{server} could not load the weights ({text}). It must see rollout.weights_dir "
-                "under the same path: choose a folder on a shared file system."
+            raise LoadFailed(
+                f"{server} could not load the weights (HTTP {status}: {text}). It must see vllm.weights_dir under the "
+                "same path: choose a folder on a shared file system."
             )
         raise Failed(f"HTTP {status}: {text}")
     if status >= 400:

@@ -7,24 +7,30 @@ import logging
 import os
 import random
 import shutil
+import threading
 import time
-from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import torch
 from torch import Tensor
 
+from agile import threads
 from agile.errors import AgileError
-from agile.policies.serving import ServedModel, check_logprobs
-from agile.policies.vllm_http import REMEDY, Busy, Failed, read_answer
+from agile.policies.serving import TOLERANCE, ServedModel, check_logprobs, mean_difference
+from agile.policies.vllm_http import REMEDY, Busy, Failed, LoadFailed, patience, read_answer, reading
 from agile.types import Completion, Usage
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+OUTDATED = "newer weights came while it was given the last ones"
 FRESH = "default"  # what vLLM calls the weights that a server was started with
 
 
@@ -41,15 +47,24 @@ def _from_first(value: Any) -> Any:
     return values[0]
 
 
+async def _aside(function: Callable[[], T]) -> T:
+    """Run a blocking function; the end of the event loop does not wait for it, as it does for `asyncio.to_thread`."""
+    return await asyncio.wrap_future(threads.start(function))
+
+
 @dataclass(slots=True, eq=False)
 class _Server:
     url: str
     up: bool = True
     active: int = 0
-    failures: int = 0  # in a row
+    failures: int = 0  # since it last answered; requests under way at the same time count once
+    failed_at: float = 0.0  # when the last of them was counted
     next_try: float = 0.0  # of a server that is down
     last_error: str = ""
     revival: asyncio.Task[None] | None = None
+    compared: bool = False  # with the model folder, whose weights it has to have until others are pushed
+    comparison: asyncio.Task[None] | None = None
+    push: threading.Lock = field(default_factory=threading.Lock)  # held while it is given weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +79,10 @@ class _Pushed:
 class VLLMServerPolicy:
     """Samples with vLLM servers, which may be on other machines and in environments of their own.
 
-    A request goes to the server with the fewest under way. It is repeated, there or elsewhere, when a server is busy,
-    fails or dies; the seed makes the answer the same. A dead server is left out and tried again; before it is used
-    again it gets the current weights. The distribution is softmax(logits / temperature), never truncated.
+    A request goes to the server with the fewest under way; when all have as many as they may, it waits. It is repeated,
+    there or elsewhere, when a server is busy, fails or dies; the seed makes the answer the same. A dead server is left
+    out and tried again; before it is used again it gets the current weights. The distribution is
+    softmax(logits / temperature), never truncated.
 
     Args:
         model: A folder with the config of the model that the servers serve.
@@ -76,12 +92,15 @@ class VLLMServerPolicy:
         dtype: What the servers were started with; says how exact their log-probabilities are.
         max_model_len: Most tokens of prompt and completion that will be asked for; the model's own by default.
         temperature: Of sampling.
-        weights_dir: Where `update_weights` writes; the servers see it under the same path.
-        timeout_s: How long a request may go unanswered, over all tries, before the run ends.
-        request_timeout_s: The same for one try.
+        weights_dir: Where `update_weights` writes, one folder per version and run; the servers see it under the same
+            path. `close` removes them.
+        timeout_s: How long a request may go unanswered, over all tries, before the run ends. While it waits for a
+            server with room, only the time counts in which no server answers any request.
+        request_timeout_s: How long one try may take; `timeout_s` by default.
+        max_active: Most requests under way at one server.
         retry_s: How long a dead server is left out while others live.
-        verify: Compare log-probabilities with transformers' after each update of the weights. Loads them on the CPU
-            of this machine.
+        verify: Compare log-probabilities with transformers' after each update of the weights, and with those of `model`
+            if completions are asked for before the first update. Loads the weights on the CPU of this machine.
 
     Raises:
         AgileError: No server answers, or one serves another model or with other options than this policy needs.
@@ -99,32 +118,40 @@ class VLLMServerPolicy:
         temperature: float = 1.0,
         weights_dir: str | Path | None = None,
         timeout_s: float = 300.0,
-        request_timeout_s: float = 120.0,
+        request_timeout_s: float | None = None,
+        max_active: int = 256,
         retry_s: float = 30.0,
         verify: bool = True,
     ):
         if not servers:
-            raise AgileError("The policy vllm_server needs the address of a server (http://host:port). " + REMEDY)
+            raise AgileError(
+                "rollout.policy=vllm-server needs the address of a server (vllm.servers=[http://host:port]). " + REMEDY
+            )
         self.model = ServedModel.read(model, max_model_len=max_model_len, num_tokens=num_tokens)
         self.name = name
         self.dtype = dtype
         self.temperature = temperature
-        self.weights_dir = None if weights_dir is None else Path(weights_dir).resolve()
+        self.weights_dir = None if weights_dir is None else Path(weights_dir).absolute()
         self.timeout_s = timeout_s
+        self.max_active = max_active
         self.retry_s = retry_s
         self.verify = verify
         self.version = 0
         self._servers = [_Server(url.rstrip("/")) for url in servers]
         self._run: str = _from_first(os.urandom(4).hex())  # tells this run's weights from another's on the same server
         self._pushed: _Pushed | None = None
+        self._own: list[float] | None = None  # log-probabilities of the probe under the weights of the model folder
+        self._own_lock = threading.Lock()
         self._written: list[Path] = []
         self._random = random.Random()
+        self._waiting: deque[asyncio.Future[None]] = deque()  # requests for which no server has room
+        self._answered = 0.0  # when any server last did
         # addresses are reached directly; a proxy of the environment is for the world outside
         secure = any(url.startswith("https:") for url in servers)
         self._tls = httpx2.create_ssl_context() if secure else False  # reading certificates takes long
-        self._client = httpx2.Client(timeout=request_timeout_s, trust_env=False, verify=self._tls)
+        self._client = httpx2.Client(trust_env=False, verify=self._tls)
         self._async: tuple[asyncio.AbstractEventLoop, httpx2.AsyncClient] | None = None
-        self._request_timeout_s = request_timeout_s
+        self._request_timeout_s = timeout_s if request_timeout_s is None else request_timeout_s
         for server in self._servers:
             try:
                 self._check(server)
@@ -143,21 +170,31 @@ class VLLMServerPolicy:
         body = self._body(
             prompt_ids, temperature=self.temperature, max_tokens=max_tokens, seed=seed, stop_token_ids=sorted(stop)
         )
-        deadline = time.monotonic() + self.timeout_s
-        delay_s = 0.25
+        asked_at = time.monotonic()
+        spent_s, delay_s = 0.0, 0.25  # `spent_s` on tries and pauses, not on waiting for room
+        failed: set[_Server] = set()
         while True:
-            server = await self._choose(deadline)
+            server = await self._choose(asked_at, failed)
+            began_at = time.monotonic()
             try:
+                if self.verify and not self._pushed and not server.compared:
+                    await self._compare(server)
+                    continue  # others may have taken the room
                 return await self._generate(server, body)
             except Busy as busy:
                 server.last_error = str(busy)
                 wait_s = busy.after_s or delay_s
             except Failed as error:
-                self._note_failure(server, error)
+                failed.add(server)
+                await self._note_failure(server, error, began_at)
                 wait_s = 0.0 if error.gone else delay_s
             delay_s = min(2 * delay_s, 10.0)
             wait_s *= self._random.uniform(1.0, 1.5)  # not all at once again
-            await asyncio.sleep(min(wait_s, max(0.0, deadline - time.monotonic())))
+            left_s = self.timeout_s - spent_s - (time.monotonic() - began_at)
+            await asyncio.sleep(max(0.0, min(wait_s, left_s)))
+            spent_s += time.monotonic() - began_at
+            if spent_s >= self.timeout_s and all(s in failed for s in self._servers if s.up):
+                raise self._none_left()
 
     def _body(self, prompt_ids: Sequence[int], **sampling: Any) -> dict[str, Any]:
         # everything that a server could have a default of its own for is named
@@ -169,29 +206,49 @@ class VLLMServerPolicy:
             "sampling_params": {**fixed, **penalties, "temperature": 1.0, **sampling},
         }
 
-    async def _choose(self, deadline: float) -> _Server:
-        while True:
-            now = time.monotonic()
-            if now >= deadline:
-                raise self._none_left()
-            for server in self._servers:
-                if not server.up and now >= server.next_try and (server.revival is None or server.revival.done()):
-                    server.revival = asyncio.create_task(self._revive(server))
-            if up := [s for s in self._servers if s.up]:
-                return min(up, key=lambda s: s.active)
-            await asyncio.sleep(0.05)
+    async def _choose(self, asked_at: float, failed: Collection[_Server]) -> _Server:
+        """A server with room, of which those that `failed` this request come last."""
+        ready: asyncio.Future[None] | None = None
+        try:
+            while True:
+                now = time.monotonic()
+                if ready and now >= max(asked_at, self._answered) + self.timeout_s:
+                    raise self._none_left()
+                for server in self._servers:
+                    if not server.up and now >= server.next_try and (server.revival is None or server.revival.done()):
+                        server.revival = asyncio.create_task(self._revive(server))
+                up = [s for s in self._servers if s.up]
+                if room := [s for s in up if s.active < self.max_active]:
+                    return min(room, key=lambda s: (s in failed, s.active))
+                if ready is None or ready.done():
+                    queue = self._waiting.append if ready is None else self._waiting.appendleft  # if it was overtaken
+                    ready = asyncio.get_running_loop().create_future()
+                    queue(ready)
+                await asyncio.wait([ready], timeout=min(0.5, self.timeout_s / 10) if up else 0.05)
+        finally:
+            if ready:
+                ready.cancel()
+
+    def _leave(self, server: _Server) -> None:
+        """One request less at a server: one that waits may go there."""
+        server.active -= 1
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            ready = self._waiting.popleft()
+            if ready.get_loop() is loop and not ready.done():
+                ready.set_result(None)
+                break
 
     async def _generate(self, server: _Server, body: dict[str, Any]) -> Completion:
         server.active += 1
         try:
             response = await self._async_client().post(f"{server.url}/inference/v1/generate", json=body)
         except httpx2.RequestError as error:
-            gone = isinstance(error, httpx2.ConnectError)
-            raise Failed(f"{type(error).__name__}: {error}", gone=gone) from None
+            raise Failed.of(error) from None
         finally:
-            server.active -= 1
+            self._leave(server)
         answer = read_answer(response)
-        try:
+        with reading():
             (choice,) = answer["choices"]
             ids = tuple(int(i) for i in choice["token_ids"])
             logprobs = tuple(min(0.0, float(row["logprob"])) for row in choice["logprobs"]["content"])
@@ -202,11 +259,32 @@ class VLLMServerPolicy:
             if choice["finish_reason"] not in ("stop", "length"):
                 raise ValueError(f"finish_reason {choice['finish_reason']!r}")
             completion = Completion(ids, logprobs, choice["finish_reason"], self.version, spent)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Failed(f"an answer that is none of vLLM 0.32's ({type(error).__name__}: {error})") from None
         self._check_label(server, labels)
         server.failures = 0
+        self._answered = time.monotonic()
         return completion
+
+    async def _compare(self, server: _Server) -> None:
+        """Refuse a server that was started from other weights; requests that come meanwhile wait together."""
+        loop = asyncio.get_running_loop()
+        task = server.comparison
+        if task is None or task.done() or task.get_loop() is not loop:
+            task = server.comparison = loop.create_task(_aside(lambda: self._check_own(server)))
+        await asyncio.shield(task)
+        server.compared = True
+
+    def _check_own(self, server: _Server) -> None:
+        found, labels = self._ask_probe(server)
+        self._check_label(server, labels)
+        with self._own_lock:
+            self._own = self._own or self.model.folder_logprobs()
+        difference = mean_difference(found, self._own)
+        if not difference <= TOLERANCE[self.dtype] and not self._pushed:
+            raise AgileError(
+                f"{server.url} serves other weights than {self.model.folder}: its log-probabilities of {len(found)} "
+                f"tokens are off by {difference:.3g} on average, {TOLERANCE[self.dtype]:g} is what {self.dtype} "
+                "explains. Start it from that folder, or push weights by update_weights."
+            )
 
     def _check_label(self, server: _Server, labels: set[str]) -> None:
         expected = self._pushed.label if self._pushed else FRESH
@@ -224,19 +302,34 @@ class VLLMServerPolicy:
         loop = asyncio.get_running_loop()
         if self._async is None or self._async[0] is not loop:
             limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-            timeout_s = self._request_timeout_s
-            client = httpx2.AsyncClient(timeout=timeout_s, limits=limits, trust_env=False, verify=self._tls)
+            timeout = patience(self._request_timeout_s)
+            client = httpx2.AsyncClient(timeout=timeout, limits=limits, trust_env=False, verify=self._tls)
             self._async = (loop, client)
         return self._async[1]
 
     # ----------------------------------------------------------------------------------------------------------------
     # Servers that fail, and come back
 
-    def _note_failure(self, server: _Server, error: Failed) -> None:
-        server.failures += 1
+    async def _note_failure(self, server: _Server, error: Failed, began_at: float) -> None:
         server.last_error = str(error)
-        if server.up and (error.gone or server.failures >= 3):
+        if not server.up or (began_at < server.failed_at and not error.gone):
+            return  # with this request others failed, and one of them was counted
+        server.failures += 1
+        server.failed_at = time.monotonic()
+        dead = error.gone or server.failures >= 3
+        if error.silent and not dead:
+            dead = not await self._is_healthy(server)
+        if server.up and dead:
             self._take_out(server, error)
+
+    async def _is_healthy(self, server: _Server) -> bool:
+        """Whether a server that left a request without an answer is busy rather than dead."""
+        try:
+            timeout = patience(min(10.0, self._request_timeout_s))
+            response = await self._async_client().get(f"{server.url}/health", timeout=timeout)
+        except httpx2.RequestError:
+            return False
+        return response.status_code < 500
 
     def _take_out(self, server: _Server, error: Exception) -> None:
         server.up = False
@@ -248,19 +341,27 @@ class VLLMServerPolicy:
     async def _revive(self, server: _Server) -> None:
         """Look whether a server is back, and give it the current weights before anyone uses it."""
         try:
-            await asyncio.to_thread(self._check, server)
-            if self._pushed:
-                await asyncio.to_thread(self._push, server, self._pushed)
+            await _aside(lambda: self._check(server))
+            if pushed := self._pushed:
+                await _aside(lambda: self._push(server, pushed))
+            if pushed != self._pushed:
+                raise Failed(OUTDATED)
         except (Failed, Busy, AgileError) as error:
             server.last_error = str(error)
             server.next_try = time.monotonic() + (self.retry_s if any(s.up for s in self._servers) else 0.5)
             return
-        server.up, server.failures = True, 0
+        self._take_back(server)
+
+    def _take_back(self, server: _Server) -> None:
+        server.up, server.failures, server.compared = True, 0, False  # it may have been restarted
         logger.warning("%s is back.", server.url)
 
     def _none_left(self) -> AgileError:
         errors = "; ".join(f"{s.url}: {s.last_error or 'no error'}" for s in self._servers)
-        return AgileError(f"No vLLM server answered within {self.timeout_s:g} s ({errors}). Are they running? {REMEDY}")
+        return AgileError(
+            f"No vLLM server answered within {self.timeout_s:g} s ({errors}). Are they running? If they are only slow, "
+            f"raise vllm.timeout_s. {REMEDY}"
+        )
 
     # ----------------------------------------------------------------------------------------------------------------
     # What a server must be like
@@ -269,9 +370,9 @@ class VLLMServerPolicy:
         """GET, or POST of a body; also from threads."""
         method = "GET" if body is None else "POST"
         try:
-            response = self._client.request(method, server.url + path, json=body, timeout=timeout_s)
+            response = self._client.request(method, server.url + path, json=body, timeout=patience(timeout_s))
         except httpx2.RequestError as error:
-            raise Failed(f"{type(error).__name__}: {error}", gone=True) from None
+            raise Failed.of(error) from None
         return read_answer(response)
 
     def _check(self, server: _Server) -> None:
@@ -280,13 +381,15 @@ class VLLMServerPolicy:
         Raises:
             AgileError: Its model, vocabulary, context or options are not those of this policy.
         """
-        models = {m["id"]: m.get("max_model_len") for m in self._ask(server, "/v1/models")["data"]}
+        answer = self._ask(server, "/v1/models")
+        with reading():
+            models = {str(m["id"]): int(m.get("max_model_len") or 0) for m in answer["data"]}
         if self.name not in models:
             raise AgileError(f"{server.url} serves {sorted(models)}, expected {self.name!r}. {REMEDY}")
-        if (found := models[self.name] or 0) < self.model.max_model_len:
+        if (found := models[self.name]) < self.model.max_model_len:
             raise AgileError(
                 f"{server.url} serves a context of {found} tokens, expected {self.model.max_model_len}. Start it with "
-                f"--max-model-len {self.model.max_model_len}, or lower max_model_len of the policy."
+                f"--max-model-len {self.model.max_model_len}, or lower rollout.max_context_tokens."
             )
         size = self.model.vocab_size
         self._ask_top(server, logit_bias={str(size - 1): 0.0})
@@ -307,8 +410,10 @@ class VLLMServerPolicy:
     def _ask_top(self, server: _Server, **sampling: Any) -> dict[int, float]:
         """The likeliest first tokens of a completion."""
         body = self._body(self.model.probe, max_tokens=1, seed=0, **sampling)
-        (choice,) = self._ask(server, "/inference/v1/generate", body)["choices"]
-        return {int(t["token_id"]): float(t["logprob"]) for t in choice["logprobs"]["content"][0]["top_logprobs"]}
+        answer = self._ask(server, "/inference/v1/generate", body)
+        with reading():
+            (choice,) = answer["choices"]
+            return {int(t["token_id"]): float(t["logprob"]) for t in choice["logprobs"]["content"][0]["top_logprobs"]}
 
     # ----------------------------------------------------------------------------------------------------------------
     # Weights
@@ -316,14 +421,14 @@ class VLLMServerPolicy:
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         if self.weights_dir is None:
             raise AgileError(
-                "To update the weights of servers, set rollout.weights_dir to a folder that they see under the same "
+                "To update the weights of servers, set vllm.weights_dir to a folder that they see under the same "
                 "path, on a shared file system if they are on other machines."
             )
         error: AgileError | None = None
         weights = iter(weights)
         if _rank() == 0:
             try:
-                self._take_over(weights, self.weights_dir / str(version), f"{version}-{self._run}")
+                self._take_over(weights, f"{version}-{self._run}")
             except AgileError as reason:
                 error = reason
         for _ in weights:  # they may be gathered from all processes: each must walk through all of them
@@ -333,26 +438,52 @@ class VLLMServerPolicy:
             raise error
         self.version = version
 
-    def _take_over(self, weights: Iterable[tuple[str, Tensor]], folder: Path, label: str) -> None:
-        """Write the weights, and have all servers load them."""
+    def _take_over(self, weights: Iterable[tuple[str, Tensor]], label: str) -> None:
+        """Write the weights, and have all servers load them; if there are none, wait for the first that comes back."""
+        assert self.weights_dir is not None
+        folder = self.weights_dir / label
         self.model.write(weights, folder)
+        self._written = [f for f in self._written if f != folder] + [folder]
         expected = self.model.written_logprobs(folder) if self.verify else None
         self._pushed = pushed = _Pushed(folder, label, expected)
-
-        def push(server: _Server) -> None:
-            try:
-                self._push(server, pushed)
-            except (Failed, Busy) as error:
-                self._take_out(server, error)
-
-        with ThreadPoolExecutor(len(self._servers)) as pool:
-            list(pool.map(push, [s for s in self._servers if s.up]))
-        if not any(s.up for s in self._servers):
-            raise self._none_left()
-        self._written = [f for f in self._written if f != folder] + [folder]
+        end = time.monotonic() + self.timeout_s
+        refusals: list[LoadFailed] = []
+        errors = self._push_all([s for s in self._servers if s.up], pushed)
+        while not any(s.up for s in self._servers):
+            refusals += [e for e in errors if isinstance(e, LoadFailed)]
+            if len(refusals) > len(self._servers):  # not a mishap of one that dies
+                raise AgileError(str(refusals[-1]))
+            if time.monotonic() >= end:
+                raise self._none_left()
+            time.sleep(min(0.5, self.timeout_s / 10))
+            errors = self._push_all(self._servers, pushed)
         for old in self._written[:-2]:
             shutil.rmtree(old, ignore_errors=True)
         self._written = self._written[-2:]
+
+    def _push_all(self, servers: Iterable[_Server], pushed: _Pushed) -> list[Exception | None]:
+        futures = [threads.start(partial(self._try_push, server, pushed)) for server in servers]
+        wait(futures)
+        return [future.result() for future in futures]
+
+    def _try_push(self, server: _Server, pushed: _Pushed) -> Exception | None:
+        """Push to a server, which is left out if it fails and used again if it was."""
+        try:
+            if not server.up:
+                self._check(server)
+        except (Failed, Busy, AgileError) as error:
+            server.last_error = str(error)
+            return error
+        try:
+            self._push(server, pushed)
+        except (Failed, Busy) as error:
+            if server.up:
+                self._take_out(server, error)
+            server.last_error = str(error)
+            return error
+        if not server.up:
+            self._take_back(server)
+        return None
 
     def _push(self, server: _Server, pushed: _Pushed) -> None:
         """Have a server load the weights, forget what it cached under the old ones, and prove it.
@@ -360,21 +491,42 @@ class VLLMServerPolicy:
         Raises:
             AgileError: It does not, or was not started in a mode that allows it.
         """
-        kwargs = {"weights_path": str(pushed.folder)}
-        self._ask(server, "/collective_rpc", {"method": "reload_weights", "kwargs": kwargs}, timeout_s=600.0)
-        if not self._ask(server, "/reset_prefix_cache", {})["success"]:
-            raise AgileError(
-                f"{server.url} kept its prefix cache, which other weights filled: somebody else's requests run there. "
-                "Give each run servers of its own."
-            )
-        self._ask(server, "/update_weight_version", {"new_version": pushed.label})
-        self._check_label(server, {str(self._ask(server, "/weight_info")["weight_version"])})
-        if pushed.expected is not None:
-            probe = self.model.probe
-            answer = self._ask(server, "/inference/v1/generate", self._body(probe, max_tokens=1, prompt_logprobs=0))
-            found = [row[str(i)]["logprob"] for i, row in zip(probe[1:], answer["prompt_logprobs"][1:], strict=True)]
-            check_logprobs(found, pushed.expected, self.dtype, server.url)
+        with server.push:
+            if pushed != self._pushed:
+                raise Failed(OUTDATED)
+            kwargs = {"weights_path": str(pushed.folder)}
+            body = {"method": "reload_weights", "kwargs": kwargs}
+            self._ask(server, "/collective_rpc", body, timeout_s=max(self.timeout_s, 60.0))
+            answer = self._ask(server, "/reset_prefix_cache", {})
+            with reading():
+                reset = answer["success"]
+            if not reset:
+                raise AgileError(
+                    f"{server.url} kept its prefix cache, which other weights filled: somebody else's requests run "
+                    "there. Give each run servers of its own."
+                )
+            self._ask(server, "/update_weight_version", {"new_version": pushed.label})
+            answer = self._ask(server, "/weight_info")
+            with reading():
+                label = str(answer["weight_version"])
+            self._check_label(server, {label})
+            if pushed.expected is not None:
+                check_logprobs(self._ask_probe(server)[0], pushed.expected, self.dtype, server.url)
+
+    def _ask_probe(self, server: _Server) -> tuple[list[float], set[str]]:
+        """The server's log-probabilities of the probe, and what it calls its weights."""
+        probe = self.model.probe
+        answer = self._ask(server, "/inference/v1/generate", self._body(probe, max_tokens=1, prompt_logprobs=0))
+        with reading():
+            rows = zip(probe[1:], answer["prompt_logprobs"][1:], strict=True)
+            (choice,) = answer["choices"]
+            labels = {str(span["version"]) for span in choice["weight_versions"]}
+            return [float(row[str(i)]["logprob"]) for i, row in rows], labels
 
     def close(self) -> None:
+        """Drop the connections and the weights that were written."""
         self._client.close()
         self._async = None
+        for folder in self._written:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._written = []

@@ -38,8 +38,10 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        if self.path == "/health":
+            return self.send({}, 200 if self.server.healthy else 503)
         answers: dict[str, Any] = {
-            "/v1/models": {"data": [{"id": self.server.name, "max_model_len": 256}]},
+            "/v1/models": self.server.models or {"data": [{"id": self.server.name, "max_model_len": 256}]},
             "/weight_info": {"weight_version": self.server.label},
         }
         self.send(answers[self.path])
@@ -49,20 +51,22 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.path, body))
         if self.path == GENERATE:
             self.generate(body)
+        elif self.path == "/collective_rpc" and self.server.load_faults:
+            self.server.load_faults.popleft()(self)
         elif not self.server.dev_mode:
             self.send({"detail": "Not Found"}, 404)
         else:
             self.server.label = body.get("new_version", self.server.label)
             self.send({"success": True, "results": [None]})
 
-    def generate(self, body: dict[str, Any]) -> None:
+    def generate(self, body: dict[str, Any], *, faulty: bool = True) -> None:
         sampling = body["sampling_params"]
-        if sampling["max_tokens"] > 1 and self.server.faults:
+        if faulty and sampling["max_tokens"] > 1 and self.server.faults:
             return self.server.faults.popleft()(self)
         if any(int(i) >= VOCABULARY for i in sampling.get("logit_bias", {})):
             return self.send({"error": {"message": "out-of-vocab"}}, 400)
         logprob = -0.5 / (sampling["temperature"] if self.server.processed else 1.0)
-        ids = [sampling["seed"] % VOCABULARY] * sampling["max_tokens"]
+        ids = [sampling.get("seed", 0) % VOCABULARY] * sampling["max_tokens"]
         row = {"logprob": logprob, "top_logprobs": [{"token_id": 0, "logprob": logprob}]}
         choice = {
             "token_ids": ids,
@@ -70,8 +74,10 @@ class Handler(BaseHTTPRequestHandler):
             "logprobs": {"content": [row] * len(ids)},
             "weight_versions": [{"version": self.server.label, "start": 0, "end": len(ids)}],
         }
+        prompt = zip(body["token_ids"][1:], self.server.logprobs, strict=False)
+        rows = [None, *({str(i): {"logprob": logprob}} for i, logprob in prompt)]
         usage = {"prompt_tokens": len(body["token_ids"]), "prompt_tokens_details": {"cached_tokens": 1}}
-        self.send({"choices": [choice], "usage": usage})
+        self.send({"choices": [choice], "usage": usage, "prompt_logprobs": rows})
 
     def send(self, answer: Any, status: int = 200, **headers: str) -> None:
         text = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
@@ -84,12 +90,16 @@ class Handler(BaseHTTPRequestHandler):
 
 class Stub(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.name, self.label, self.processed, self.dev_mode = "agile", "default", True, True
+        self.name, self.label, self.processed, self.dev_mode, self.healthy = "agile", "default", True, True, True
         self.faults: deque[Reply] = deque()
+        self.load_faults: deque[Reply] = deque()
+        self.models: Any = None
+        self.logprobs: list[float] = []  # of a prompt's tokens but the first
         self.requests: list[tuple[str, Any]] = []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -202,7 +212,10 @@ def test_a_server_that_keeps_failing_is_left_out_and_comes_back(
     folder: Path, stubs: list[Stub], caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = connect(folder, *stubs)
-    stubs[0].faults.extend([failing] * 6)
+    stubs[0].faults.extend([failing] * 100)
+    for count in (1, 2):
+        assert len(ask(policy, range(12))) == 12
+        assert policy._servers[0].failures == count and "left out" not in caplog.text
     assert len(ask(policy, range(12))) == 12
     assert f"{stubs[0].url} is left out (HTTP 500" in caplog.text
     stubs[0].faults.clear()
@@ -236,23 +249,152 @@ def test_a_hanging_server_ends_the_run_in_time(folder: Path, stubs: list[Stub]) 
     assert time.monotonic() - started < 3.0
 
 
+def test_a_busy_server_is_not_taken_for_dead(folder: Path, stubs: list[Stub], caplog: pytest.LogCaptureFixture) -> None:
+    policy = connect(folder, stubs[0])
+    stubs[0].faults.extend([hanging] * 12)
+    assert len(ask(policy, range(12))) == 12
+    assert "left out" not in caplog.text
+    stubs[1].healthy = False
+    policy = connect(folder, *stubs)
+    stubs[1].faults.extend([hanging] * 100)
+    assert len(ask(policy, range(12))) == 12
+    assert f"{stubs[1].url} is left out (ReadTimeout" in caplog.text
+
+
+def test_requests_wait_for_room_without_being_given_up(folder: Path, stubs: list[Stub]) -> None:
+    policy = connect(folder, *stubs, max_active=2, timeout_s=1.0, request_timeout_s=None)
+    under_way = most = 0
+    lock = threading.Lock()
+
+    def slow(handler: Handler) -> None:
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.4)
+        with lock:
+            under_way -= 1
+        sampling = {"temperature": 1.0, "seed": 0, "max_tokens": 3}
+        handler.generate({"token_ids": [7, 8], "sampling_params": sampling}, faulty=False)
+
+    for stub in stubs:
+        stub.faults.extend([slow] * 8)
+    started = time.monotonic()
+    assert len(ask(policy, range(16))) == 16
+    assert most == 4 and time.monotonic() - started > 1.5
+    assert not any(s.active for s in policy._servers)
+
+
+def test_requests_that_wait_for_room_end_when_nothing_is_answered(folder: Path, stubs: list[Stub]) -> None:
+    policy = connect(folder, stubs[0], max_active=1, timeout_s=0.8, request_timeout_s=None)
+    stubs[0].faults.extend([hanging] * 100)
+
+    async def together() -> list[Completion | BaseException]:
+        calls = (policy.complete([7, 8], max_tokens=3, stop={1}, seed=s) for s in range(5))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    started = time.monotonic()
+    assert all("raise vllm.timeout_s" in str(error) for error in asyncio.run(together()))
+    assert time.monotonic() - started < 3.0
+
+
 def test_a_restarted_server_gets_the_current_weights_before_it_is_used(
     folder: Path, stubs: list[Stub], lm: LlamaForCausalLM, tmp_path: Path
 ) -> None:
     policy = connect(folder, stubs[0], weights_dir=tmp_path)
     for version in (1, 2, 3):
         policy.update_weights(weights(lm), version)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["2", "3"]
     mine = stubs[0].label
+    assert sorted(f.name for f in tmp_path.iterdir()) == [mine.replace("3-", "2-"), mine]
     stubs[0].label = "default"
     stubs[0].requests.clear()
     assert ask(policy)[0].policy_version == 3
     assert stubs[0].label == mine and mine.startswith("3-")
-    reload = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "3")}}
+    reload = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / mine)}}
     assert ("/collective_rpc", reload) in stubs[0].requests
     stubs[0].label = "4-another"
     with pytest.raises(AgileError, match=rf"{stubs[0].url} holds the weights 4-another, expected {mine}: another run"):
         ask(policy)
+
+
+@pytest.mark.parametrize("fault", [failing, hanging, cut])
+def test_a_server_that_cannot_load_is_left_out(
+    folder: Path, stubs: list[Stub], lm: LlamaForCausalLM, tmp_path: Path, fault: Reply
+) -> None:
+    policy = connect(folder, *stubs, weights_dir=tmp_path, retry_s=100.0)
+    stubs[1].load_faults.append(fault)
+    policy.update_weights(weights(lm), 1)
+    assert [s.up for s in policy._servers] == [True, False]
+    assert {c.policy_version for c in ask(policy, range(5))} == {1}
+
+
+def test_the_only_server_may_be_away_while_the_weights_change(
+    folder: Path, stubs: list[Stub], lm: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    policy = connect(folder, stubs[0], weights_dir=tmp_path)
+    port = stubs[0].server_port
+    stubs[0].stop()
+    timer = threading.Timer(1.0, lambda: stubs.append(Stub(port)))
+    timer.start()
+    policy.update_weights(weights(lm), 1)
+    assert stubs[-1].label.startswith("1-") and ask(policy)[0].policy_version == 1
+    stubs[-1].load_faults.append(failing)
+    policy.update_weights(weights(lm), 2)
+    assert stubs[-1].label.startswith("2-")
+    stubs[-1].load_faults.extend([failing] * 9)
+    with pytest.raises(AgileError, match=rf"{stubs[0].url} could not load .*worker died.* vllm.weights_dir"):
+        policy.update_weights(weights(lm), 3)
+
+
+def test_a_server_with_other_weights_is_refused_unless_it_is_given_the_right_ones(
+    folder: Path, stubs: list[Stub], lm: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    tied = save(make_model(3, tied=True), tmp_path / "tied")
+    for own in (folder, tied):
+        stubs[0].logprobs = ServedModel.read(own, max_model_len=None, num_tokens=None).folder_logprobs()
+        policy = connect(own, stubs[0], verify=True, dtype="float32")
+        stubs[0].requests.clear()
+        assert len(ask(policy, range(5))) == len(ask(policy, range(5))) == 5
+        assert sum("prompt_logprobs" in body["sampling_params"] for _, body in stubs[0].requests) == 1
+    policy = connect(folder, stubs[0], verify=True, dtype="float32", weights_dir=tmp_path / "weights")
+    with pytest.raises(AgileError, match=rf"{stubs[0].url} serves other weights than {folder}: .* update_weights"):
+        ask(policy, range(5))
+    stubs[0].logprobs = policy.model.folder_logprobs()
+    policy.update_weights(weights(lm), 1)
+    assert len(ask(policy, range(5))) == 5
+
+
+def test_a_server_that_hangs_does_not_delay_the_end(folder: Path, stubs: list[Stub]) -> None:
+    policy = connect(folder, *stubs, retry_s=0.0)
+    policy._take_out(policy._servers[1], ConnectionError("away"))
+    stubs[1].shutdown()  # it accepts connections, but answers none
+    started = time.monotonic()
+    ask(policy)
+    assert time.monotonic() - started < 3.0
+
+
+def test_runs_may_share_the_folder_of_weights(
+    folder: Path, stubs: list[Stub], lm: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    one, other = (connect(folder, s, weights_dir=tmp_path / "link") for s in stubs)
+    for policy in (one, other):
+        policy.update_weights(weights(lm), 1)
+    assert sorted(f.name for f in (tmp_path / "there").iterdir()) == sorted(s.label for s in stubs)
+    told = [body["kwargs"]["weights_path"] for path, body in stubs[0].requests if path == "/collective_rpc"]
+    assert told == [str(tmp_path / "link" / stubs[0].label)]
+    one.close()
+    assert [f.name for f in (tmp_path / "there").iterdir()] == [stubs[1].label]
+
+
+@pytest.mark.parametrize(
+    "models", [[1], {"data": [{}]}, {"data": None}, {"data": [{"id": "agile", "max_model_len": "long"}]}]
+)
+def test_a_server_of_another_kind_is_refused(folder: Path, stubs: list[Stub], models: Any) -> None:
+    stubs[0].models = models
+    with pytest.raises(AgileError, match=rf"{stubs[0].url}: an answer that is none of vLLM 0.32's"):
+        connect(folder, stubs[0])
 
 
 def test_a_server_that_is_not_what_the_policy_needs_is_refused(
@@ -273,7 +415,7 @@ def test_a_server_that_is_not_what_the_policy_needs_is_refused(
     stub.dev_mode = False
     with pytest.raises(AgileError, match=r"refuses /collective_rpc \(HTTP 404.*agile vllm-server"):
         connect(folder, stub, weights_dir=tmp_path / "weights").update_weights(weights(lm), 1)
-    with pytest.raises(AgileError, match=r"set rollout.weights_dir"):
+    with pytest.raises(AgileError, match=r"set vllm.weights_dir"):
         connect(folder, stub).update_weights(weights(lm), 1)
     with pytest.raises(AgileError, match="needs the address of a server"):
         connect(folder)

@@ -13,7 +13,8 @@ T = TypeVar("T")
 def start(function: Callable[[], T]) -> Future[T]:
     """Run `function` in a thread of its own; the future holds what it returns or raises.
 
-    A daemon thread, not an executor's: the process must be able to end while a function waits for a person who left.
+    A daemon thread, not an executor's: the process must be able to end while a function waits for a person or a server
+    that left.
     """
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()  # from here on a caller that gives up cannot cancel what still runs
@@ -26,5 +27,5 @@ def start(function: Callable[[], T]) -> Future[T]:
             carried = isinstance(error, Exception) and not isinstance(error, StopIteration)
             future.set_exception(error if carried else RuntimeError(repr(error)))
 
-    threading.Thread(target=run, daemon=True, name="advice").start()
+    threading.Thread(target=run, daemon=True, name="agile").start()
     return future
