@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from agile.advice import threads
+from agile import threads
 from agile.errors import AgileError
 from agile.executor import Executor
 from agile.protocols import Memory, Policy

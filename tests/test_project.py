@@ -136,7 +136,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.watchdog": (),
     "agile.threads": (),
     "agile.executor": (*NOUNS, "agile.tokens", "agile.advice", "agile.watchdog"),
-    "agile.rollout": (*NOUNS, "agile.executor", "agile.advice"),
+    "agile.rollout": (*NOUNS, "agile.executor", "agile.threads"),
     "agile.lag": (*NOUNS, "agile.rollout"),
     "agile.imitation": (*NOUNS, "agile.executor"),
     "agile.agents": (*NOUNS, "agile.tokens", "agile.policies"),
