@@ -42,7 +42,7 @@ from agile.policies.vllm_http import server_command
 from agile.policies.vllm_server import VLLMServerPolicy
 from agile.protocols import Policy, TrainablePolicy
 from agile.rollout import collect
-from agile.types import Stream, Usage
+from agile.types import BLAMELESS, Stream, Usage
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ class Bench:
         for streams in groups:
             run = collect(self.executor, policy, streams, self.setup.memory, seed=self.seed, max_failed=1.0)
             sessions += [s for t in asyncio.run(run) for s in t.sessions]
+        if broken := [s for s in sessions if s.status in BLAMELESS]:
+            raise SystemExit(f"{len(broken)} of {len(sessions)} sessions failed, the first: {broken[0].error}")
         return Run(len(sessions), time.perf_counter() - began, sum((s.usage for s in sessions), Usage()))
 
 

@@ -223,6 +223,16 @@ def check_logprobs(found: Collection[float], expected: Collection[float], dtype:
         )
 
 
+def unchunked(max_model_len: int) -> dict[str, Any]:
+    """Engine arguments that keep prompts whole on a CPU.
+
+    There vLLM 0.32 cannot sample with a seed behind a part of a prompt ("CPU Generator does not use offset").
+    """
+    if torch.cuda.is_available():
+        return {}
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(8192, max_model_len)}
+
+
 def dtype_name(dtype: Any) -> str:
     """`torch.float32`, `"float32"` or `"auto"` as vLLM resolved it."""
     return str(dtype).removeprefix("torch.")

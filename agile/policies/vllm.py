@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from agile.errors import AgileError
-from agile.policies.serving import ServedModel, check_logprobs, dtype_name
+from agile.policies.serving import ServedModel, check_logprobs, dtype_name, unchunked
 from agile.types import Completion, Usage
 
 
@@ -115,6 +115,7 @@ class VLLMPolicy:
             enforce_eager=enforce_eager,
             block_size=block_size,
             enable_prefix_caching=True,
+            **unchunked(self.model.max_model_len),
             logprobs_mode="processed_logprobs",
             generation_config="vllm",  # the model's own could truncate or penalise
             disable_log_stats=True,
@@ -246,7 +247,7 @@ class VLLMPolicy:
     def _probe(self) -> list[float]:
         """The engine's log-probability of each token of the probe but the first."""
         probe = self.model.probe
-        self._submit(probe, max_tokens=1, prompt_logprobs=0)
+        self._submit(probe, temperature=0.0, max_tokens=1, prompt_logprobs=0)  # no draw from the process's generator
         outputs: list[Any] = []
         while not outputs:
             outputs = self._engine.step()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import torch
 
 from agile.errors import AgileError
 
@@ -57,6 +58,7 @@ def server_command(
     >>> print(*server_command("runs/mine/sft", 8000, python="python")[:5])
     env VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server
     """
+    cpu = not torch.cuda.is_available()
     optional = {
         "--max-model-len": max_model_len,
         "--block-size": block_size,
@@ -69,6 +71,12 @@ def server_command(
         *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
         *("--skip-tokenizer-init", "--enable-scale-out", "--enable-prefix-caching", "--enable-prompt-tokens-details"),
         *(["--enforce-eager"] if enforce_eager else []),
+        # as `serving.unchunked`: vLLM on a CPU cannot sample with a seed behind a part of a prompt
+        *(
+            ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(8192, max_model_len or 0))]
+            if cpu
+            else []
+        ),
         *(str(part) for pair in optional.items() if pair[1] is not None for part in pair),
     ]
 
