@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip("needs vLLM")
     folder = tmp_path_factory.mktemp("model")
     tokenizer = make_codec("bpe").tokenizer
-    small_llama(tokenizer, num_layers=1, hidden_size=32, num_heads=2, max_tokens=8192, seed=0).save_pretrained(folder)
+    small_llama(tokenizer, num_layers=1, hidden_size=64, num_heads=2, max_tokens=8192, seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "chat.jinja").write_text(TEMPLATE)
     with socket.socket() as free:
@@ -45,6 +45,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     words = ["--model", folder, "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     words += ["--chat-template", folder / "chat.jinja", "--dtype", "float32", "--enforce-eager"]
     words += ["--max-model-len", "8192", "--max-num-seqs", "8"]
+    words += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "16384"]  # seeds need whole prompts on a CPU
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *map(str, words)],
