@@ -125,4 +125,4 @@ def test_an_unknown_model_ends_it_at_once(server: str, tmp_path: Path, sent: Sen
     evaluate = changed.evaluate.model_copy(update={"prompted": prompted})
     with pytest.raises(AgileError, match=r"evaluate\.prompted\.model"):
         bench(changed.model_copy(update={"evaluate": evaluate}), tmp_path / "out")
-    assert sent.total() == 1
+    assert sent.total() <= 2, "one request of each stream that was under way, and no retry"
