@@ -254,9 +254,7 @@ class Executor:
             await self._perform(draft, action)
             if action.name == Fn.SUBMIT_ANSWER:
                 return
-            legal = self.agent.spec.legal_after(action.name)
-            if draft.advice is not None:  # an expert is asked at most once a session
-                legal = tuple(n for n in legal if n != Fn.SEEK_ADVICE) or legal
+            legal = self.agent.spec.legal_after(action.name, advised=draft.advice is not None)
 
     async def _next_action(self, draft: _Draft, legal: tuple[str, ...]) -> Action:
         """The only legal action, written here, or the one that the LLM chooses; errors give it further tries."""

@@ -109,8 +109,10 @@ class AgentSpec:
     def first(self) -> ActionSpec:
         return self.actions[0]
 
-    def legal_after(self, name: str) -> tuple[str, ...]:
-        return self[name].followed_by
+    def legal_after(self, name: str, *, advised: bool = False) -> tuple[str, ...]:
+        """What may follow an action; an expert is asked at most once a session, unless nothing else may follow."""
+        followers = self[name].followed_by
+        return tuple(n for n in followers if n != Fn.SEEK_ADVICE or not advised) or followers
 
 
 # --------------------------------------------------------------------------------------------------------------------

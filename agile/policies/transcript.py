@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from agile.prompts import choices
 from agile.tokens import ActionCodec
-from agile.types import AgentSpec, Fn
+from agile.types import Fn
 
 # What the executor says of an action that it did not take (`ActionCodec.parse`).
 _ERROR = re.compile(
@@ -100,11 +100,5 @@ def _steps(codec: ActionCodec, pieces: Sequence[_Piece]) -> tuple[tuple[Step, ..
         steps.append(Step(piece.name, argument.strip(), observation, legal))
         if piece.ended and piece.name in legal:
             advised = advised or piece.name == Fn.SEEK_ADVICE
-            legal = _legal_after(codec.spec, piece.name, advised)
+            legal = codec.spec.legal_after(piece.name, advised=advised)
     return tuple(steps), legal
-
-
-def _legal_after(spec: AgentSpec, name: str, advised: bool) -> tuple[str, ...]:
-    """As the executor has it: an expert is asked at most once a session."""
-    followers = spec.legal_after(name)
-    return tuple(n for n in followers if n != Fn.SEEK_ADVICE or not advised) or followers
