@@ -26,6 +26,7 @@ from agile.executor import Executor
 from agile.lag import Collector, staleness
 from agile.losses import PPOCoefficients
 from agile.model import ActorCritic
+from agile.prices import priced
 from agile.rollout import collect, status_counts
 from agile.run_folder import Place, RunFolder
 from agile.seeding import derive_seed
@@ -185,7 +186,7 @@ def check_mismatch(rollout: RolloutConfig, iteration: int, mismatch: Mapping[str
 
 
 def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor, model: ActorCritic) -> None:
-    ppo, rollout = config.ppo, config.rollout
+    ppo, rollout, task = config.ppo, config.rollout, config.task
     reference = ActorCritic(copy.deepcopy(model.lm)).requires_grad_(False) if ppo.kl_coef else None
     engine = Engine(
         model,
@@ -208,7 +209,15 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
 
     async def play(iteration: int) -> list[Trajectory]:
         rng = np.random.default_rng(derive_seed(config.seed, "streams", iteration))
-        chosen = [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))]
+        drawn = [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))]
+        chosen = priced(
+            drawn,
+            task.advice_price,
+            first_price=task.first_price,
+            drawn_from=task.training_prices,
+            progress=iteration / max(1, ppo.num_iterations - 1),
+            rng=rng,
+        )
         return await collect(
             executor,
             policy,
@@ -244,7 +253,7 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
         def on_iteration(iteration: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
             nonlocal started
             figures: dict[str, Any] = {
-                **rates(outcomes(trajectories), config.task.advice_price),
+                **rates(outcomes(trajectories), [s.price for t in trajectories for s in t.sessions]),
                 **{f"status/{status}": n for status, n in status_counts(trajectories).items()},
                 "staleness": staleness(trajectories, iteration - 1),
                 "seconds": time.monotonic() - started,
