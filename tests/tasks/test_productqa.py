@@ -135,7 +135,7 @@ def session(
     status: SessionStatus = SessionStatus.COMPLETED,
 ) -> Session:
     steps = (Observation(Action("SearchProduct", "SELECT"), Source.TOOL, "none"),) if search else ()
-    advice = None if advised is None else Advice("yes", status=advised)
+    advice = None if advised is None else Advice("yes", price=0.3, status=advised)
     return Session("s/0", "s", 0, "i", "fact", 0, (), steps, (), (), advice, answer, status)
 
 
