@@ -105,8 +105,8 @@ def _exact_texts(
 ) -> tuple[str, str, str] | None:
     """Texts from which TRL makes these ids, if there are any.
 
-    TRL encodes the prompt, and the prompt with each answer and the end token behind it, with the tokenizer's own special
-    tokens in front.
+    TRL encodes the prompt, and the prompt with each answer and the end token behind it, with the tokenizer's own
+    special tokens in front.
     """
     tokenizer = codec.tokenizer
 
