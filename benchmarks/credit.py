@@ -4,8 +4,9 @@
 
 In the shops `recurring`, questions come again, and the price of advice is above what a guess of a balanced fact risks:
 an agent that looks at one session alone should never ask, one that is paid for what it remembers should ask at first.
-In the shops `unique`, nothing comes again, and nobody should be better than the agent without credit. For each seed, one
-agent is trained by imitation; from it, PPO starts in each kind of shop with each mode. All are tested on unseen shops.
+In the shops `unique`, nothing comes again, and nobody should be better than the agent without credit. For each seed,
+one agent is trained by imitation; from it, PPO starts in each kind of shop with each mode. All are tested on unseen
+shops.
 
 Whatever is done stands in the folder: started again, it goes on. Takes about 2 minutes of one core a run.
 """
@@ -50,7 +51,7 @@ WORLDS = {
         recurring=False,
     ),
 }
-MODES = {
+MODES: dict[str, tuple[str, ...]] = {
     "none": (),
     "utility": ("ppo.utility_beta=0.3",),
     "chain": ("ppo.gamma_session=0.95", "ppo.lam_session=0.95"),
@@ -172,7 +173,7 @@ def main() -> None:
     todo = [(seed, world, mode) for world in args.worlds for seed in args.seeds for mode in args.modes]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda seed: imitate(out, seed), args.seeds))
-        list(pool.map(lambda job: reinforce(out, *job, args.overrides), todo))
+        list(pool.map(lambda job: reinforce(out, job[0], job[1], job[2], args.overrides), todo))
     report: dict[str, dict[str, Any]] = {}
     for world in args.worlds:
         pooled = {

@@ -2,9 +2,9 @@
 
     python -m benchmarks.prices runs/prices --jobs 2
 
-The shops hold facts that can be guessed more or less well (95, 80, 65 and 50 %), so that what is worth asking depends on
-the price. One agent is trained by imitation; PPO then starts from it once with a price drawn for each stream, and once
-for each price alone. All are tested on unseen shops at every price.
+The shops hold facts that can be guessed more or less well (95, 80, 65 and 50 %), so that what is worth asking depends
+on the price. One agent is trained by imitation; PPO then starts from it once with a price drawn for each stream, and
+once for each price alone. All are tested on unseen shops at every price.
 
 Whatever is done stands in the folder: started again, it goes on. Takes about 4 minutes of one core a run.
 """
@@ -86,7 +86,7 @@ def main() -> None:
     todo = [(seed, name) for name in (ALL, *(f"{p:g}" for p in PRICES)) for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda seed: imitate(out, seed), args.seeds))
-        list(pool.map(lambda job: reinforce(out, *job, args.overrides), todo))
+        list(pool.map(lambda job: reinforce(out, job[0], job[1], args.overrides), todo))
     rows = compare(out, args.seeds)
     (out / "prices.json").write_text(json.dumps(rows, indent=2))
     table = Table(title="one policy for every price, and one policy for each")
