@@ -142,6 +142,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.imitation": (*NOUNS, "agile.executor"),
     "agile.agents": (*NOUNS, "agile.tokens", "agile.policies"),
     "agile.tasks": (*NOUNS, "agile.tools"),
+    "agile.prices": NOUNS,
     "agile.credit": NOUNS,
     "agile.losses": NOUNS,
     "agile.batching": NOUNS,
@@ -160,7 +161,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
-    *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted"),
+    *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
 }
 
