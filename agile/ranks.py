@@ -153,8 +153,11 @@ def own_share(sizes: Sequence[float]) -> list[int]:
 def gather_shares(items: Sequence[T], sizes: Sequence[float]) -> list[T]:
     """All items in order, of which each process has its `own_share`."""
     found = gather(list(items))
-    placed = {i: item for part, own in zip(shares(sizes, world_size()), found, strict=True) for i, item in
-              zip(part, own, strict=True)}
+    placed = {
+        i: item
+        for part, own in zip(shares(sizes, world_size()), found, strict=True)
+        for i, item in zip(part, own, strict=True)
+    }
     return [placed[i] for i in range(len(sizes))]
 
 
