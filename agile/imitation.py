@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from rich.progress import track
 
+from agile import ranks
 from agile.executor import Executor
 from agile.protocols import Memory, Policy
 from agile.seeding import derive_seed
@@ -42,7 +43,7 @@ def imitation_sessions(
 
     async def play() -> list[Session]:
         sessions = []
-        for stream in track(streams, description="imitation", transient=True):
+        for stream in track(streams, description="imitation", transient=True, disable=not ranks.is_main()):
             for index, item in enumerate(stream.items):
                 for repeat in range(sessions_per_item):
                     session_seed = derive_seed(seed, stream.id, index, repeat)

@@ -72,7 +72,7 @@ def join() -> None:
 
 
 def _group() -> Any:
-    return _groups["main" if threading.current_thread() is threading.main_thread() else "other"]
+    return _groups.get("main" if threading.current_thread() is threading.main_thread() else "other")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def _key(name: str) -> str:
 def _watch() -> None:
     """End this process soon after another has failed, whatever it waits for."""
     global _store
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not in __all__
 
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     _store = TCPStore(*address, is_master=False)
