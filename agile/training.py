@@ -52,7 +52,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
     setup = Setup(config, out)
     setup.embed(setup.task.streams("train"))
     tokenizer = setup.tokenizer(out / "sft" if (out / "sft").exists() else None)
-    executor = setup.executor(tokenizer)
+    executor = setup.executor(tokenizer, counterfactual=config.ppo.credit == "lineage")
     torch.manual_seed(config.seed)
     imitated = run.place is not None and run.place.stage == "ppo"
     model = ActorCritic(setup.language_model(tokenizer, out / "sft" if imitated else None))
@@ -186,6 +186,7 @@ def check_mismatch(rollout: RolloutConfig, iteration: int, mismatch: Mapping[str
 
 def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor, model: ActorCritic) -> None:
     ppo, rollout = config.ppo, config.rollout
+    by_lineage = ppo.credit == "lineage"  # not both: GAE would carry the same credit a second time
     reference = ActorCritic(copy.deepcopy(model.lm)).requires_grad_(False) if ppo.kl_coef else None
     engine = Engine(
         model,
@@ -265,7 +266,8 @@ def _reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Execut
             first_iteration=done,
             num_iterations=ppo.num_iterations,
             value_warmup_epochs=ppo.value_warmup_epochs,
-            discounts=Discounts(ppo.gamma, ppo.lam, ppo.gamma_session, ppo.lam_session),
+            discounts=Discounts(ppo.gamma, ppo.lam, 0.0 if by_lineage else ppo.gamma_session, ppo.lam_session),
+            lineage_discount=ppo.gamma_session if by_lineage else 0.0,
             coefficients=PPOCoefficients(
                 clip=ppo.clip,
                 value_clip=ppo.value_clip,
