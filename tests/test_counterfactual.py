@@ -52,11 +52,11 @@ MEMORY = (
 )
 
 
-def recording(agent: ProductQAAgent | NoteAgent, codec: ActionCodec | None = None, **changes: object) -> Executor:
+def recording(
+    agent: ProductQAAgent | NoteAgent, codec: ActionCodec | None = None, limits: Limits | None = None
+) -> Executor:
     plain = make_executor(agent, codec=codec, tools={"SearchProduct": Add(), "Add": Add()})
-    return Executor(
-        agent, plain.codec, plain.tools, plain.desk, plain.score, changes.get("limits") or Limits(), counterfactual=True
-    )
+    return Executor(agent, plain.codec, plain.tools, plain.desk, plain.score, limits, counterfactual=True)
 
 
 def shown(executor: Executor, session: Session) -> str:

@@ -198,7 +198,7 @@ def test_utility_arguments() -> None:
 
 # Session 0 wrote entries 1 and 2, session 1 entry 3; gamma_session 1/2. Gains are r - b.
 NAN = float("nan")
-LINEAGE = {
+LINEAGE: dict[str, tuple[list[float], list[float], list[list[int]], list[float]]] = {
     # session 2 gained 1 - .25 = .75 from entry 1 alone, two sessions later: .25 * .75
     "one reader": ([0, 0, 1], [NAN, NAN, 0.25], [[], [], [1]], [0.1875, 0, 0]),
     # as much was lost: it is charged

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -28,12 +28,17 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Discounts:
-    """How value flows inside a session and from one to the next (docs/design.md, section 3)."""
+    """How value flows inside a session and from one to the next (docs/design.md, section 3).
+
+    Attributes:
+        lineage: Per session from a reader back to the writer of what it read; 0 for no such credit.
+    """
 
     gamma: float = 1.0
     lam: float = 1.0
     gamma_session: float = 0.0
     lam_session: float = 0.0
+    lineage: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ def lineage_terms(
     trajectories: Sequence[Trajectory],
     rewards: Sequence[Sequence[float]],
     *,
-    gamma_session: float,
+    discount: float,
     batch_size: int,
     masked: Collection[SessionStatus] = BLAMELESS,
 ) -> list[list[float]]:
@@ -101,7 +106,7 @@ def lineage_terms(
             baseline,
             [session.written for session in trajectory.sessions],
             [[entry for entry, _ in session.retrieved] for session in trajectory.sessions],
-            gamma_session=gamma_session,
+            gamma_session=discount,
         ).tolist()
         for trajectory, row, baseline in zip(trajectories, rewards, baselines, strict=True)
     ]
@@ -162,7 +167,16 @@ def advantages(
             for numbers, reward in sessions
         ]
         values = [scored[i].values for numbers, _ in sessions for i in numbers]
-        layouts.append(transitions(credits, np.concatenate([np.zeros(0), *values]), **asdict(discounts)))
+        layouts.append(
+            transitions(
+                credits,
+                np.concatenate([np.zeros(0), *values]),
+                gamma=discounts.gamma,
+                lam=discounts.lam,
+                gamma_session=discounts.gamma_session,
+                lam_session=discounts.lam_session,
+            )
+        )
     t, mask = stack(layouts)
     raw, returns = gae(t.rewards, t.values, t.next_values, t.discounts, t.lambdas, mask)
     ends = np.cumsum([row.num_actions for row in rows])[:-1]  # rows are numbered in the order of the plan
@@ -199,7 +213,6 @@ def update(
     num_epochs: int,
     temperature: float,
     rng: np.random.Generator,
-    lineage_discount: float = 0.0,
     masked: Collection[SessionStatus] = BLAMELESS,
     check: Callable[[Mapping[str, float]], None] = lambda mismatch: None,
 ) -> dict[str, float]:
@@ -207,7 +220,6 @@ def update(
 
     Args:
         rewards: Terminal reward of each session of each trajectory, credit `utility` included.
-        lineage_discount: Discount per session from a reader back to the writer of what it read; 0 for no such credit.
         masked: Sessions that ended so are left out.
         check: Called with `mismatch` of rollout and trainer before anything is learned; may raise.
 
@@ -215,9 +227,9 @@ def update(
         Means over action tokens; `first_ratio` is the mean ratio at the first minibatch, which must be 1.
     """
     credit: dict[str, float] = {}
-    if lineage_discount:
+    if discounts.lineage:
         terms = lineage_terms(
-            engine, trajectories, rewards, gamma_session=lineage_discount, batch_size=micro_batch_size, masked=masked
+            engine, trajectories, rewards, discount=discounts.lineage, batch_size=micro_batch_size, masked=masked
         )
         rewards = [np.add(*pair).tolist() for pair in zip(rewards, terms, strict=True)]
         credit = {"lineage": float(np.mean(np.abs(np.concatenate(terms))))}
@@ -291,7 +303,6 @@ def train_ppo(
     num_epochs: int,
     temperature: float,
     seed: int,
-    lineage_discount: float = 0.0,
     masked: Collection[SessionStatus] = BLAMELESS,
     check: Callable[[int, Mapping[str, float]], None] = lambda iteration, mismatch: None,
 ) -> None:
@@ -304,8 +315,8 @@ def train_ppo(
         rewards: Terminal reward of each session of each trajectory, credit `utility` included.
         on_iteration: Called after each with its number (from 1), its trajectories and metrics.
         value_warmup_epochs: Epochs of the first iteration, which then trains the critic alone; 0 for none. A critic
-            that is still far off pushes up whatever is done most, good or bad.
-        lineage_discount: As in `update`; the warm-up goes without, for its critic cannot tell what a session is worth.
+            that is still far off pushes up whatever is done most, good or bad, and cannot tell what memory gains: the
+            warm-up goes without lineage.
         masked: Sessions that ended so are left out of the loss.
         check: Called in each iteration with its number (from 0) and the `mismatch` of rollout and trainer, before
             anything is learned; may raise.
@@ -320,14 +331,13 @@ def train_ppo(
                 reference,
                 trajectories,
                 rewards(trajectories, rng),
-                discounts=discounts,
+                discounts=replace(discounts, lineage=0.0) if warmup else discounts,
                 coefficients=coefficients,
                 batch_size=batch_size,
                 micro_batch_size=micro_batch_size,
                 num_epochs=value_warmup_epochs if warmup else num_epochs,
                 temperature=temperature,
                 rng=rng,
-                lineage_discount=0.0 if warmup else lineage_discount,
                 masked=masked,
                 check=partial(check, iteration),
             )

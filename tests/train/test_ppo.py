@@ -266,24 +266,22 @@ def test_lineage_compares_a_reader_to_the_value_of_its_first_decision_without_me
     # half of each gain: entry 7 is of nobody here
     expected = 0.5 * (0.9 * (1 - one) + 0.9**3 * (0.5 - three))
     none = Trajectory("none", (session(segment([5, 6], [False, True], TERMINATED)),))
-    found = lineage_terms(Gradients(model), [readers(), none], [[0, 1, 1, 0.5], [1]], gamma_session=0.9, batch_size=2)
+    found = lineage_terms(Gradients(model), [readers(), none], [[0, 1, 1, 0.5], [1]], discount=0.9, batch_size=2)
     assert found[0] == pytest.approx([expected, 0, 0, 0], abs=1e-6) and found[1] == [0]
-    unmasked = lineage_terms(
-        Gradients(model), [readers()], [[0, 1, 1, 0.5]], gamma_session=0.9, batch_size=8, masked=()
-    )
+    unmasked = lineage_terms(Gradients(model), [readers()], [[0, 1, 1, 0.5]], discount=0.9, batch_size=8, masked=())
     assert unmasked[0][0] == pytest.approx(expected + 0.5 * 0.81 * (1 - one), abs=1e-6), "a failure, if it counts"
 
 
 def test_lineage_is_learned_from_as_a_reward_and_nothing_flows_besides() -> None:
     """The same update as if its terms had been rewards; without sessions that read, none at all."""
-    terms = lineage_terms(Gradients(actor_critic()), [readers()], [[0, 1, 1, 0.5]], gamma_session=0.9, batch_size=8)
+    terms = lineage_terms(Gradients(actor_critic()), [readers()], [[0, 1, 1, 0.5]], discount=0.9, batch_size=8)
     paid = np.add([[0, 1, 1, 0.5]], terms).tolist()
     metrics, expected = gradients([readers()], rewards=paid)
-    credited, found = gradients([readers()], rewards=[[0, 1, 1, 0.5]], lineage_discount=0.9)
+    credited, found = gradients([readers()], rewards=[[0, 1, 1, 0.5]], discounts=Discounts(lineage=0.9))
     assert largest_difference(found, expected) == 0
     assert credited == {**metrics, "lineage": pytest.approx(abs(terms[0][0]) / 4)}
     assert abs(terms[0][0]) > 0.01
-    alone, plain = gradients(played(), lineage_discount=0.9)
+    alone, plain = gradients(played(), discounts=Discounts(lineage=0.9))
     assert alone["lineage"] == 0 and largest_difference(plain, gradients(played())[1]) == 0
 
 
