@@ -253,10 +253,15 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Questions in order whose sessions share one memory."""
+    """Questions in order whose sessions share one memory.
+
+    Attributes:
+        price: What advice costs in them; None for the desk's own price.
+    """
 
     id: str
     items: tuple[Item, ...]
+    price: float | None = None
 
 
 class MemoryKind(StrEnum):
@@ -427,6 +432,7 @@ class Session:
             that was not asked for, it retrieved nothing, or nothing was decided.
         answer: What it submitted; None if it never did.
         reward: None until scored.
+        price: At which advice was offered.
     """
 
     id: str
@@ -447,6 +453,7 @@ class Session:
     reads: tuple[MemoryRead, ...] = ()
     usage: Usage = Usage()
     counterfactual: tuple[int, ...] = ()
+    price: float = 0.0
 
     @property
     def advised(self) -> bool:
