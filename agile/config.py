@@ -313,6 +313,16 @@ class EvaluateConfig(_Config):
         return self
 
 
+class TrackingConfig(_Config):
+    """Where the numbers of metrics.jsonl go besides; what they mean says docs/metrics.md."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",), description="W&B and MLflow are extras, `pip install 'agile-agents[wandb]'`."
+    )
+    project: str = Field("agile", description="W&B's project, MLflow's experiment.")
+    name: str | None = Field(None, description="How the run is shown; by default as its folder is called.")
+
+
 class DemoConfig(_Config):
     shuffle_rewards: bool = Field(False, description="Control: gives every session another session's reward.")
 
@@ -332,6 +342,7 @@ class RunConfig(_Config):
     sft: SFTConfig = SFTConfig()
     ppo: PPOConfig = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
     demo: DemoConfig = DemoConfig()
 
     @model_validator(mode="after")
@@ -379,14 +390,15 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 def differences(old: BaseModel, new: BaseModel) -> list[str]:
     """`key was ..., is now ...` of every value that differs between two configs of one kind."""
-    before, after = (dict(_flat(c.model_dump(mode="json"))) for c in (old, new))
+    before, after = (dict(flat(c.model_dump(mode="json"))) for c in (old, new))
     return [f"{key} was {before[key]!r}, is now {after[key]!r}" for key in before if before[key] != after[key]]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`(a.b, value)` of every value of a config, as `model_dump` gives it."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -449,7 +461,7 @@ def _nearest(keys: Sequence[str]) -> str:
     section: Any = RunConfig
     for key in keys[:-1]:
         section = section.model_fields[key].annotation
-    elsewhere = [key for key, _ in _flat(RunConfig.model_construct().model_dump()) if key.split(".")[-1] == keys[-1]]
+    elsewhere = [key for key, _ in flat(RunConfig.model_construct().model_dump()) if key.split(".")[-1] == keys[-1]]
     similar = difflib.get_close_matches(keys[-1], section.model_fields, n=1, cutoff=0.5)
     near = elsewhere or [".".join([*keys[:-1], key]) for key in similar]
     return f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(section.model_fields)}."
