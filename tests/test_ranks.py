@@ -92,6 +92,6 @@ except typer.Exit as end:
     done = launch(program, who, tmp_path)
     took = time.time() - float((tmp_path / "failed").read_text())
     assert done.returncode != 0
-    assert (done.stdout + done.stderr).count("the well is dry") == 1
+    assert (done.stdout + done.stderr).count("Error: the well is dry") == 1
     assert "RuntimeError" not in done.stderr.partition("torch.distributed.elastic")[0]
     assert took < 20
