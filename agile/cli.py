@@ -102,6 +102,7 @@ def agile(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if ranks.world_size() > 1 and context.invoked_subcommand != "train":
         with _one_screen():
+            ranks.join()
             raise AgileError(
                 f"agile {context.invoked_subcommand} runs in one process, but a launcher started {ranks.world_size()}. "
                 "Start it without torchrun or deepspeed; only agile train runs in many (docs/training.md)."
