@@ -20,6 +20,7 @@ from agile.config import RunConfig
 from agile.errors import AgileError
 from agile.executor import Executor, Limits
 from agile.imitation import imitation_sessions
+from agile.lora import add_adapter
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
 from agile.model import check_context, load_lm, small_llama
@@ -135,6 +136,23 @@ class Setup:
             max_tokens=self.config.rollout.max_context_tokens,
             seed=self.config.seed,
         )
+
+    def trained_model(self, tokenizer: PreTrainedTokenizerFast, saved: Path | None = None) -> PreTrainedModel:
+        """`language_model` as it is trained: with an adapter that changes nothing yet, where the config asks for one.
+
+        Rows of action tokens learn beside the adapter: a model that was given them knows nothing of them.
+        """
+        lm, lora = self.language_model(tokenizer, saved), self.config.lora
+        if lora is not None:
+            actions = self.agent.spec.actions if self.config.prompt.special_tokens else ()
+            add_adapter(
+                lm,
+                rank=lora.rank,
+                alpha=lora.alpha,
+                target_modules=lora.target_modules,
+                token_ids=[tokenizer.vocab[a.token] for a in actions],
+            )
+        return lm
 
     def policy(
         self,

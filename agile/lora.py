@@ -27,7 +27,7 @@ def add_adapter(
     *,
     rank: int,
     alpha: float,
-    target_modules: str | Sequence[str] = "all-linear",
+    target_modules: Sequence[str] = ("all-linear",),
     token_ids: Sequence[int] = (),
 ) -> None:
     """Freeze a model and put an adapter into it that changes nothing yet.
@@ -43,25 +43,20 @@ def add_adapter(
     Raises:
         AgileError: A target matches no linear layer.
     """
-    linear = [name for name, m in lm.named_modules() if isinstance(m, nn.Linear | Conv1D) and not _is_head(lm, m)]
-    if target_modules == "all-linear":
-        targets = linear
-    else:
-        names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-        for target in names:
-            if not any(_matches(target, name) for name in linear):
-                ends = sorted({name.rpartition(".")[2] for name in linear})
-                raise AgileError(
-                    f"lora.target_modules names {target!r}, which matches no linear layer of {type(lm).__name__}. It "
-                    f"has {', '.join(ends)}; take some of these, or all-linear. (The embeddings take no adapter; rows "
-                    "of new action tokens learn anyway.)"
-                )
-        targets = [name for name in linear if any(_matches(target, name) for target in names)]
+    head = lm.get_output_embeddings()
+    linear = [name for name, m in lm.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    kinds = sorted({name.rpartition(".")[2] for name in linear})
+    wanted = kinds if list(target_modules) == ["all-linear"] else list(target_modules)
+    for target in wanted:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):  # as peft matches them
+            raise AgileError(
+                f"lora.target_modules names {target!r}, which matches no linear layer of {type(lm).__name__}. It has "
+                f"{', '.join(kinds)}; take some of these, or [all-linear]. (The embeddings take no adapter; the rows "
+                "of new action tokens learn anyway.)"
+            )
 
     from peft import LoraConfig, inject_adapter_in_model
 
-    ends = sorted({name.rpartition(".")[2] for name in targets})
-    every = {name for name in linear if any(_matches(end, name) for end in ends)} == set(targets)
     embeddings = (lm.get_input_embeddings(), lm.get_output_embeddings())
     names_of_embeddings = [name for name, m in lm.named_modules() if any(m is e for e in embeddings)]
     config = LoraConfig(
@@ -70,24 +65,11 @@ def add_adapter(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it, whatever it is
         lora_dropout=0.0,  # anything else would make the ratio to the old policy differ from 1 before any update
-        target_modules=ends if every else targets,
+        target_modules=wanted,
         trainable_token_indices={name: sorted(token_ids) for name in names_of_embeddings} if token_ids else None,
     )
     inject_adapter_in_model(config, lm, ADAPTER)
     lm.eval()
-
-
-def _matches(target: str, name: str) -> bool:
-    """As peft matches names in a list."""
-    return name == target or name.endswith(f".{target}")
-
-
-def _is_head(lm: PreTrainedModel, module: nn.Module) -> bool:
-    return module is lm.get_output_embeddings()
-
-
-def is_adapted(lm: nn.Module) -> bool:
-    return hasattr(lm, "peft_config")
 
 
 @contextmanager
@@ -153,7 +135,8 @@ class _Merged:
             rows: Tensor = self.layer.get_merged_weights([ADAPTER])
             return rows.detach()
         change = self.layer.get_delta_weight(ADAPTER)
-        return (self.weight.float() + change.float()).to(self.weight.dtype)  # one rounding, not two
+        merged: Tensor = self.weight.float() + change.float()  # one rounding, not two
+        return merged.to(self.weight.dtype)
 
 
 def adapter_weights(lm: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -178,7 +161,7 @@ def save_adapter(lm: PreTrainedModel, folder: Path, weights: Iterable[tuple[str,
     folder.mkdir(parents=True, exist_ok=True)
     named = {f"base_model.model.{name}": tensor for name, tensor in kept.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = lm.peft_config[ADAPTER]  # type: ignore[index, union-attr]
+    config = lm.peft_config[ADAPTER]
     config.save_pretrained(folder)
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}, indent=2))

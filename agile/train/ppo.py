@@ -21,6 +21,7 @@ from agile.credit import pad as stack
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.losses import PPOCoefficients, entropy, ppo_loss, token_logprobs
+from agile.reference import Reference
 from agile.types import BLAMELESS, SessionStatus, Trajectory
 
 Floats = NDArray[np.float32]
@@ -48,7 +49,7 @@ class Scored:
 
 @torch.no_grad()
 def score_rows(
-    engine: Engine, reference: torch.nn.Module | None, rows: Sequence[Row], *, batch_size: int, temperature: float
+    engine: Engine, reference: Reference | None, rows: Sequence[Row], *, batch_size: int, temperature: float
 ) -> list[Scored]:
     """Recompute logprobs and values of every row, and those of the reference policy (zeros without one)."""
     scored: list[Scored | None] = [None] * len(rows)
@@ -150,7 +151,7 @@ def mismatch(rows: Sequence[Row], scored: Sequence[Scored]) -> dict[str, float]:
 
 def update(
     engine: Engine,
-    reference: torch.nn.Module | None,
+    reference: Reference | None,
     trajectories: Sequence[Trajectory],
     rewards: Sequence[Sequence[float]],
     *,
@@ -175,7 +176,8 @@ def update(
         Means over action tokens; `first_ratio` is the mean ratio at the first minibatch, which must be 1.
     """
     rows, plan = lay_out(trajectories, rewards, masked)
-    scored = score_rows(engine, reference, rows, batch_size=micro_batch_size, temperature=temperature)
+    with nullcontext() if reference is None else reference.scoring():
+        scored = score_rows(engine, reference, rows, batch_size=micro_batch_size, temperature=temperature)
     between = mismatch(rows, scored)
     check(between)
     row_advantages, row_returns, variance = advantages(plan, rows, scored, discounts)
@@ -228,7 +230,7 @@ def update(
 
 def train_ppo(
     engine: Engine,
-    reference: torch.nn.Module | None,
+    reference: Reference | None,
     *,
     collect: Callable[[int], Sequence[Trajectory]],
     rewards: Callable[[Sequence[Trajectory], np.random.Generator], Sequence[Sequence[float]]],
