@@ -26,7 +26,7 @@ from agile.batching import make_batch
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.export import Trained
-from agile.lora import add_adapter, adapter_off, adapter_weights, plain_parameters, save_adapter
+from agile.lora import adapter_off, adapter_weights, add_adapter, plain_parameters, save_adapter
 from agile.losses import sft_loss, token_logprobs
 from agile.model import ActorCritic
 from agile.reference import adapter_free
