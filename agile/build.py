@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -161,21 +160,19 @@ class Setup:
         folder: Path,
         *,
         temperature: float,
-        copy: bool = False,
     ) -> TrainablePolicy:
         """What samples for a language model, by `rollout.policy`.
 
         Args:
             lm: The model in this process.
             folder: The same model on disk; engines start from it.
-            copy: Whether the policy keeps weights of its own while those of `lm` change.
         """
         rollout, vllm = self.config.rollout, self.config.vllm
         # vLLM's own `auto` takes a model of float32 for one of bfloat16
         dtype = str(lm.dtype).removeprefix("torch.") if vllm.dtype == "auto" else vllm.dtype
         if rollout.policy == "hf":
             return HFPolicy(
-                deepcopy(lm) if copy else lm,
+                lm,
                 temperature=temperature,
                 max_batch_size=rollout.max_batch_size,
             )
@@ -239,7 +236,12 @@ class Setup:
         return ActionCodec(tokenizer, spec, special_tokens=prompt.special_tokens, turns=turns)
 
     def executor(
-        self, tokenizer: PreTrainedTokenizerFast, advisor: Advisor | None = None, codec: ActionCodec | None = None
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        advisor: Advisor | None = None,
+        codec: ActionCodec | None = None,
+        *,
+        counterfactual: bool = False,
     ) -> Executor:
         rollout = self.config.rollout
         return Executor(
@@ -256,6 +258,7 @@ class Setup:
                 max_invalid_actions=rollout.max_invalid_actions,
                 max_stage_s=rollout.max_stage_s,
             ),
+            counterfactual=counterfactual,
         )
 
     def imitation_rows(self, executor: Executor) -> list[Row]:

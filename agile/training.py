@@ -25,7 +25,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
     setup = Setup(config, out)
     setup.embed(setup.task.streams("train"))
     tokenizer = setup.tokenizer(out / "sft" if (out / "sft").exists() else None)
-    executor = setup.executor(tokenizer)
+    executor = setup.executor(tokenizer, counterfactual=config.ppo.credit == "lineage")
     if run.place is None or run.place.stage == "sft":
         imitate(config, run, setup, executor)
     if config.ppo.num_iterations:

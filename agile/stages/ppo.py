@@ -28,8 +28,8 @@ from agile.rollout import collect, status_counts
 from agile.run_folder import Place, RunFolder
 from agile.seeding import derive_seed
 from agile.stages.progress import advance, progress_bar
-from agile.stages.rewards import terminal_rewards
-from agile.train.ppo import Discounts, train_ppo
+from agile.stages.rewards import discounts, terminal_rewards
+from agile.train.ppo import train_ppo
 from agile.types import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,9 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     if run.place and run.place.stage == "ppo":
         run.load(engine)
         done = run.place.step
-    policy = setup.policy(model.lm, tokenizer, run.path / "sft", temperature=rollout.temperature, copy=rollout.lag > 0)
+    lags = rollout.policy == "hf" and rollout.lag > 0  # then it has weights of its own
+    sampled = setup.language_model(tokenizer, run.path / "sft") if lags else model.lm
+    policy = setup.policy(sampled, tokenizer, run.path / "sft", temperature=rollout.temperature)
     streams = setup.task.streams("train")
     count = min(ppo.streams_per_iteration, len(streams))
 
@@ -163,7 +165,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
             first_iteration=done,
             num_iterations=ppo.num_iterations,
             value_warmup_epochs=ppo.value_warmup_epochs,
-            discounts=Discounts(ppo.gamma, ppo.lam, ppo.gamma_session, ppo.lam_session),
+            discounts=discounts(ppo),
             coefficients=PPOCoefficients(
                 clip=ppo.clip,
                 value_clip=ppo.value_clip,
