@@ -261,17 +261,7 @@ class Engine:
                 )
 
     def close(self) -> None:
-        """Let go of the module, so that another engine can take it over and this one's memory is freed.
-
-        What ZeRO 3 cut into shards is whole again, on every process.
-        """
-        whole: dict[int, nn.Parameter] = {}
-        if self.zero_stage == 3:
-            for parameter in self._engine.module.parameters():
-                with self._gathered(parameter):
-                    whole[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        """Let go of the module, so that this engine's memory is freed and, but for ZeRO 3, another can take it over."""
         self._engine.module_forward_pre_hook.remove()
         self._engine.module_forward_post_hook.remove()
         self._engine.destroy()
-        for part in self._engine.module.modules() if whole else ():
-            part._parameters = {name: whole.get(id(p)) for name, p in part._parameters.items()}
