@@ -24,7 +24,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
         torch.set_num_threads(config.threads)
     run = RunFolder(out, config, resume=resume)
     setup = Setup(config, out)
-    setup.embed(setup.task.streams("train"))
+    setup.embed([*setup.train_streams, *setup.validation_streams])
     tokenizer = setup.tokenizer(out / "sft" if (out / "sft").exists() else None)
     executor = setup.executor(tokenizer)
     torch.manual_seed(config.seed)
