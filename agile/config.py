@@ -29,12 +29,27 @@ class TaskConfig(_Config):
     name: Literal["minishop", "productqa"] = Field("minishop", description="Generated worlds, or official files.")
     data: UserPath | None = Field(None, description="Folder of the files; minishop writes its own without it.")
     advice_price: Price = Field(0.3, description="What one piece of advice costs, in units of a right answer.")
+    training_prices: tuple[Price, ...] = Field(
+        (), description="In training each stream draws its price from these; by default advice_price."
+    )
+    first_price: Price | None = Field(
+        None,
+        description="Price in the first iteration of PPO, from where it goes straight to advice_price in the last.",
+    )
     train_groups: tuple[str, ...] | None = Field(None, description="Train groups to use; all by default.")
     test_groups: tuple[str, ...] | None = Field(None, description="Test groups to use; all by default.")
     max_items: Count | None = Field(None, description="Questions to use of each group, from its start.")
     num_train_worlds: Count = Field(64, description="MiniShop: worlds to train on.")
     num_test_worlds: Count = Field(32, description="MiniShop: unseen worlds to test on.")
     num_questions: Count = Field(40, description="MiniShop: questions of a world.")
+
+    @model_validator(mode="after")
+    def _one_way_to_price(self) -> TaskConfig:
+        if self.training_prices and self.first_price is not None:
+            raise ValueError(
+                "both training_prices (drawn per stream) and first_price (a schedule) are set; remove one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _data_is_given(self) -> TaskConfig:
@@ -48,6 +63,9 @@ class AgentConfig(_Config):
     group_k: int = Field(0, ge=0, description="Entries of the whole group's history in the prompt.")
     knowledge_k: int = Field(1, ge=0, description="Entries of the group's knowledge in the prompt.")
     show_schema: bool = Field(False, description="Whether the prompt lists the table's columns.")
+    show_price: bool = Field(
+        False, description="Whether the prompt says what advice costs, so that one policy can serve every price."
+    )
 
 
 class MemoryConfig(_Config):
@@ -317,7 +335,9 @@ class EvaluateConfig(_Config):
     agents: tuple[Literal["sft", "ppo", "prompted"], ...] = ("sft", "ppo")
     checkpoint: UserPath | None = Field(None, description="Run folder whose agents `agile bench` scores.")
     prompted: PromptedConfig = PromptedConfig()
-    prices: tuple[Price, ...] = Field((), description="Further prices at which the baselines are scored.")
+    prices: tuple[Price, ...] = Field(
+        (), description="Further prices at which agents and baselines are scored; agents that see the price play anew."
+    )
     notes: tuple[str, ...] = Field((), description="Sentences that the report carries.")
 
     @model_validator(mode="after")
@@ -364,6 +384,15 @@ class RunConfig(_Config):
             raise ValueError(
                 f"guard.action is rollback, but rollout.lag is {self.rollout.lag}: what was collected ahead is of "
                 "weights that a rollback drops; set rollout.lag=0 or guard.action=stop"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _price_is_seen(self) -> RunConfig:
+        if len(set(self.task.training_prices)) > 1 and not self.agent.show_price:
+            raise ValueError(
+                f"task.training_prices are {list(self.task.training_prices)}, but the agent does not see which of them "
+                "holds; set agent.show_price=true"
             )
         return self
 
