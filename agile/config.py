@@ -189,6 +189,38 @@ class RolloutConfig(_Config):
         return values
 
 
+class EngineConfig(_Config):
+    """How DeepSpeed trains, see docs/training.md."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="What is sharded over the processes: nothing, optimizer state, gradients too, parameters too."
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="What lies in the memory of the CPU: nothing, the optimizer's state, parameters too."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What the model computes in; AdamW keeps weights in float32."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute layers again for the gradient: a third slower, a fraction of the activations."
+    )
+
+    @model_validator(mode="after")
+    def _zero_supports_it(self) -> EngineConfig:
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(
+                f"offload is {self.offload}, which ZeRO supports from stage {least}, but zero_stage is "
+                f"{self.zero_stage}; set engine.zero_stage={least}, or engine.offload=none"
+            )
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            raise ValueError(
+                "dtype is bfloat16, whose weights in float32 ZeRO keeps from stage 1, but zero_stage is 0; set "
+                "engine.zero_stage=1, which costs nothing in one process"
+            )
+        return self
+
+
 class OptimizerConfig(_Config):
     lr: float = Field(gt=0)
     batch_size: Count = Field(description="Sequences per optimizer step.")
@@ -349,6 +381,16 @@ class EvaluateConfig(_Config):
         return self
 
 
+class TrackingConfig(_Config):
+    """Where the numbers of metrics.jsonl go besides; what they mean says docs/metrics.md."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",), description="W&B and MLflow are extras, `pip install 'agile-agents[wandb]'`."
+    )
+    project: str = Field("agile", description="W&B's project, MLflow's experiment.")
+    name: str | None = Field(None, description="How the run is shown; by default as its folder is called.")
+
+
 class DemoConfig(_Config):
     shuffle_rewards: bool = Field(False, description="Control: gives every session another session's reward.")
 
@@ -365,12 +407,14 @@ class RunConfig(_Config):
     prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     vllm: VLLMConfig = VLLMConfig()
+    engine: EngineConfig = EngineConfig()
     sft: SFTConfig = SFTConfig()
     ppo: PPOConfig = PPOConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     validation: ValidationConfig = ValidationConfig()
     guard: GuardConfig = GuardConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
     demo: DemoConfig = DemoConfig()
 
     @model_validator(mode="after")
@@ -432,14 +476,15 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 def differences(old: BaseModel, new: BaseModel) -> list[str]:
     """`key was ..., is now ...` of every value that differs between two configs of one kind."""
-    before, after = (dict(_flat(c.model_dump(mode="json"))) for c in (old, new))
+    before, after = (dict(flat(c.model_dump(mode="json"))) for c in (old, new))
     return [f"{key} was {before[key]!r}, is now {after[key]!r}" for key in before if before[key] != after[key]]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`(a.b, value)` of every value of a config, as `model_dump` gives it."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -502,7 +547,7 @@ def _nearest(keys: Sequence[str]) -> str:
     section: Any = RunConfig
     for key in keys[:-1]:
         section = section.model_fields[key].annotation
-    elsewhere = [key for key, _ in _flat(RunConfig.model_construct().model_dump()) if key.split(".")[-1] == keys[-1]]
+    elsewhere = [key for key, _ in flat(RunConfig.model_construct().model_dump()) if key.split(".")[-1] == keys[-1]]
     similar = difflib.get_close_matches(keys[-1], section.model_fields, n=1, cutoff=0.5)
     near = elsewhere or [".".join([*keys[:-1], key]) for key in similar]
     return f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(section.model_fields)}."

@@ -25,7 +25,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
     run = RunFolder(out, config, resume=resume)
     setup = Setup(config, out)
     setup.embed([*setup.train_streams, *setup.validation_streams])
-    tokenizer = setup.tokenizer(out / "sft" if (out / "sft").exists() else None)
+    tokenizer = setup.tokenizer()  # also on resume: what a save and a load add to its files is no part of the run
     executor = setup.executor(tokenizer)
     torch.manual_seed(config.seed)
     imitated = run.place is not None and run.place.stage == "ppo"
