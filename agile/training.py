@@ -26,7 +26,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
     setup = Setup(config, out)
     setup.embed([*setup.train_streams, *setup.validation_streams])
     tokenizer = setup.tokenizer()  # also on resume: what a save and a load add to its files is no part of the run
-    executor = setup.executor(tokenizer)
+    executor = setup.executor(tokenizer, counterfactual=config.ppo.credit == "lineage")
     torch.manual_seed(config.seed)
     imitated = run.place is not None and run.place.stage == "ppo"
     model = ActorCritic(setup.language_model(tokenizer, out / "sft" if imitated else None))
