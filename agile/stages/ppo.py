@@ -6,12 +6,14 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from agile import ranks
 from agile.build import Setup
 from agile.config import RolloutConfig, RunConfig
 from agile.engine import Engine
@@ -24,13 +26,15 @@ from agile.losses import PPOCoefficients
 from agile.model import ActorCritic
 from agile.prices import priced
 from agile.reference import adapter_free, frozen
-from agile.rollout import collect, status_counts
+from agile.rollout import collect, lengths, status_counts
 from agile.run_folder import Place, RunFolder
 from agile.seeding import derive_seed
+from agile.stages.guard import VALIDATION_SCORE, Course, trouble
 from agile.stages.progress import advance, progress_bar
 from agile.stages.rewards import discounts, terminal_rewards
+from agile.stages.validation import is_validated, validate
 from agile.train.ppo import train_ppo
-from agile.types import Trajectory
+from agile.types import Stream, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +81,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     model = ActorCritic(setup.trained_model(tokenizer, run.path / "sft"), config.model.critic)
     engine = Engine(
         model,
+        **config.engine.model_dump(),
         lr=ppo.lr,
         groups=model.parameter_groups(ppo.value_lr),
         weight_decay=ppo.weight_decay,
@@ -88,31 +93,38 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     elif ppo.kl_coef:
         start = ActorCritic(setup.language_model(tokenizer, run.path / "sft"))
         reference = frozen(start, engine, offload=ppo.reference == "offload")
-    done = 0
+    done, course = 0, Course()
     if run.place and run.place.stage == "ppo":
         run.load(engine)
-        done = run.place.step
-    lags = rollout.policy == "hf" and rollout.lag > 0  # then it has weights of its own
-    sampled = setup.language_model(tokenizer, run.path / "sft") if lags else model.lm
+        done, course = run.place.step, Course(**run.state["course"])
+    elif config.guard.action == "rollback":
+        run.save(Place("ppo", 0), engine, state={"course": asdict(course)})
+    # the policy has weights of its own where the trainer's are in shards, or change while it plays
+    shares_model = rollout.policy == "hf" and rollout.lag == 0 and config.engine.zero_stage < 3
+    sampled = model.lm
+    if rollout.policy == "hf" and not shares_model:
+        sampled = setup.language_model(tokenizer, run.path / "sft").to(engine.device, model.lm.dtype)
     policy = setup.policy(sampled, tokenizer, run.path / "sft", temperature=rollout.temperature)
-    streams = setup.task.streams("train")
+    streams = setup.train_streams
     count = min(ppo.streams_per_iteration, len(streams))
 
-    async def play(iteration: int) -> list[Trajectory]:
+    def chosen(iteration: int) -> list[Stream]:
         rng = np.random.default_rng(derive_seed(config.seed, "streams", iteration))
-        chosen = [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))]
-        at_prices = priced(
-            chosen,
+        return priced(
+            [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))],
             task.advice_price,
             first_price=task.first_price,
             drawn_from=task.training_prices,
             progress=iteration / max(1, ppo.num_iterations - 1),
             rng=rng,
         )
+
+    async def play(iteration: int) -> list[Trajectory]:
+        all_streams = chosen(iteration)
         return await collect(
             executor,
             policy,
-            at_prices,
+            [all_streams[i] for i in ranks.own_share(lengths(all_streams))],
             setup.memory,
             seed=derive_seed(config.seed, "ppo", iteration),
             max_failed=rollout.max_failed,
@@ -121,7 +133,6 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
 
     engine_dtype = "float32" if rollout.policy == "hf" or config.vllm.dtype == "auto" else config.vllm.dtype
     exact = model.lm.dtype == torch.float32 and engine_dtype == "float32"
-    shares_model = rollout.policy == "hf" and rollout.lag == 0
     collector = Collector(
         policy,
         play,
@@ -133,13 +144,18 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     )
 
     def collected(iteration: int) -> Sequence[Trajectory]:
-        trajectories = collector.collect(iteration)
-        run.log_sessions([s for t in trajectories for s in t.sessions], stage="ppo", step=iteration + 1)
-        return trajectories
+        own = collector.collect(iteration)
+        run.log_sessions([s for t in own for s in t.sessions], stage="ppo", step=iteration + 1)
+        return ranks.gather_shares(own, lengths(chosen(iteration)))
 
     with progress_bar() as progress, closing(policy), closing(collector):
         bar = progress.add_task("PPO", total=ppo.num_iterations, completed=done, note="")
         started = time.monotonic()
+
+        def save(iteration: int) -> None:
+            kept = [Place("ppo", i) for i in (course.good_step, course.saved_step, course.best_step) if i is not None]
+            state = {"course": asdict(course)}
+            run.save(Place("ppo", iteration), engine, collector.ahead(), state=state, keep=kept)
 
         def on_iteration(iteration: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
             nonlocal started
@@ -147,14 +163,27 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
                 **rates(outcomes(trajectories), [s.price for t in trajectories for s in t.sessions]),
                 **{f"status/{status}": n for status, n in status_counts(trajectories).items()},
                 "staleness": staleness(trajectories, iteration - 1),
-                "seconds": time.monotonic() - started,
                 **metrics,
             }
+            if is_validated(config.validation.every, iteration, ppo.num_iterations):
+                figures |= validate(setup, executor, policy, collector, iteration)
+            figures["seconds"] = time.monotonic() - started
             started = time.monotonic()
             run.log("ppo", iteration, figures)
             advance(progress, bar, iteration, f"score {figures['score']:.3f}")
-            if iteration % ppo.checkpoint_every == 0 or iteration == ppo.num_iterations:
-                run.save(Place("ppo", iteration), engine, collector.ahead())
+            if reason := trouble(config.guard, figures, course.best_score):
+                run.log("guard", iteration, {"reason": reason, "action": config.guard.action, "to": course.good_step})
+                course.respond(config.guard, iteration, reason)
+                run.load(engine, Place("ppo", course.good_step))
+                course.good_step = course.saved_step = iteration
+                save(iteration)
+                return
+            course.good_step = course.saved_step
+            is_best = VALIDATION_SCORE in figures and course.validated(iteration, figures[VALIDATION_SCORE])
+            if is_best or iteration % ppo.checkpoint_every == 0 or iteration == ppo.num_iterations:
+                course.saved_step = iteration
+            if course.saved_step == iteration or run.is_late():
+                save(iteration)
 
         train_ppo(
             engine,
@@ -182,4 +211,6 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
             masked=rollout.masked,
             check=partial(check_mismatch, rollout, exact=exact),
         )
+    if config.validation.select_best and course.best_step is not None:
+        run.load(engine, Place("ppo", course.best_step))
     run.export("ppo", Trained.gather(engine, str(run.path / "sft")), tokenizer)
