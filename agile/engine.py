@@ -87,8 +87,9 @@ class Engine:
     def device(self) -> torch.device:
         return torch.device(self._engine.device)
 
-    def forward(self, *args: Tensor) -> Any:
-        return self._engine(*(a.to(self.device) for a in args))
+    def forward(self, *args: Any) -> Any:
+        """Of arguments on the engine's device."""
+        return self._engine(*args)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; `last` marks the last micro-batch before `step`. Losses are summed, not averaged."""

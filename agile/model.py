@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from agile.attention import attend_by_plans, check_runs, hidden_states
+from agile.batching import Batch
 from agile.errors import AgileError
 
 
@@ -19,7 +21,8 @@ class ActorCritic(nn.Module):
     The head does not send gradients into the trunk: a value loss there was seen to disturb what imitation had learned.
 
     Raises:
-        AgileError: The LM's logits are not its output embedding applied to its last hidden state.
+        AgileError: The LM's logits are not its output embedding applied to its last hidden state, or its attention is
+            not the usual one.
     """
 
     def __init__(self, lm: PreTrainedModel):
@@ -41,21 +44,19 @@ class ActorCritic(nn.Module):
                 f"{type(lm).__name__} does more to its last hidden state than its output embedding does (a cap or a "
                 "scale on logits); such models cannot be trained here. Choose one like Llama, Qwen or Mistral."
             )
+        attend_by_plans(lm)
+        check_runs(lm)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, action_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """What the model says before each action token; logits are computed there and nowhere else.
-
-        Args:
-            input_ids, attention_mask, action_mask: (B, T), padded on the right; the first token is no action.
 
         Returns:
             Logits (N, V) and values (N,) of the states before the batch's N action tokens, row by row; and the values
             (B,) of the states after each row's last token.
         """
-        hidden = self.lm.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        hidden = hidden.last_hidden_state  # (B, T, H)
-        before = hidden[:, :-1][action_mask[:, 1:]]  # (N, H)
-        last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1]
+        hidden = hidden_states(self.lm, batch.input_ids, batch.position_ids, batch.runs)  # (T, H)
+        before = hidden.index_select(0, batch.before)  # (N, H)
+        last = hidden.index_select(0, batch.last)
         return self.lm.get_output_embeddings()(before), self._value(before), self._value(last)
 
     def parameter_groups(self, value_lr: float) -> list[dict[str, Any]]:

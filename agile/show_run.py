@@ -124,10 +124,15 @@ def critic_of(parts: RunParts, logged: Logged) -> tuple[list[float], list[float]
     similarities = parts.setup.question_similarities()
     rewards = terminal_rewards(config, similarities, [trajectory], np.random.default_rng(config.seed))
     rows, plan = lay_out([trajectory], rewards, config.rollout.masked)
-    scored = score_rows(
-        engine, None, rows, batch_size=config.ppo.micro_batch_size, temperature=config.rollout.temperature
-    )
     ppo = config.ppo
+    scored = score_rows(
+        engine,
+        None,
+        rows,
+        micro_batch_tokens=ppo.micro_batch_tokens,
+        share_prefixes=ppo.share_prefixes,
+        temperature=config.rollout.temperature,
+    )
     gained, _, _ = advantages(plan, rows, scored, Discounts(ppo.gamma, ppo.lam, ppo.gamma_session, ppo.lam_session))
     engine.close()
     learned = [s.id for s in trajectory.sessions if s.status not in config.rollout.masked]  # as `lay_out` does

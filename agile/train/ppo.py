@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agile.batching import Row, make_batch, minibatches, session_rows
+from agile.batching import Row, make_batch, micro_batches, minibatches, session_rows
 from agile.credit import SegmentCredit, SessionCredit, explained_variance, gae, transitions, whiten
 from agile.credit import pad as stack
 from agile.engine import Engine
@@ -48,20 +48,25 @@ class Scored:
 
 @torch.no_grad()
 def score_rows(
-    engine: Engine, reference: torch.nn.Module | None, rows: Sequence[Row], *, batch_size: int, temperature: float
+    engine: Engine,
+    reference: torch.nn.Module | None,
+    rows: Sequence[Row],
+    *,
+    micro_batch_tokens: int,
+    share_prefixes: bool = False,
+    temperature: float,
 ) -> list[Scored]:
     """Recompute logprobs and values of every row, and those of the reference policy (zeros without one)."""
     scored: list[Scored | None] = [None] * len(rows)
-    order = np.argsort([len(r) for r in rows], kind="stable")
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        data = make_batch([rows[i] for i in chosen], engine.device)
-        logits, values, last = engine.forward(*data.inputs)
+    (micros,) = micro_batches(rows, np.arange(len(rows)), micro_batch_tokens, share_prefixes=share_prefixes)
+    for chosen in micros:
+        data = make_batch([rows[i] for i in chosen], engine.device, share_prefixes=share_prefixes)
+        logits, values, last = engine.forward(data)
         logprobs = token_logprobs(logits, data.action_ids, temperature)
         if reference is None:
             ref = torch.zeros_like(logprobs)
         else:
-            ref = token_logprobs(reference(*data.inputs)[0], data.action_ids, temperature)
+            ref = token_logprobs(reference(data)[0], data.action_ids, temperature)
         ends = np.cumsum([rows[i].num_actions for i in chosen])[:-1]
         parts = (np.split(x.cpu().numpy(), ends) for x in (logprobs, ref, values))
         for i, own, other, value, after in zip(chosen, *parts, last.tolist(), strict=True):
@@ -157,7 +162,8 @@ def update(
     discounts: Discounts,
     coefficients: PPOCoefficients,
     batch_size: int,
-    micro_batch_size: int,
+    micro_batch_tokens: int,
+    share_prefixes: bool = False,
     num_epochs: int,
     temperature: float,
     rng: np.random.Generator,
@@ -175,7 +181,14 @@ def update(
         Means over action tokens; `first_ratio` is the mean ratio at the first minibatch, which must be 1.
     """
     rows, plan = lay_out(trajectories, rewards, masked)
-    scored = score_rows(engine, reference, rows, batch_size=micro_batch_size, temperature=temperature)
+    scored = score_rows(
+        engine,
+        reference,
+        rows,
+        micro_batch_tokens=micro_batch_tokens,
+        share_prefixes=share_prefixes,
+        temperature=temperature,
+    )
     between = mismatch(rows, scored)
     check(between)
     row_advantages, row_returns, variance = advantages(plan, rows, scored, discounts)
@@ -186,11 +199,12 @@ def update(
     sums: dict[str, float] = defaultdict(float)
     total_tokens, first_ratio, norms = 0, float("nan"), []
     for _ in range(num_epochs):
-        for batch in minibatches(rows, batch_size, micro_batch_size, rng):
-            num_tokens = sum(rows[i].num_actions for micro in batch for i in micro)
-            for micro in batch:
-                data = make_batch([rows[i] for i in micro], engine.device)
-                logits, values, _ = engine.forward(*data.inputs)
+        for batch in minibatches(rows, batch_size, rng):
+            num_tokens = sum(rows[i].num_actions for i in batch)
+            (micros,) = micro_batches(rows, batch, micro_batch_tokens, share_prefixes=share_prefixes)
+            for micro in micros:
+                data = make_batch([rows[i] for i in micro], engine.device, share_prefixes=share_prefixes)
+                logits, values, _ = engine.forward(data)
                 logprobs = token_logprobs(logits, data.action_ids, temperature)
                 with torch.set_grad_enabled(coefficients.entropy_coef > 0):
                     entropies = entropy(logits, temperature)
@@ -208,7 +222,7 @@ def update(
                     num_tokens=num_tokens,
                     coefficients=coefficients,
                 )
-                engine.backward(loss, last=micro is batch[-1])
+                engine.backward(loss, last=micro is micros[-1])
                 for name, value in metrics.items():
                     sums[name] += value.item()
             norms.append(engine.step())
@@ -239,7 +253,8 @@ def train_ppo(
     discounts: Discounts,
     coefficients: PPOCoefficients,
     batch_size: int,
-    micro_batch_size: int,
+    micro_batch_tokens: int,
+    share_prefixes: bool = False,
     num_epochs: int,
     temperature: float,
     seed: int,
@@ -273,7 +288,8 @@ def train_ppo(
                 discounts=discounts,
                 coefficients=coefficients,
                 batch_size=batch_size,
-                micro_batch_size=micro_batch_size,
+                micro_batch_tokens=micro_batch_tokens,
+                share_prefixes=share_prefixes,
                 num_epochs=value_warmup_epochs if warmup else num_epochs,
                 temperature=temperature,
                 rng=rng,
