@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib import import_module
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -123,7 +124,7 @@ class _Group:
 
         def padded(states: Tensor, index: Tensor | None, length: int) -> Tensor:
             chosen = states if index is None else states.index_select(0, index)
-            return chosen.unflatten(0, (lines, length)).transpose(1, 2)  # (B, heads, length, D)
+            return chosen.view(lines, length, *chosen.shape[1:]).transpose(1, 2)  # (B, heads, length, D)
 
         queries = padded(query[self.line], self.pad, width)
         keys, values = (
@@ -261,23 +262,22 @@ def _varlen() -> Callable[..., Tensor] | None:
 
     Both align a run's queries with the last of its keys.
     """
-    try:
-        from flash_attn import flash_attn_varlen_func
+    found: Callable[..., Any]
+    try:  # an extra of one's own: it must suit the GPU
+        found = import_module("flash_attn").flash_attn_varlen_func
     except ImportError:
         pass
     else:
-        return lambda *tensors_and_sizes, scale, window: flash_attn_varlen_func(
-            *tensors_and_sizes, softmax_scale=scale, causal=True, window_size=(_left(window), 0)
+        return lambda *runs, scale, window: found(
+            *runs, softmax_scale=scale, causal=True, window_size=(_left(window), 0)
         )
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        found = import_module("torch.nn.attention.varlen").varlen_attn
     except ImportError:
         return None
-    if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+    if not {"window_size", "enable_gqa"} <= inspect.signature(found).parameters.keys():
         return None
-    return lambda *tensors_and_sizes, scale, window: varlen_attn(
-        *tensors_and_sizes, scale=scale, window_size=(_left(window), 0), enable_gqa=True
-    )
+    return lambda *runs, scale, window: found(*runs, scale=scale, window_size=(_left(window), 0), enable_gqa=True)
 
 
 def _left(window: int | None) -> int:

@@ -20,8 +20,8 @@ from agile.report import write_page
 from agile.run_folder import checkpoints
 from agile.session_log import Logged, last_step, logged_sessions
 from agile.show import View, describe, print_view, render_page
+from agile.stages.rewards import terminal_rewards
 from agile.train.ppo import Discounts, advantages, lay_out, score_rows
-from agile.training import terminal_rewards
 from agile.types import Trajectory
 
 NUM_LISTED = 20

@@ -131,7 +131,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.memory": NOUNS,
     "agile.tools": NOUNS,
     "agile.advice": (*NOUNS, "agile.threads", "agile.watchdog"),
-    "agile.policies": (*NOUNS, "agile.threads", "agile.tokens", "agile.prompts", "agile.memory.database"),
+    "agile.policies": (
+        *NOUNS,
+        "agile.attention",
+        "agile.threads",
+        "agile.tokens",
+        "agile.prompts",
+        "agile.memory.database",
+    ),
     "agile.chat_template": (*NOUNS, "agile.tokens"),
     "agile.watchdog": (),
     "agile.threads": (),
@@ -143,7 +150,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.tasks": (*NOUNS, "agile.tools"),
     "agile.credit": NOUNS,
     "agile.losses": NOUNS,
-    "agile.attention": (),
+    "agile.attention": NOUNS,
     "agile.batching": (*NOUNS, "agile.attention"),
     "agile.model": (*NOUNS, "agile.attention", "agile.batching"),
     "agile.engine": NOUNS,
@@ -160,6 +167,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted"),
+    *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
 }
 
 

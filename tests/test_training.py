@@ -21,7 +21,9 @@ from agile.config import RunConfig, load_config
 from agile.errors import AgileError
 from agile.policies import HFPolicy
 from agile.run_folder import Place, RunFolder
-from agile.training import check_mismatch, terminal_rewards, train
+from agile.stages.ppo import check_mismatch
+from agile.stages.rewards import terminal_rewards
+from agile.training import train
 from agile.types import Advice, AdviceStatus, Reward, Session, SessionStatus, Trajectory
 from tests.doors import session
 

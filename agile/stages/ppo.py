@@ -1,0 +1,169 @@
+"""The stage `ppo`: the policy plays the train streams and learns from what came of it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from agile.build import Setup
+from agile.config import RolloutConfig, RunConfig
+from agile.engine import Engine
+from agile.errors import AgileError
+from agile.evaluate import outcomes, rates
+from agile.executor import Executor
+from agile.lag import Collector, staleness
+from agile.losses import PPOCoefficients
+from agile.model import ActorCritic
+from agile.rollout import collect, status_counts
+from agile.run_folder import Place, RunFolder
+from agile.seeding import derive_seed
+from agile.stages.progress import advance, progress_bar
+from agile.stages.rewards import terminal_rewards
+from agile.train.ppo import Discounts, train_ppo
+from agile.types import Trajectory
+
+logger = logging.getLogger(__name__)
+
+# About twice what is seen in healthy runs in bfloat16: a mean ratio of 0.995, 7 % of the tokens outside [0.9, 1.1].
+HEALTHY_RATIO = 0.02
+HEALTHY_OUTSIDE = 0.15
+
+
+def check_mismatch(rollout: RolloutConfig, iteration: int, mismatch: Mapping[str, float], *, exact: bool) -> None:
+    """Whether rollout and trainer agree on how probable the sampled tokens were.
+
+    Args:
+        exact: Both compute in float32.
+
+    Raises:
+        AgileError: They do not although they have the same weights; nothing was learned from it yet.
+    """
+    difference = mismatch["rollout_difference"]
+    if exact and rollout.lag == 0 and difference > rollout.max_difference:
+        raise AgileError(
+            f"Iteration {iteration + 1}: the logprobs of rollout.policy={rollout.policy} and of the trainer differ by "
+            f"up to {difference:.3g} nats, expected at most {rollout.max_difference:g} (rollout.max_difference). The "
+            "engine has other weights, or samples from a truncated or otherwise changed distribution. Nothing was "
+            "learned from it: start the engine or its servers anew and go on with --resume."
+        )
+    ratio, outside = mismatch["rollout_ratio"], mismatch["rollout_outside"]
+    if abs(ratio - 1) > HEALTHY_RATIO or outside > HEALTHY_OUTSIDE:
+        logger.warning(
+            "Iteration %d: rollout and trainer drift apart: mean ratio %.3f, %.0f %% of the tokens outside [0.9, 1.1] "
+            "(healthy: within %g of 1, under %.0f %%). Lower rollout.lag, ppo.lr or ppo.num_epochs.",
+            iteration + 1,
+            ratio,
+            100 * outside,
+            HEALTHY_RATIO,
+            100 * HEALTHY_OUTSIDE,
+        )
+
+
+def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor, model: ActorCritic) -> None:
+    """Train a model and a critic on its own sessions, from where the run stands."""
+    ppo, rollout = config.ppo, config.rollout
+    reference = ActorCritic(copy.deepcopy(model.lm)).requires_grad_(False) if ppo.kl_coef else None
+    engine = Engine(
+        model,
+        lr=ppo.lr,
+        groups=model.parameter_groups(ppo.value_lr),
+        weight_decay=ppo.weight_decay,
+        max_grad_norm=ppo.max_grad_norm,
+    )
+    if reference is not None:
+        reference.to(engine.device)
+    done = 0
+    if run.place and run.place.stage == "ppo":
+        run.load(engine)
+        done = run.place.step
+    policy = setup.policy(
+        model.lm, executor.codec.tokenizer, run.path / "sft", temperature=rollout.temperature, copy=rollout.lag > 0
+    )
+    streams = setup.task.streams("train")
+    count = min(ppo.streams_per_iteration, len(streams))
+
+    async def play(iteration: int) -> list[Trajectory]:
+        rng = np.random.default_rng(derive_seed(config.seed, "streams", iteration))
+        chosen = [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))]
+        return await collect(
+            executor,
+            policy,
+            chosen,
+            setup.memory,
+            seed=derive_seed(config.seed, "ppo", iteration),
+            max_failed=rollout.max_failed,
+            max_concurrent=rollout.concurrency,
+        )
+
+    engine_dtype = "float32" if rollout.policy == "hf" or config.vllm.dtype == "auto" else config.vllm.dtype
+    exact = model.lm.dtype == torch.float32 and engine_dtype == "float32"
+    shares_model = rollout.policy == "hf" and rollout.lag == 0
+    collector = Collector(
+        policy,
+        play,
+        (lambda: ()) if shares_model else engine.weights,
+        copied=lambda weight: weight.detach().cpu().clone(),
+        num_iterations=ppo.num_iterations,
+        lag=rollout.lag,
+        played=run.ahead() if done else {},
+    )
+
+    def collected(iteration: int) -> Sequence[Trajectory]:
+        trajectories = collector.collect(iteration)
+        run.log_sessions([s for t in trajectories for s in t.sessions], stage="ppo", step=iteration + 1)
+        return trajectories
+
+    with progress_bar() as progress, closing(policy), closing(collector):
+        bar = progress.add_task("PPO", total=ppo.num_iterations, completed=done, note="")
+        started = time.monotonic()
+
+        def on_iteration(iteration: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
+            nonlocal started
+            figures: dict[str, Any] = {
+                **rates(outcomes(trajectories), config.task.advice_price),
+                **{f"status/{status}": n for status, n in status_counts(trajectories).items()},
+                "staleness": staleness(trajectories, iteration - 1),
+                "seconds": time.monotonic() - started,
+                **metrics,
+            }
+            started = time.monotonic()
+            run.log("ppo", iteration, figures)
+            advance(progress, bar, iteration, f"score {figures['score']:.3f}")
+            if iteration % ppo.checkpoint_every == 0 or iteration == ppo.num_iterations:
+                run.save(Place("ppo", iteration), engine, collector.ahead())
+
+        train_ppo(
+            engine,
+            reference,
+            collect=collected,
+            rewards=partial(terminal_rewards, config, setup.question_similarities()),
+            on_iteration=on_iteration,
+            first_iteration=done,
+            num_iterations=ppo.num_iterations,
+            value_warmup_epochs=ppo.value_warmup_epochs,
+            discounts=Discounts(ppo.gamma, ppo.lam, ppo.gamma_session, ppo.lam_session),
+            coefficients=PPOCoefficients(
+                clip=ppo.clip,
+                value_clip=ppo.value_clip,
+                value_coef=ppo.value_coef,
+                kl_coef=ppo.kl_coef,
+                entropy_coef=ppo.entropy_coef,
+                max_importance_weight=ppo.max_importance_weight,
+            ),
+            batch_size=ppo.batch_size,
+            micro_batch_tokens=ppo.micro_batch_tokens,
+            share_prefixes=ppo.share_prefixes,
+            num_epochs=ppo.num_epochs,
+            temperature=rollout.temperature,
+            seed=config.seed,
+            masked=rollout.masked,
+            check=partial(check_mismatch, rollout, exact=exact),
+        )

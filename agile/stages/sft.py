@@ -1,0 +1,49 @@
+"""The stage `sft`: imitation of a teacher."""
+
+from __future__ import annotations
+
+from agile.build import Setup
+from agile.config import RunConfig
+from agile.engine import Engine
+from agile.executor import Executor
+from agile.model import ActorCritic
+from agile.run_folder import Place, RunFolder
+from agile.stages.progress import advance, progress_bar
+from agile.train.sft import sft_schedule, train_sft
+
+
+def imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor, model: ActorCritic) -> None:
+    """Train a model on a teacher's sessions, from where the run stands."""
+    sft = config.sft
+    engine = Engine(
+        model,
+        lr=sft.lr,
+        groups=[{"params": list(model.lm.parameters())}],
+        weight_decay=sft.weight_decay,
+        max_grad_norm=sft.max_grad_norm,
+        schedule=sft_schedule(sft.num_steps, sft.warmup_steps),
+    )
+    run.load(engine)
+    done = run.place.step if run.place else 0
+    rows = setup.imitation_rows(executor) if done < sft.num_steps else []
+    with progress_bar() as progress:
+        bar = progress.add_task("imitation", total=sft.num_steps, completed=done, note="")
+
+        def on_step(step: int, loss: float) -> None:
+            run.log("sft", step, {"loss": loss, "lr": engine.lr})
+            advance(progress, bar, step, f"loss {loss:.3f}")
+            if step % sft.checkpoint_every == 0 or step == sft.num_steps:
+                run.save(Place("sft", step), engine)
+
+        train_sft(
+            engine,
+            rows,
+            batch_size=sft.batch_size,
+            micro_batch_tokens=sft.micro_batch_tokens,
+            share_prefixes=sft.share_prefixes,
+            num_steps=sft.num_steps,
+            seed=config.seed,
+            first_step=done,
+            on_step=on_step,
+        )
+    engine.close()
