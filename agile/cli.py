@@ -275,6 +275,39 @@ def replay(
             raise typer.Exit(1)
 
 
+@app.command()
+def preferences(
+    run: Run = "runs/demo",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Default: preferences.jsonl in the run folder.", show_default=False),
+    ] = None,
+    gold: Annotated[
+        bool, typer.Option("--gold", help="Where no expert was asked, take the task's own answer as the right one.")
+    ] = False,
+) -> None:
+    """Write pairs of a right and a wrong answer for DPO and reward models, in TRL's format.
+
+    A pair comes from a question that the agent answered wrong by itself and that an expert answered in another session
+    of training. `prompt` is what the agent saw, `chosen` the expert's answer, `rejected` the agent's. What is left
+    out, and why, is counted.
+
+    - `agile preferences runs/demo`
+    - `agile preferences runs/demo --gold --out pairs.jsonl`
+    - `agile train CONFIG stages=[dpo,reward-model] model.path=runs/demo/ppo preferences.data=pairs.jsonl`
+    """
+    with _one_screen():
+        folder = Path(run.removeprefix("out=")).expanduser()
+
+        from agile.session_log import session_logs
+
+        session_logs(folder)
+
+        from agile.preferences import export_preferences
+
+        export_preferences(folder, out or folder / "preferences.jsonl", console, gold=gold)
+
+
 @app.command("vllm-server")
 def vllm_server(
     model: Annotated[Path, typer.Argument(help="Model folder, such as RUN/sft.", show_default=False)],

@@ -29,12 +29,27 @@ class TaskConfig(_Config):
     name: Literal["minishop", "productqa"] = Field("minishop", description="Generated worlds, or official files.")
     data: UserPath | None = Field(None, description="Folder of the files; minishop writes its own without it.")
     advice_price: Price = Field(0.3, description="What one piece of advice costs, in units of a right answer.")
+    training_prices: tuple[Price, ...] = Field(
+        (), description="In training each stream draws its price from these; by default advice_price."
+    )
+    first_price: Price | None = Field(
+        None,
+        description="Price in the first iteration of PPO, from where it goes straight to advice_price in the last.",
+    )
     train_groups: tuple[str, ...] | None = Field(None, description="Train groups to use; all by default.")
     test_groups: tuple[str, ...] | None = Field(None, description="Test groups to use; all by default.")
     max_items: Count | None = Field(None, description="Questions to use of each group, from its start.")
     num_train_worlds: Count = Field(64, description="MiniShop: worlds to train on.")
     num_test_worlds: Count = Field(32, description="MiniShop: unseen worlds to test on.")
     num_questions: Count = Field(40, description="MiniShop: questions of a world.")
+
+    @model_validator(mode="after")
+    def _one_way_to_price(self) -> TaskConfig:
+        if self.training_prices and self.first_price is not None:
+            raise ValueError(
+                "both training_prices (drawn per stream) and first_price (a schedule) are set; remove one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _data_is_given(self) -> TaskConfig:
@@ -48,6 +63,9 @@ class AgentConfig(_Config):
     group_k: int = Field(0, ge=0, description="Entries of the whole group's history in the prompt.")
     knowledge_k: int = Field(1, ge=0, description="Entries of the group's knowledge in the prompt.")
     show_schema: bool = Field(False, description="Whether the prompt lists the table's columns.")
+    show_price: bool = Field(
+        False, description="Whether the prompt says what advice costs, so that one policy can serve every price."
+    )
 
 
 class MemoryConfig(_Config):
@@ -171,6 +189,38 @@ class RolloutConfig(_Config):
         return values
 
 
+class EngineConfig(_Config):
+    """How DeepSpeed trains, see docs/training.md."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="What is sharded over the processes: nothing, optimizer state, gradients too, parameters too."
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="What lies in the memory of the CPU: nothing, the optimizer's state, parameters too."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What the model computes in; AdamW keeps weights in float32."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute layers again for the gradient: a third slower, a fraction of the activations."
+    )
+
+    @model_validator(mode="after")
+    def _zero_supports_it(self) -> EngineConfig:
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(
+                f"offload is {self.offload}, which ZeRO supports from stage {least}, but zero_stage is "
+                f"{self.zero_stage}; set engine.zero_stage={least}, or engine.offload=none"
+            )
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            raise ValueError(
+                "dtype is bfloat16, whose weights in float32 ZeRO keeps from stage 1, but zero_stage is 0; set "
+                "engine.zero_stage=1, which costs nothing in one process"
+            )
+        return self
+
+
 class OptimizerConfig(_Config):
     lr: float = Field(gt=0)
     batch_size: Count = Field(description="Sequences per optimizer step.")
@@ -268,7 +318,9 @@ class EvaluateConfig(_Config):
     agents: tuple[Literal["sft", "ppo", "prompted"], ...] = ("sft", "ppo")
     checkpoint: UserPath | None = Field(None, description="Run folder whose agents `agile bench` scores.")
     prompted: PromptedConfig = PromptedConfig()
-    prices: tuple[Price, ...] = Field((), description="Further prices at which the baselines are scored.")
+    prices: tuple[Price, ...] = Field(
+        (), description="Further prices at which agents and baselines are scored; agents that see the price play anew."
+    )
     notes: tuple[str, ...] = Field((), description="Sentences that the report carries.")
 
     @model_validator(mode="after")
@@ -278,6 +330,16 @@ class EvaluateConfig(_Config):
                 "agents has prompted, but prompted.model is missing; name a model: evaluate.prompted.model=NAME"
             )
         return self
+
+
+class TrackingConfig(_Config):
+    """Where the numbers of metrics.jsonl go besides; what they mean says docs/metrics.md."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",), description="W&B and MLflow are extras, `pip install 'agile-agents[wandb]'`."
+    )
+    project: str = Field("agile", description="W&B's project, MLflow's experiment.")
+    name: str | None = Field(None, description="How the run is shown; by default as its folder is called.")
 
 
 class DemoConfig(_Config):
@@ -296,10 +358,21 @@ class RunConfig(_Config):
     prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     vllm: VLLMConfig = VLLMConfig()
+    engine: EngineConfig = EngineConfig()
     sft: SFTConfig = SFTConfig()
     ppo: PPOConfig = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
     demo: DemoConfig = DemoConfig()
+
+    @model_validator(mode="after")
+    def _price_is_seen(self) -> RunConfig:
+        if len(set(self.task.training_prices)) > 1 and not self.agent.show_price:
+            raise ValueError(
+                f"task.training_prices are {list(self.task.training_prices)}, but the agent does not see which of them "
+                "holds; set agent.show_price=true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _servers_are_given(self) -> RunConfig:
@@ -337,14 +410,15 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 def differences(old: BaseModel, new: BaseModel) -> list[str]:
     """`key was ..., is now ...` of every value that differs between two configs of one kind."""
-    before, after = (dict(_flat(c.model_dump(mode="json"))) for c in (old, new))
+    before, after = (dict(flat(c.model_dump(mode="json"))) for c in (old, new))
     return [f"{key} was {before[key]!r}, is now {after[key]!r}" for key in before if before[key] != after[key]]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`(a.b, value)` of every value of a config, as `model_dump` gives it."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -407,7 +481,7 @@ def _nearest(keys: Sequence[str]) -> str:
     section: Any = RunConfig
     for key in keys[:-1]:
         section = section.model_fields[key].annotation
-    elsewhere = [key for key, _ in _flat(RunConfig.model_construct().model_dump()) if key.split(".")[-1] == keys[-1]]
+    elsewhere = [key for key, _ in flat(RunConfig.model_construct().model_dump()) if key.split(".")[-1] == keys[-1]]
     similar = difflib.get_close_matches(keys[-1], section.model_fields, n=1, cutoff=0.5)
     near = elsewhere or [".".join([*keys[:-1], key]) for key in similar]
     return f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(section.model_fields)}."

@@ -73,15 +73,15 @@ def by_stream(results: Iterable[Outcome]) -> dict[str, list[Outcome]]:
     return groups
 
 
-def rates(results: Sequence[Outcome], price: float, macro: bool = False) -> dict[str, float | int]:
-    """`accuracy`, `advice_rate`, `score` and `n`; see `summarise`."""
+def rates(results: Sequence[Outcome], price: float | Sequence[float], macro: bool = False) -> dict[str, float | int]:
+    """`accuracy`, `advice_rate`, `score` and `n`; see `summarise`. `price` may be one for each outcome."""
     weights = _weights(results, macro)
     accuracy = float(np.average([o.correct for o in results], weights=weights))
     advice_rate = float(np.average([o.advised for o in results], weights=weights))
     return {
         "accuracy": accuracy,
         "advice_rate": advice_rate,
-        "score": accuracy - price * advice_rate,
+        "score": float(np.average(_scores(results, price), weights=weights)),
         "n": len(results),
     }
 
@@ -170,8 +170,9 @@ def paired_difference(
     return {"difference": difference, "ci": _interval(means), "p": (extreme + 1) / (num_resamples + 1)}
 
 
-def _scores(results: Sequence[Outcome], price: float) -> Floats:
-    return np.array([o.correct - price * o.advised for o in results], dtype=np.float64)
+def _scores(results: Sequence[Outcome], price: float | Sequence[float]) -> Floats:
+    correct, advised = (np.array([getattr(o, name) for o in results], np.float64) for name in ("correct", "advised"))
+    return correct - np.asarray(price) * advised
 
 
 def _weights(results: Sequence[Outcome], macro: bool) -> Floats:

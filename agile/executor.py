@@ -124,6 +124,7 @@ class _Draft:
     id: str
     seed: int
     progress: float
+    price: float
     started: float
     spans: list[Span] = field(default_factory=list)
     speaker: Speaker | None = None
@@ -200,15 +201,28 @@ class Executor:
         self.limits = limits or Limits()
 
     async def run(
-        self, policy: Policy, item: Item, memory: Memory, *, stream_id: str, index: int, progress: float, seed: int
+        self,
+        policy: Policy,
+        item: Item,
+        memory: Memory,
+        *,
+        stream_id: str,
+        index: int,
+        progress: float,
+        seed: int,
+        price: float | None = None,
     ) -> Session:
         """Play one session to its end, whatever the LLM, tools and experts do in it.
+
+        Args:
+            price: What advice costs in it; None for the desk's own price.
 
         Raises:
             AgileError: Policy or memory met what only a user can mend, such as a full disk; no other session would fare
                 better.
         """
-        draft = _Draft(item, memory, policy, f"{stream_id}/{index}", seed, progress, time.monotonic())
+        price = self.desk.price if price is None else price
+        draft = _Draft(item, memory, policy, f"{stream_id}/{index}", seed, progress, price, time.monotonic())
         error = ""
         try:
             await self._play(draft)
@@ -239,6 +253,7 @@ class Executor:
             error=error,
             reads=tuple(draft.reads),
             usage=draft.usage,
+            price=price,
         )
         try:
             reward = self.score(item, session)
@@ -367,16 +382,15 @@ class Executor:
         match action.name:
             case Fn.GET_QUESTION:
                 with _stage("agent"):
-                    source, text = Source.TASK, self.agent.question(draft.item, draft.progress)
+                    source, text = Source.TASK, self.agent.question(draft.item, draft.progress, draft.price)
             case Fn.RETRIEVE_MEMORY:
                 with _stage("memory"), interrupted("memory", self.limits.max_stage_s):
                     entries, text = self.agent.recall(draft.item, _RecordedMemory(draft.memory, draft.reads))
                 source = Source.MEMORY
                 draft.retrieved += [(e.item.id, e.similarity) for e in entries]
             case Fn.SEEK_ADVICE:
-                draft.advice = await within(
-                    "advisor", self.limits.max_stage_s, self.desk.seek(draft.id, draft.item, action.argument)
-                )
+                asked = self.desk.seek(draft.id, draft.item, action.argument, draft.price)
+                draft.advice = await within("advisor", self.limits.max_stage_s, asked)
                 with _stage("agent"):
                     source, text, ok = Source.ADVISOR, self.agent.advice(draft.advice), draft.advice.answered
             case Fn.REFLECTION:

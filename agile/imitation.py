@@ -25,6 +25,7 @@ def imitation_sessions(
     initial_memory: InitialMemory,
     new_memory: Callable[[], Memory],
     sessions_per_item: int,
+    prices: Sequence[float],
     seed: int,
 ) -> list[Session]:
     """Sessions of a teacher about every question, each with an initial memory of its own.
@@ -33,6 +34,7 @@ def imitation_sessions(
         teach: Gives the teacher's policy for one session.
         initial_memory: What it may have learned before from the stream's other questions.
         sessions_per_item: How often each question is played.
+        prices: Of advice; each session draws one.
 
     Returns:
         Completed sessions only.
@@ -56,6 +58,7 @@ def imitation_sessions(
                             index=index,
                             progress=index / len(stream.items),
                             seed=session_seed,
+                            price=prices[derive_seed(session_seed, "price") % len(prices)],
                         )
                     )
         return sessions

@@ -16,11 +16,11 @@ def choices(spec: AgentSpec) -> tuple[str, ...]:
     return tuple(action.name for action in spec.actions if action.name in free)
 
 
-def instructions(spec: AgentSpec, price: float, *, native: bool = False, hints: bool = False) -> str:
+def instructions(spec: AgentSpec, price: float | None, *, native: bool = False, hints: bool = False) -> str:
     """The system prompt of an agent: its actions, the scoring rule and the format.
 
     Args:
-        price: What one piece of advice costs, in units of a right answer.
+        price: What one piece of advice costs, in units of a right answer; None if each question says so.
         native: Actions are called as tools of the API; otherwise they are written as `[Action] argument`.
         hints: Every observation ends with `next_line`.
     """
@@ -66,15 +66,21 @@ def _line(spec: AgentSpec, name: str) -> str:
     return f"{line} Then: {' or '.join(f'[{n}]' for n in followers)}." if followers else line
 
 
-def _scoring(spec: AgentSpec, price: float) -> str:
+def _scoring(spec: AgentSpec, price: float | None) -> str:
     names = {a.name for a in spec.actions}
     lines = ["Score of a session: 1 if the answer is right, 0 if it is wrong."]
     if Fn.SEEK_ADVICE in names:
-        lines.append(
-            f"Advice costs {price:g}. An expert's answer counts as right, so a session with advice scores "
-            f"{1 - price:g}: ask only if you are less than {100 * (1 - price):g} % sure of your own answer. An expert "
-            "is asked at most once a session."
-        )
+        if price is None:
+            lines.append(
+                "Advice costs what stands above the question. An expert's answer counts as right, so a session with "
+                "advice scores 1 less that: ask only if you are less sure than that of your own answer."
+            )
+        else:
+            lines.append(
+                f"Advice costs {price:g}. An expert's answer counts as right, so a session with advice scores "
+                f"{1 - price:g}: ask only if you are less than {100 * (1 - price):g} % sure of your own answer."
+            )
+        lines[-1] += " An expert is asked at most once a session."
         if Fn.UPDATE_MEMORY in names:
             lines.append("What is written to memory after advice is shown in later sessions, which then need not ask.")
     return " ".join(lines)

@@ -57,8 +57,13 @@ class Agent(Protocol):
     @property
     def spec(self) -> AgentSpec: ...
 
-    def question(self, item: Item, progress: float) -> str:
-        """The opening text; `progress` is the share of the stream that lies behind, in [0, 1)."""
+    def question(self, item: Item, progress: float, price: float) -> str:
+        """The opening text.
+
+        Args:
+            progress: Share of the stream that lies behind, in [0, 1).
+            price: What advice costs in this session.
+        """
         ...
 
     def recall(self, item: Item, memory: Memory) -> tuple[list[Retrieved], str]:

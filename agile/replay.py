@@ -121,7 +121,7 @@ class _Desk(AdviceDesk):
         super().__init__(DatasetAdvisor(), price=1.0)
         self._rest = iter(() if session.advice is None else (session.advice,))
 
-    async def seek(self, session_id: str, item: Item, message: str) -> Advice:
+    async def seek(self, session_id: str, item: Item, message: str, price: float | None = None) -> Advice:
         return _next(self._rest, "advisor")
 
 
@@ -154,6 +154,7 @@ async def replay_session(executor: Executor, session: Session, item: Item, progr
         index=session.index,
         progress=progress,
         seed=session.seed,
+        price=session.price,
     )
     return _ended_alike(found, session)
 

@@ -64,6 +64,7 @@ async def collect(
                     index=index,
                     progress=index / len(stream.items),
                     seed=derive_seed(seed, stream.id, index),
+                    price=stream.price,
                 )
                 sessions.append(session)
                 if on_session is not None:

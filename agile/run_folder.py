@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 
-from agile.config import RunConfig, differences, load_config
+from agile.config import RunConfig, differences, flat, load_config
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.session_log import JsonLines, append_sessions, read_lines, session_from_json
+from agile.tracking import Tracking, check_installed
 from agile.types import Session, Trajectory
 
 KEPT_CHECKPOINTS = 2
 # What may change while a run is interrupted: where engines are, and how patient it is; no token depends on it.
 FREE_KEYS = (
+    "tracking.",
     *(f"vllm.{name} " for name in ("servers", "weights_dir", "timeout_s", "kv_cache_gib", "gpu_memory_utilization")),
     *("rollout.max_failed ", "rollout.max_stage_s "),
     *(f"evaluate.prompted.{name} " for name in ("api_key_env", "max_concurrent", "requests_per_minute", "timeout_s")),
@@ -116,6 +117,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: RunConfig, *, resume: bool):
         self.path = path
+        check_installed(config.tracking.trackers)
         if (path / "config.yaml").exists() and _started(path) and not resume:
             raise AgileError(f"{path} holds a run already. Go on with it by --resume, or choose another out=DIR.")
         self._lock = claim(path, config)
@@ -125,8 +127,19 @@ class RunFolder:
                 shutil.rmtree(unfinished)
             self._sessions = JsonLines(path / "sessions-0.jsonl")
             self._metrics = JsonLines(path / "metrics.jsonl")
+            num_sent = len(self._logged())
             self.place = self._rewind()
-        self._tensorboards: dict[str, SummaryWriter] = {}
+            logged = self._logged()
+            self._tracking = Tracking(
+                config.tracking.trackers,
+                path,
+                project=config.tracking.project,
+                run_name=config.tracking.name or path.resolve().name,
+                settings=dict(flat(config.model_dump(mode="json"))),
+                last_steps={line["stage"]: line["step"] for line in logged},
+                num_lines=len(logged),
+                num_sent=num_sent,
+            )
 
     def _rewind(self) -> Place | None:
         """Cut the logs back to the last checkpoint; returns where that was."""
@@ -140,21 +153,14 @@ class RunFolder:
     # ---------------------------------------------------------------------------------------------------------------
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same numbers to TensorBoard."""
+        """One line of metrics.jsonl, and the same numbers to the trackers."""
         with writing(self.path):
             self._metrics.append([{"stage": stage, "step": step, **metrics}])
-            for name, value in metrics.items():
-                if isinstance(value, int | float):
-                    self._tensorboard(stage).add_scalar(f"{stage}/{name}", value, step)
+        self._tracking.log(stage, step, metrics)
 
-    def _tensorboard(self, stage: str) -> SummaryWriter:
-        """Each stage counts its steps from 1 and has a folder of its own: TensorBoard drops the steps of a folder
-        from the one on that a resumed run goes on with.
-        """
-        if stage not in self._tensorboards:
-            done = self.place.step if self.place and self.place.stage == stage else 0
-            self._tensorboards[stage] = SummaryWriter(str(self.path / "tensorboard" / stage), purge_step=done + 1)
-        return self._tensorboards[stage]
+    def _logged(self) -> list[Any]:
+        """The lines of metrics.jsonl."""
+        return list(read_lines(self.path / "metrics.jsonl"))
 
     def log_sessions(self, sessions: Sequence[Session], **tags: Any) -> None:
         with writing(self.path):
@@ -203,9 +209,8 @@ class RunFolder:
             tokenizer.save_pretrained(draft)
 
     def close(self) -> None:
+        self._tracking.close()
         with writing(self.path):
-            for tensorboard in self._tensorboards.values():
-                tensorboard.close()
             self._sessions.close()
             self._metrics.close()
             self._lock.close()

@@ -253,10 +253,15 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """Questions in order whose sessions share one memory."""
+    """Questions in order whose sessions share one memory.
+
+    Attributes:
+        price: What advice costs in them; None for the desk's own price.
+    """
 
     id: str
     items: tuple[Item, ...]
+    price: float | None = None
 
 
 class MemoryKind(StrEnum):
@@ -422,6 +427,7 @@ class Session:
         written: Ids of the memory items it wrote.
         answer: What it submitted; None if it never did.
         reward: None until scored.
+        price: At which advice was offered.
     """
 
     id: str
@@ -441,6 +447,7 @@ class Session:
     reward: Reward | None = None
     reads: tuple[MemoryRead, ...] = ()
     usage: Usage = Usage()
+    price: float = 0.0
 
     @property
     def advised(self) -> bool:

@@ -31,13 +31,13 @@ ATTRIBUTES = {
 }
 PRICES = (10, 20, 30, 40, 50)
 BALANCED_FACTS = ("waterproof", "foldable", "washable", "stackable", "magnetic", "heavy")
-SKEWED_FACTS = {  # fact: share of products for which the answer is yes; the same in every world
-    "returnable": 0.95,
-    "certified": 0.95,
-    "reusable": 0.95,
-    "toxic": 0.05,
-    "fragile": 0.05,
-    "refurbished": 0.05,
+SKEWED_FACTS = {  # the guess that is mostly right; the same in every world
+    "returnable": True,
+    "certified": True,
+    "reusable": True,
+    "toxic": False,
+    "fragile": False,
+    "refurbished": False,
 }
 USES = ("camping", "cooking", "travel", "gardening")
 COLUMNS = {"price": "NUMERIC(10,2)", **dict.fromkeys(ATTRIBUTES, "VARCHAR(50)")}
@@ -45,7 +45,13 @@ COLUMNS = {"price": "NUMERIC(10,2)", **dict.fromkeys(ATTRIBUTES, "VARCHAR(50)")}
 
 @dataclass(frozen=True, slots=True)
 class MiniShopSpec:
-    """How large worlds are and how often each kind of question comes."""
+    """How large worlds are and how often each kind of question comes.
+
+    Attributes:
+        recurring: Whether what was asked about may be asked about again, or each fact and each rule at most once.
+        guessable: How often the guess is right for the first, second and third of the facts that are mostly so, and of
+            those that are mostly not.
+    """
 
     num_train_worlds: int = 64
     num_test_worlds: int = 32
@@ -57,6 +63,8 @@ class MiniShopSpec:
     history: float = 0.28
     knowledge: float = 0.2
     skewed: float = 0.25
+    recurring: bool = True
+    guessable: tuple[float, float, float] = (0.95, 0.95, 0.95)
 
     def kinds(self) -> dict[str, float]:
         return {k: getattr(self, k) for k in ("search", "metadata", "history", "knowledge", "skewed")}
@@ -71,6 +79,14 @@ def write_minishop(out: Path, spec: MiniShopSpec, seed: int) -> None:
     shares = spec.kinds()
     if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
         raise AgileError(f"MiniShop: the shares of question kinds {shares} must be at least 0 and add up to 1.")
+    num_subjects = spec.num_products * (len(BALANCED_FACTS) + len(SKEWED_FACTS)) + len(USES) * len(
+        ATTRIBUTES["material"]
+    )
+    if not spec.recurring and spec.search + spec.metadata == 0 and spec.num_questions > num_subjects:
+        raise AgileError(
+            f"MiniShop: {spec.num_questions} questions of which none recurs, but {spec.num_products} products and "
+            f"their rules make at most {num_subjects}. Ask fewer, or raise num_products."
+        )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise AgileError(f"{out} is not an empty folder. Choose another one for MiniShop's worlds, or remove it first.")
     try:
@@ -133,14 +149,17 @@ def _questions(
 ) -> list[dict[str, Any]]:
     visible = list(products)[: spec.num_products]
     facts = {(p, f): bool(rng.random() < 0.5) for p in visible for f in BALANCED_FACTS}
-    facts |= {(p, f): bool(rng.random() < share) for p in visible for f, share in SKEWED_FACTS.items()}
+    right = dict(zip(SKEWED_FACTS, 2 * spec.guessable, strict=True))
+    share = {fact: right[fact] if guess else 1 - right[fact] for fact, guess in SKEWED_FACTS.items()}
+    facts |= {(p, f): bool(rng.random() < share[f]) for p in visible for f in SKEWED_FACTS}
     rules = {(use, m): bool(rng.random() < 0.5) for use in USES for m in ATTRIBUTES["material"]}
     # some things are asked again and again, others once
     facts_by_rank = [str(f) for f in rng.permutation(BALANCED_FACTS)]
     popularity = _zipf(len(visible))
     shares = np.array(list(spec.kinds().values()))
-    rows = []
-    for number in range(spec.num_questions):
+    rows: list[dict[str, Any]] = []
+    settled: set[str] = set()  # what was asked about, where nothing may be asked about again
+    while len(rows) < spec.num_questions:
         kind = str(rng.choice(list(spec.kinds()), p=shares / shares.sum()))
         asin = str(rng.choice(visible, p=popularity))
         match kind:
@@ -157,13 +176,12 @@ def _questions(
                 )
             case "skewed":
                 fact = str(rng.choice(list(SKEWED_FACTS)))
-                share = SKEWED_FACTS[fact]
                 row = _fact(
                     f"is it {fact} ?",
                     _yes(facts[asin, fact]),
                     settled_by=f"{asin}/{fact}",
-                    prior=max(share, 1 - share),
-                    guess=_yes(share > 0.5),
+                    prior=right[fact],
+                    guess=_yes(SKEWED_FACTS[fact]),
                 )
             case _:
                 use, material = str(rng.choice(USES)), products[asin]["material"]
@@ -172,8 +190,13 @@ def _questions(
                 row["type"] = "reasoning_qa"
                 row["extra_data"]["knowledge"] = f"{material} for {use} : {answer}"
                 row["long_answer"] = f"{answer} because {material} for {use} : {answer}"
+        subject = row["extra_data"].get("settled_by")
+        if subject and not spec.recurring:
+            if subject in settled:
+                continue
+            settled.add(subject)
         row["extra_data"]["kind"] = kind
-        rows.append({"id": f"{row['type']}_{number}", "asin": asin, **row})
+        rows.append({"id": f"{row['type']}_{len(rows)}", "asin": asin, **row})
     return rows
 
 

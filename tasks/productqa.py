@@ -49,7 +49,6 @@ class ProductQA:
 
     Args:
         data: Folder of the official layout.
-        price: What an expert's answer costs, in units of a correct answer.
         train_groups, test_groups: Groups to read of that split, in this order; none named means all, sorted by name.
         max_items: Read only the first so many questions of each group.
 
@@ -64,14 +63,13 @@ class ProductQA:
     def __init__(
         self,
         data: Path,
-        price: float,
         train_groups: Sequence[str] | None = None,
         test_groups: Sequence[str] | None = None,
         max_items: int | None = None,
     ) -> None:
         if max_items is not None and max_items < 1:
             raise AgileError(f"ProductQA: max_items is {max_items}; expected at least 1, or nothing for all questions.")
-        self.data, self.price, self.max_items = Path(data), price, max_items
+        self.data, self.max_items = Path(data), max_items
         self.database = self.data / DATABASE
         self._groups = {"train": train_groups, "test": test_groups}
         self._streams: dict[str, tuple[Stream, ...]] = {}
@@ -102,8 +100,8 @@ class ProductQA:
         """1 for a right answer or one that an expert gave, 0 for a wrong one or a failed session; advice costs."""
         right = session.advised or is_correct(item, session.answer, session.called(SEARCH_ACTION))
         components = {"correct": float(right and not session.failed)}
-        if session.advised:
-            components["advice"] = -self.price
+        if session.advice is not None and session.advised:
+            components["advice"] = -session.advice.price
         return Reward(components)
 
     @staticmethod

@@ -67,7 +67,7 @@ SIGNS = {"red": "Left", "blue": "Right"}
 class DoorAgent:
     spec: AgentSpec = SPEC
 
-    def question(self, item: Item, progress: float) -> str:
+    def question(self, item: Item, progress: float, price: float) -> str:
         return f"sign {item.question}"
 
     def recall(self, item: Item, memory: Memory) -> tuple[list[Retrieved], str]:

@@ -190,8 +190,8 @@ def test_run_baselines_runs_what_is_named() -> None:
 
 def test_real_groups_give_the_known_reference_points(data: Path) -> None:
     """The six official groups have router .793 and never ask about .717 at c = .3; these are four of them."""
-    task = ProductQA(data / "productqa", 0.3)
-    train = ProductQA(data / "productqa", 0.3, max_items=300).streams("train")  # enough to tell the majority
+    task = ProductQA(data / "productqa")
+    train = ProductQA(data / "productqa", max_items=300).streams("train")  # enough to tell the majority
     names = ["always_ask", "never_ask", "router"]
     runs = run_baselines(names, train, task.streams("test"), 0.3, make_encoder("hashing"), task)
     scores = {name: rates(run.outcomes, 0.3, macro=True)["score"] for name, run in runs.items()}
@@ -204,7 +204,7 @@ def test_real_groups_give_the_known_reference_points(data: Path) -> None:
 @pytest.mark.timeout(600)  # embeds 6,377 questions
 def test_real_recall_gives_the_known_reference_points(data: Path) -> None:
     """Over the six official groups, scope group: .75 has advice .246 and accuracy .868, .90 has .485 and .969."""
-    task = ProductQA(data / "productqa", 0.3)
+    task = ProductQA(data / "productqa")
     run = recall(task.streams("test"), 0.3, make_encoder("all-MiniLM-L6-v2"), task)
     assert (run.detail["scope"], run.detail["threshold"]) == ("group", 0.9)
     rows = {row["threshold"]: row for row in run.detail["sweep"] if row["scope"] == "group"}

@@ -236,7 +236,7 @@ def test_minishop_writes_worlds_that_can_be_read(tmp_path: Path) -> None:
         result = agile("minishop", *words, *SMALL)
         assert result.exit_code == 0, result.output
         assert "1 train and 1 test worlds" in one_line(result.output)
-    worlds = {name: to_json(ProductQA(tmp_path / name, 0.3).streams("test")) for name in "abcd"}
+    worlds = {name: to_json(ProductQA(tmp_path / name).streams("test")) for name in "abcd"}
     assert worlds["a"] == worlds["b"] == worlds["c"] != worlds["d"]
 
 

@@ -44,6 +44,7 @@ def teach(shop: ProductQA, executor: Executor, seed: int = 0, judge_yes: float =
         initial_memory=random_memory,
         new_memory=partial(SqliteMemory, make_encoder("hashing")),
         sessions_per_item=2,
+        prices=(0.3,),
         seed=seed,
     )
 

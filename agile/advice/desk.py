@@ -20,7 +20,7 @@ class AdviceDesk:
 
     Args:
         advisor: Who is asked.
-        price: Of one answer, in (0, 1], in units of reward.
+        price: Of one answer, in (0, 1], in units of reward, unless a session has a price of its own.
         budget: How many answers may be bought in the desk's life; None for any number. Requests under way count, so
             that concurrent sessions cannot overspend.
         timeout_s: Seconds to wait for one answer; None for as long as it takes.
@@ -51,13 +51,13 @@ class AdviceDesk:
                 f"advice timeout_s {self.timeout_s}: expected seconds above 0; omit it to wait as long as it takes."
             )
 
-    async def seek(self, session_id: str, item: Item, message: str) -> Advice:
-        """Ask about `item`; never raises, unless the caller is cancelled."""
+    async def seek(self, session_id: str, item: Item, message: str, price: float | None = None) -> Advice:
+        """Ask about `item`, at the desk's price or this one; never raises, unless the caller is cancelled."""
         if self.budget is not None and self.answered + self._pending >= self.budget:
             return _without(AdviceStatus.REFUSED, f"the budget of {self.budget} answers is spent")
         self._pending += 1
         try:
-            advice = await self._ask(AdviceRequest(session_id, item, message, self.price))
+            advice = await self._ask(AdviceRequest(session_id, item, message, self.price if price is None else price))
         finally:
             self._pending -= 1
         self.answered += advice.answered
@@ -70,7 +70,7 @@ class AdviceDesk:
             if self.timeout_s is None:  # a limit on the whole session's stages, not the desk's
                 raise
             return _without(AdviceStatus.TIMEOUT, f"no answer within {self.timeout_s:g} s")
-        return replace(advice, price=self.price if advice.answered else 0.0)
+        return replace(advice, price=request.price if advice.answered else 0.0)
 
 
 async def _advise(advisor: Advisor, request: AdviceRequest) -> Advice:

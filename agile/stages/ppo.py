@@ -22,6 +22,7 @@ from agile.executor import Executor
 from agile.lag import Collector, staleness
 from agile.losses import PPOCoefficients
 from agile.model import ActorCritic
+from agile.prices import priced
 from agile.rollout import collect, status_counts
 from agile.run_folder import Place, RunFolder
 from agile.seeding import derive_seed
@@ -69,7 +70,7 @@ def check_mismatch(rollout: RolloutConfig, iteration: int, mismatch: Mapping[str
 
 def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor, model: ActorCritic) -> None:
     """Train a model and a critic on its own sessions, from where the run stands."""
-    ppo, rollout = config.ppo, config.rollout
+    ppo, rollout, task = config.ppo, config.rollout, config.task
     reference = ActorCritic(copy.deepcopy(model.lm)).requires_grad_(False) if ppo.kl_coef else None
     engine = Engine(
         model,
@@ -93,10 +94,18 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     async def play(iteration: int) -> list[Trajectory]:
         rng = np.random.default_rng(derive_seed(config.seed, "streams", iteration))
         chosen = [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))]
+        at_prices = priced(
+            chosen,
+            task.advice_price,
+            first_price=task.first_price,
+            drawn_from=task.training_prices,
+            progress=iteration / max(1, ppo.num_iterations - 1),
+            rng=rng,
+        )
         return await collect(
             executor,
             policy,
-            chosen,
+            at_prices,
             setup.memory,
             seed=derive_seed(config.seed, "ppo", iteration),
             max_failed=rollout.max_failed,
@@ -128,7 +137,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         def on_iteration(iteration: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
             nonlocal started
             figures: dict[str, Any] = {
-                **rates(outcomes(trajectories), config.task.advice_price),
+                **rates(outcomes(trajectories), [s.price for t in trajectories for s in t.sessions]),
                 **{f"status/{status}": n for status, n in status_counts(trajectories).items()},
                 "staleness": staleness(trajectories, iteration - 1),
                 "seconds": time.monotonic() - started,

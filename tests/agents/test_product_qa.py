@@ -61,7 +61,7 @@ def test_golden_prompt() -> None:
     question = item(columns=("price", "color"), metadata={"title": "Red Pan", "color": "red", "size": None})
     entries, recalled = agent.recall(question, ListMemory(MEMORY))
     assert (
-        agent.question(question, 0.57) + recalled
+        agent.question(question, 0.57, 0.3) + recalled
         == """\
 round 5
 table shop columns: price , color

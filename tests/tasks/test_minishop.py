@@ -25,7 +25,7 @@ MANY = MiniShopSpec(num_train_worlds=60, num_test_worlds=2)
 def task(tmp_path_factory: pytest.TempPathFactory) -> ProductQA:
     folder = tmp_path_factory.mktemp("minishop") / "many"
     write_minishop(folder, MANY, seed=3)
-    return ProductQA(folder, 0.3)
+    return ProductQA(folder)
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ def session(
     status: SessionStatus = SessionStatus.COMPLETED,
 ) -> Session:
     steps = (Observation(Action("SearchProduct", "SELECT"), Source.TOOL, "none"),) if search else ()
-    advice = None if advised is None else Advice("yes", status=advised)
+    advice = None if advised is None else Advice("yes", price=0.3, status=advised)
     return Session("s/0", "s", 0, "i", "fact", 0, (), steps, (), (), advice, answer, status)
 
 
@@ -158,13 +158,13 @@ def session(
     ],
 )
 def test_reward_components(shop: Path, done: Session, components: Mapping[str, float]) -> None:
-    reward = ProductQA(shop, 0.3).score(question("yes"), done)
+    reward = ProductQA(shop).score(question("yes"), done)
     assert reward.components == components
     assert reward.total == pytest.approx(sum(components.values()))
 
 
 def test_items_hold_what_the_files_say(shop: Path) -> None:
-    search, fact, rule = ProductQA(shop, 0.3, test_groups=["pans"]).streams("test")[0].items
+    search, fact, rule = ProductQA(shop, test_groups=["pans"]).streams("test")[0].items
     assert (search.id, search.question, search.answer) == ("pans/search_qa_0", "Which are red?", ["B1", "B2"])
     assert [i.kind for i in (search, fact, rule)] == ["search", "fact", "rule"]
     assert {i.group for i in (search, fact, rule)} == {"pans"}
@@ -183,22 +183,22 @@ def test_items_hold_what_the_files_say(shop: Path) -> None:
 
 
 def test_groups_are_sorted_or_as_named_and_can_be_cut(shop: Path) -> None:
-    assert [s.id for s in ProductQA(shop, 0.3).streams("test")] == ["lids", "pans"]
-    assert [s.id for s in ProductQA(shop, 0.3, test_groups=["pans", "lids"]).streams("test")] == ["pans", "lids"]
-    task = ProductQA(shop, 0.3, test_groups=["pans"], max_items=2)
+    assert [s.id for s in ProductQA(shop).streams("test")] == ["lids", "pans"]
+    assert [s.id for s in ProductQA(shop, test_groups=["pans", "lids"]).streams("test")] == ["pans", "lids"]
+    task = ProductQA(shop, test_groups=["pans"], max_items=2)
     assert [len(s.items) for s in (*task.streams("test"), *task.streams("train"))] == [2, 2]
 
 
 def test_a_split_is_read_once_and_only_when_asked_for(shop: Path) -> None:
     (shop / "train" / "cups" / "qa.jsonl").unlink()
-    task = ProductQA(shop, 0.3)
+    task = ProductQA(shop)
     assert task.streams("test") is task.streams("test")
     with pytest.raises(AgileError, match="no such file"):
         task.streams("train")
 
 
 def test_tool_answer_runs_the_gold_sql(shop: Path) -> None:
-    task = ProductQA(shop, 0.3, test_groups=["pans"])
+    task = ProductQA(shop, test_groups=["pans"])
     search, fact, _ = task.streams("test")[0].items
     assert task.tool_answer(search) == "B1"
     assert task.tool_answer(fact) is None
@@ -209,7 +209,7 @@ def test_blank_lines_and_line_separators_within_text_are_no_lines(shop: Path) ->
     path = shop / "test" / "pans" / "qa.jsonl"
     row = json.dumps({**ROWS[1], "question": "Heavy?\u2028Or not?"}, ensure_ascii=False)
     path.write_text(f"\n{row}\n\n", encoding="utf-8")
-    (item,) = ProductQA(shop, 0.3, test_groups=["pans"]).streams("test")[0].items
+    (item,) = ProductQA(shop, test_groups=["pans"]).streams("test")[0].items
     assert item.question == "Heavy?\u2028Or not?"
 
 
@@ -246,7 +246,7 @@ def test_bad_rows_name_file_line_field_expectation_and_finding(shop: Path, rows:
     shutil.rmtree(shop / "test" / "pans")
     write_group(shop / "test" / "pans", rows)
     with pytest.raises(AgileError, match=message) as error:
-        ProductQA(shop, 0.3).streams("test")
+        ProductQA(shop).streams("test")
     assert str(shop / "test" / "pans" / "qa.jsonl") in str(error.value)
 
 
@@ -273,27 +273,27 @@ def test_bad_files_are_named(shop: Path, name: str, content: bytes | None, messa
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(AgileError, match=message) as error:
-        ProductQA(shop, 0.3).streams("test")
+        ProductQA(shop).streams("test")
     assert str(path) in str(error.value)
 
 
 def test_missing_folders_groups_and_databases_are_named(shop: Path) -> None:
     with pytest.raises(AgileError, match="did you mean 'pans'"):
-        ProductQA(shop, 0.3, test_groups=["pan"]).streams("test")
+        ProductQA(shop, test_groups=["pan"]).streams("test")
     with pytest.raises(AgileError, match="dev: expected a folder with one folder per product group, found none"):
-        ProductQA(shop, 0.3).streams("dev")
+        ProductQA(shop).streams("dev")
     with pytest.raises(AgileError, match="max_items is 0"):
-        ProductQA(shop, 0.3, max_items=0)
+        ProductQA(shop, max_items=0)
     with pytest.raises(AgileError, match=r"product_qa\.db: no such file"):
-        ProductQA(shop / "test", 0.3)
+        ProductQA(shop / "test")
     write_group(shop / "test" / "unsold")
     with pytest.raises(AgileError, match="expected a table 'unsold'"):
-        ProductQA(shop, 0.3).streams("test")
+        ProductQA(shop).streams("test")
 
 
 @pytest.fixture
 def real(data: Path) -> ProductQA:
-    return ProductQA(data / "productqa", 0.3)
+    return ProductQA(data / "productqa")
 
 
 def test_gold_sql_is_right_on_every_real_search_question(real: ProductQA) -> None:

@@ -1,0 +1,108 @@
+"""One policy for every price: trained with the price in its prompt, against policies trained for one price each.
+
+    python -m benchmarks.prices runs/prices --jobs 2
+
+The shops hold facts that can be guessed more or less well (95, 80, 65 and 50 %), so that what is worth asking depends
+on the price. One agent is trained by imitation; PPO then starts from it once with a price drawn for each stream, and
+once for each price alone. All are tested on unseen shops at every price.
+
+Whatever is done stands in the folder: started again, it goes on. Takes about 4 minutes of one core a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from agile.evaluate import paired_difference, summarise
+from agile.tasks.minishop import MiniShopSpec, write_minishop
+from benchmarks.credit import bench, run, tested
+
+PRICES = (0.1, 0.2, 0.3, 0.4, 0.5)
+SHOP = MiniShopSpec(
+    96, 48, 40, search=0.1, metadata=0.1, history=0.2, knowledge=0.1, skewed=0.5, guessable=(0.95, 0.8, 0.65)
+)
+ALL = "every"
+
+
+def imitate(out: Path, seed: int) -> None:
+    if not (data := out / f"shops-{seed}").exists():
+        write_minishop(data, SHOP, seed)
+    folder = out / f"imitation-{seed}"
+    if not (folder / "sft" / "config.json").exists():
+        run(folder, *_common(out, seed), f"task.training_prices={list(PRICES)}", "ppo.num_iterations=0")
+
+
+def reinforce(out: Path, seed: int, name: str, overrides: Sequence[str]) -> None:
+    """PPO for one price, or for every price."""
+    prices = [f"task.training_prices={list(PRICES)}"] if name == ALL else [f"task.advice_price={name}"]
+    tests = [f"evaluate.prices={list(PRICES)}"] if name == ALL else []
+    folder = out / f"{name}-{seed}"
+    if not (folder / "ppo" / "config.json").exists():
+        start = f"model.path={out / f'imitation-{seed}' / 'sft'}", "sft.num_steps=0"
+        run(folder, *_common(out, seed), *prices, *start, *overrides)
+    if not (folder.with_name(f"{folder.name}-test") / "report.json").exists():
+        bench(folder, "ppo", *tests)
+
+
+def _common(out: Path, seed: int) -> list[str]:
+    return [f"seed={seed}", "threads=1", f"task.data={out / f'shops-{seed}'}", "agent.show_price=true"]
+
+
+def compare(out: Path, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    rows = []
+    for price in PRICES:
+        every, only = (
+            [o for seed in seeds for o in tested(out / f"{name}-{seed}-test", seed, price)]
+            for name in (ALL, f"{price:g}")
+        )
+        rows.append(
+            {
+                "price": price,
+                ALL: {k: v for k, v in summarise(every, price).items() if not k.startswith("by_")},
+                "only": {k: v for k, v in summarise(only, price).items() if not k.startswith("by_")},
+                "difference": paired_difference(every, only, price),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of runs; goes on where it was stopped")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("overrides", nargs="*", help="changes of every PPO run, a.b=value", metavar="a.b=value")
+    args = parser.parse_intermixed_args()
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    todo = [(seed, name) for name in (ALL, *(f"{p:g}" for p in PRICES)) for seed in args.seeds]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda seed: imitate(out, seed), args.seeds))
+        list(pool.map(lambda job: reinforce(out, job[0], job[1], args.overrides), todo))
+    rows = compare(out, args.seeds)
+    (out / "prices.json").write_text(json.dumps(rows, indent=2))
+    table = Table(title="one policy for every price, and one policy for each")
+    for name in ("price", "advice", "accuracy", "score", "95 %", "one for each: advice", "score", "difference"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        every, only, d = row[ALL], row["only"], row["difference"]
+        table.add_row(
+            f"{row['price']:g}",
+            *(f"{every['advice_rate']:.1%}", f"{every['accuracy']:.1%}", f"{every['score']:.3f}"),
+            "{:.3f} to {:.3f}".format(*every["score_ci"]),
+            *(f"{only['advice_rate']:.1%}", f"{only['score']:.3f}"),
+            f"{d['difference']:+.3f} ({d['ci'][0]:+.3f} to {d['ci'][1]:+.3f})",
+        )
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The price of advice: drawn or scheduled for a stream, said in the prompt, paid in the reward, scored in reports."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from agile.agents.product_qa import ProductQAAgent
+from agile.config import load_config
+from agile.errors import AgileError
+from agile.evaluate import Outcome, rates
+from agile.prices import priced
+from agile.prompts import instructions
+from agile.rollout import collect, run_loop
+from agile.types import Action, Fn, Stream
+from tests.worlds import AGENT, ListMemory, item, make_codec, make_executor, script
+
+STREAMS = [Stream(f"s{i}", (item(),)) for i in range(200)]
+ASK = (Action(Fn.SEEK_ADVICE), Action(Fn.REFLECTION, "none"), Action(Fn.PREDICT_ANSWER, "yes"))
+
+
+def prices_of(progress: float = 0.0, first: float | None = None, drawn: tuple[float, ...] = ()) -> list[float | None]:
+    rng = np.random.default_rng(0)
+    return [s.price for s in priced(STREAMS, 0.3, first_price=first, drawn_from=drawn, progress=progress, rng=rng)]
+
+
+def test_constant_schedule_and_drawn() -> None:
+    assert set(prices_of(0.7)) == {0.3}
+    schedule = [prices_of(progress, first=0.1)[0] for progress in (0.0, 0.5, 1.0)]
+    assert schedule == pytest.approx([0.1, 0.2, 0.3])
+    drawn = prices_of(drawn=(0.1, 0.5))
+    assert set(drawn) == {0.1, 0.5} and 70 < drawn.count(0.1) < 130
+
+
+def test_the_price_of_a_stream_is_shown_paid_and_logged() -> None:
+    agent = ProductQAAgent(show_schema=False, show_price=True)
+    executor = make_executor(agent, codec=make_codec())
+    assert "advice costs 0.45\n" in agent.question(item(), 0.0, 0.45)
+    assert "costs" not in AGENT.question(item(), 0.0, 0.45)
+    streams = [Stream("dear", (item(),), price=0.45), Stream("usual", (item(),))]
+    dear, usual = (
+        t.sessions[0]
+        for t in run_loop(
+            collect(
+                executor,
+                script(executor.codec, *ASK),
+                streams,
+                lambda stream: ListMemory(),
+                seed=0,
+                policy_for=lambda question, memory: script(executor.codec, *ASK),
+            )
+        )
+    )
+    assert (dear.price, usual.price) == (0.45, 0.3)
+    assert dear.advice is not None and usual.advice is not None
+    assert (dear.advice.price, usual.advice.price) == (0.45, 0.3)
+
+
+def test_a_rate_may_have_a_price_for_each_outcome() -> None:
+    results = [Outcome(str(i), "s", i, 4, "fact", correct=True, advised=i < 2) for i in range(4)]
+    assert rates(results, 0.2)["score"] == pytest.approx(0.9)
+    assert rates(results, [0.1, 0.5, 0.9, 0.9])["score"] == pytest.approx(0.85)
+
+
+def test_instructions_leave_the_price_to_the_question() -> None:
+    text = instructions(AGENT.spec, None)
+    assert "Advice costs what stands above the question" in text and "asked at most once" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task.training_prices=[0.1,0.5]"], "set agent.show_price=true"),
+        (["task.training_prices=[0.1]", "task.first_price=0.2"], "remove one of them"),
+        (["task.training_prices=[0.1,1.5]"], "1.5"),
+        (["task.first_price=0"], "0"),
+    ],
+)
+def test_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(AgileError, match=re.escape(message)):
+        load_config(None, overrides)

@@ -1,0 +1,132 @@
+"""Trackers: every step once over kills and resumes, config as hyper-parameters, and no failure stops a run."""
+
+import importlib.util
+import json
+import logging
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agile.errors import AgileError
+from agile.tracking import Tracking, check_installed
+
+SETTINGS = {"seed": 0, "model.path": None, "task.test_groups": ["a", "b"]}
+
+
+def opened(folder: Path, *names: str, num_lines: int = 0, num_sent: int = 0, **last_steps: int) -> Tracking:
+    return Tracking(
+        names,
+        folder,
+        project="agile-test",
+        run_name="mine",
+        settings=SETTINGS,
+        last_steps=last_steps,
+        num_lines=num_lines,
+        num_sent=num_sent,
+    )
+
+
+def killed_twice(folder: Path, name: str) -> None:
+    """Two steps of imitation, then PPO killed at steps 4 and 3 with a checkpoint after its first."""
+    first = opened(folder, name)
+    for step in (1, 2):
+        first.log("sft", step, {"loss": 1 / step, "note": "text is left out"})
+    for step in (1, 2, 3, 4):
+        first.log("ppo", step, {"score": step / 10})
+    first.close()
+    second = opened(folder, name, num_lines=3, num_sent=6, sft=2, ppo=1)
+    for step in (2, 3):
+        second.log("ppo", step, {"score": step / 10})
+    second.close()
+    third = opened(folder, name, num_lines=3, num_sent=5, sft=2, ppo=1)
+    for step in (2, 3, 4, 5):
+        third.log("ppo", step, {"score": step / 10})
+    third.close()
+
+
+def test_tensorboard_has_every_step_once_and_the_config(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+        EventAccumulator,
+    )
+
+    killed_twice(tmp_path, "tensorboard")
+    shown = EventAccumulator(str(tmp_path / "tensorboard" / "ppo")).Reload().Scalars("ppo/score")
+    assert [(e.step, round(e.value, 3)) for e in shown] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 0.5)]
+    (settings,) = tmp_path.glob("tensorboard/*/*/hparams.yml")
+    assert "model.path: None" in settings.read_text()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="the extra mlflow is not installed")
+def test_mlflow_has_every_step_once_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow: Any = importlib.import_module("mlflow")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    killed_twice(tmp_path, "mlflow")
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("agile-test").experiment_id])
+    assert run.info.run_id == json.loads((tmp_path / "tracking.json").read_text())["mlflow"]
+    history = client.get_metric_history(run.info.run_id, "ppo/score")
+    assert [(m.step, m.value) for m in history] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 0.5)]
+    assert run.data.params["seed"] == "0" and run.info.run_name == "mine"
+
+
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """The records of a log of W&B, which is one of LevelDB behind 7 bytes: checksum, length, type, in blocks."""
+    data, at, part = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        part += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or a last part
+            yield part
+            part = b""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="the extra wandb is not installed")
+def test_wandb_has_every_step_once_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    killed_twice(tmp_path, "wandb")
+    sent, ids = [], set()
+    for path in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")):
+        for data in wandb_records(path):
+            record = wandb.Record.FromString(data)
+            ids |= {record.run.run_id} if record.HasField("run") else set()
+            if record.HasField("history"):
+                row = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+                sent.append((record.history.step.num, row.get("ppo/step"), row.get("ppo/score")))
+    assert ids == {json.loads((tmp_path / "tracking.json").read_text())["wandb"]}
+    assert sent[2:] == [(3, 1, 0.1), (4, 2, 0.2), (5, 3, 0.3), (6, 4, 0.4), (7, 5, 0.5)] and len(sent) == 7
+
+
+def test_a_tracker_that_fails_is_named_once_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def down(self: Tracking, name: str, stage: str) -> Any:
+        if name == "mlflow":
+            raise ConnectionError("no route to host")
+        return start(self, name, stage)
+
+    start = Tracking._start
+    monkeypatch.setattr(Tracking, "_start", down)
+    tracking = opened(tmp_path, "mlflow", "tensorboard")
+    with caplog.at_level(logging.WARNING):
+        tracking.log("sft", 1, {"loss": 1.0})
+        tracking.log("sft", 2, {"loss": 0.5})
+    tracking.close()
+    (warning,) = (r.getMessage() for r in caplog.records if r.name == "agile.tracking")
+    assert "mlflow" in warning and "no route to host" in warning and "metrics.jsonl" in warning
+    assert list(tmp_path.glob("tensorboard/sft/events*"))
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(AgileError, match=r"pip install 'agile-agents\[wandb\]'"):
+        check_installed(["wandb"])
