@@ -155,7 +155,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.attention": NOUNS,
     "agile.batching": (*NOUNS, "agile.attention"),
     "agile.model": (*NOUNS, "agile.attention", "agile.batching"),
-    "agile.engine": NOUNS,
+    "agile.engine": (*NOUNS, "agile.ranks"),
     "agile.train": (*NOUNS, "agile.credit", "agile.losses", "agile.batching", "agile.engine"),
     "agile.config": NOUNS,
     "agile.session_log": NOUNS,
