@@ -285,9 +285,9 @@ def _left(window: int | None) -> int:
     return -1 if window is None else window - 1
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, plan: Plan) -> Tensor:
+def hidden_states(trunk: nn.Module, input_ids: Tensor, position_ids: Tensor, plan: Plan) -> Tensor:
     """The last hidden states (T, H) of a line of tokens, ids and positions (T,)."""
-    output = model.base_model(
+    output = trunk(
         input_ids=input_ids[None],
         position_ids=position_ids[None],
         attention_mask=input_ids.new_zeros(1, 1, 1, 1),  # nobody reads it; without one, models would make their own
@@ -325,9 +325,13 @@ def check_runs(model: PreTrainedModel) -> None:
     check_layers(model, REMEDY)
     try:
         with torch.no_grad(), evaluation(model):
-            found = hidden_states(model, ids, positions, runs)
             own = [model.base_model(input_ids=ids[None, p]).last_hidden_state[0] for p in places]
-        found, expected = torch.cat([found[p] for p in places]), torch.cat(own)
+            before = attend_by_plans(model)
+            try:
+                line = hidden_states(model.base_model, ids, positions, runs)
+            finally:
+                model.config.get_text_config()._attn_implementation = before
+        found, expected = torch.cat([line[p] for p in places]), torch.cat(own)
         problem = f"hidden states differ by up to {float((found - expected).abs().max()):.2g}"
         if torch.allclose(found, expected, rtol=0.0, atol=0.05 * float(expected.std()) + 1e-6):
             return

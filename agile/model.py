@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -15,21 +16,35 @@ from agile.batching import Batch
 from agile.errors import AgileError
 
 
-class ActorCritic(nn.Module):
-    """A causal LM and a value head that reads its last hidden state.
+class _WideLinear(nn.Linear):
+    """Computes in float32 or wider, whatever its weights are: values are regressed, and rounding would show."""
 
-    The head does not send gradients into the trunk: a value loss there was seen to disturb what imitation had learned.
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class ActorCritic(nn.Module):
+    """A causal LM, and a value head that reads the last hidden state of its trunk or of a trunk of the critic's own.
+
+    The head does not send gradients into the trunk of the LM: a value loss there was seen to disturb what imitation had
+    learned. A trunk of the critic's own, a copy of the LM's, learns from the value loss alone.
+
+    Args:
+        lm: Changed in place when trained.
+        critic: `shared` or `separate`.
 
     Raises:
         AgileError: The LM's logits are not its output embedding applied to its last hidden state, or its attention is
             not the usual one.
     """
 
-    def __init__(self, lm: PreTrainedModel):
+    def __init__(self, lm: PreTrainedModel, critic: str = "shared"):
         super().__init__()
         self.lm = lm.eval()  # dropout would make the ratio to the old policy differ from 1 before any update
+        self.critic_trunk = deepcopy(self.lm.base_model) if critic == "separate" else None
         size = lm.config.get_text_config().hidden_size
-        hidden, value = nn.Linear(size, size), nn.Linear(size, 1)
+        hidden, value = _WideLinear(size, size), _WideLinear(size, 1)
         nn.init.zeros_(value.weight)
         nn.init.zeros_(value.bias)
         self.value_head = nn.Sequential(hidden, nn.GELU(), value)
@@ -44,26 +59,31 @@ class ActorCritic(nn.Module):
                 f"{type(lm).__name__} does more to its last hidden state than its output embedding does (a cap or a "
                 "scale on logits); such models cannot be trained here. Choose one like Llama, Qwen or Mistral."
             )
-        attend_by_plans(lm)
         check_runs(lm)
+        for trunk in (lm, self.critic_trunk):
+            if trunk is not None:
+                attend_by_plans(trunk)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """What the model says before each action token; logits are computed there and nowhere else.
 
         Returns:
             Logits (N, V) and values (N,) of the states before the batch's N action tokens, row by row; and the values
-            (B,) of the states after each row's last token.
+            (B,) of the states after each row's last token, in float32 or wider.
         """
-        hidden = hidden_states(self.lm, batch.input_ids, batch.position_ids, batch.runs)  # (T, H)
-        before = hidden.index_select(0, batch.before)  # (N, H)
-        last = hidden.index_select(0, batch.last)
-        return self.lm.get_output_embeddings()(before), self._value(before), self._value(last)
+        line = batch.input_ids, batch.position_ids, batch.runs
+        hidden = hidden_states(self.lm.base_model, *line)  # (T, H)
+        seen = hidden.detach() if self.critic_trunk is None else hidden_states(self.critic_trunk, *line)
+        logits = self.lm.get_output_embeddings()(hidden.index_select(0, batch.before))
+        values, last = (self.value_head(seen.index_select(0, i)).squeeze(-1) for i in (batch.before, batch.last))
+        return logits, values, last
 
     def parameter_groups(self, value_lr: float) -> list[dict[str, Any]]:
-        """The LM's parameters, and the value head's with a learning rate of its own."""
+        """What learns of the LM, and the critic's parameters with a learning rate of its own."""
+        critic = [self.value_head] if self.critic_trunk is None else [self.value_head, self.critic_trunk]
         return [
-            {"params": list(self.lm.parameters())},
-            {"params": list(self.value_head.parameters()), "lr": value_lr},
+            {"params": [p for p in self.lm.parameters() if p.requires_grad]},
+            {"params": [p for module in critic for p in module.parameters()], "lr": value_lr},
         ]
 
     @contextmanager
@@ -77,11 +97,6 @@ class ActorCritic(nn.Module):
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
-
-    def _value(self, hidden: Tensor) -> Tensor:
-        dtype = next(self.value_head.parameters()).dtype
-        values: Tensor = self.value_head(hidden.detach().to(dtype))
-        return values.squeeze(-1).float()
 
 
 def small_llama(

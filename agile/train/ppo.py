@@ -21,6 +21,7 @@ from agile.credit import pad as stack
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.losses import PPOCoefficients, entropy, ppo_loss, token_logprobs
+from agile.reference import Reference
 from agile.types import BLAMELESS, SegmentEnd, SessionStatus, Trajectory
 
 Floats = NDArray[np.float32]
@@ -54,7 +55,7 @@ class Scored:
 @torch.no_grad()
 def score_rows(
     engine: Engine,
-    reference: torch.nn.Module | None,
+    reference: Reference | None,
     rows: Sequence[Row],
     *,
     micro_batch_tokens: int,
@@ -209,7 +210,7 @@ def mismatch(rows: Sequence[Row], scored: Sequence[Scored]) -> dict[str, float]:
 
 def update(
     engine: Engine,
-    reference: torch.nn.Module | None,
+    reference: Reference | None,
     trajectories: Sequence[Trajectory],
     rewards: Sequence[Sequence[float]],
     *,
@@ -248,14 +249,15 @@ def update(
         rewards = [np.add(*pair).tolist() for pair in zip(rewards, terms, strict=True)]
         credit = {"lineage": float(np.mean(np.abs(np.concatenate(terms))))}
     rows, plan = lay_out(trajectories, rewards, masked)
-    scored = score_rows(
-        engine,
-        reference,
-        rows,
-        micro_batch_tokens=micro_batch_tokens,
-        share_prefixes=share_prefixes,
-        temperature=temperature,
-    )
+    with nullcontext() if reference is None else reference.scoring():
+        scored = score_rows(
+            engine,
+            reference,
+            rows,
+            micro_batch_tokens=micro_batch_tokens,
+            share_prefixes=share_prefixes,
+            temperature=temperature,
+        )
     between = mismatch(rows, scored)
     check(between)
     row_advantages, row_returns, variance = advantages(plan, rows, scored, discounts)
@@ -310,7 +312,7 @@ def update(
 
 def train_ppo(
     engine: Engine,
-    reference: torch.nn.Module | None,
+    reference: Reference | None,
     *,
     collect: Callable[[int], Sequence[Trajectory]],
     rewards: Callable[[Sequence[Trajectory], np.random.Generator], Sequence[Sequence[float]]],
