@@ -86,8 +86,12 @@ VLLM_CPU = [
 WANDB = ["wandb>=0.25,<0.32"]
 MLFLOW = ["mlflow>=3.5,<4"]
 
+# The stages dpo and reward-model. The names of its trainers' arguments change with major releases.
+TRL = ["trl>=1.16,<2"]
+
 # Tools of the developer: constraints.txt holds them still, so a range would say nothing.
 DEV = [
+    *TRL,
     "hypothesis",
     "mypy",
     "pre-commit",

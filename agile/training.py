@@ -1,4 +1,4 @@
-"""`agile train`: imitation, then PPO, in a run folder that can be killed and resumed at any moment."""
+"""`agile train`: imitation, PPO, preferences, in a run folder that can be killed and resumed at any moment."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from agile.config import RunConfig
 from agile.model import ActorCritic
 from agile.run_folder import RunFolder
 from agile.stages.ppo import reinforce
+from agile.stages.preference import train_on_preferences
 from agile.stages.sft import imitate
 
 
 def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
-    """Train by imitation and PPO; writes the agents `<out>/sft` and `<out>/ppo`.
+    """Run the stages of a config; writes the agents `<out>/sft`, `<out>/ppo` and `<out>/dpo`, and `<out>/reward-model`.
 
     Raises:
         AgileError: Whatever a user can mend: data, config, run folder, disk.
@@ -30,10 +31,11 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
     torch.manual_seed(config.seed)
     imitated = run.place is not None and run.place.stage == "ppo"
     model = ActorCritic(setup.language_model(tokenizer, out / "sft" if imitated else None))
-    if not imitated:
+    if "sft" in config.stages and not imitated:
         imitate(config, run, setup, executor, model)
         run.export("sft", model.lm, tokenizer)
-    if config.ppo.num_iterations:
+    if "ppo" in config.stages and config.ppo.num_iterations:
         reinforce(config, run, setup, executor, model)
         run.export("ppo", model.lm, tokenizer)
+    train_on_preferences(config, run, setup)
     run.close()

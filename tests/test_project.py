@@ -76,6 +76,7 @@ def test_wheel_holds_every_module_and_runs_elsewhere(tmp_path: Path) -> None:
 
 def test_every_import_is_declared(metadata: dict[str, Any]) -> None:
     declared = {canonicalize_name(Requirement(r).name) for r in metadata["install_requires"]}
+    declared |= {canonicalize_name(Requirement(r).name) for r in metadata["extras_require"]["trl"]}
     owners = packages_distributions()
     for module, path in MODULES.items():
         for name in sorted({i.split(".")[0] for i in imports(path)} - sys.stdlib_module_names - {"agile"}):
@@ -162,7 +163,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
-    *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
+    *(
+        "agile.stages",
+        "agile.stages.sft",
+        "agile.stages.ppo",
+        "agile.stages.rewards",
+        "agile.stages.preference",
+        "agile.stages.progress",
+    ),
 }
 
 
