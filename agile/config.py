@@ -189,6 +189,38 @@ class RolloutConfig(_Config):
         return values
 
 
+class EngineConfig(_Config):
+    """How DeepSpeed trains, see docs/training.md."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="What is sharded over the processes: nothing, optimizer state, gradients too, parameters too."
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="What lies in the memory of the CPU: nothing, the optimizer's state, parameters too."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What the model computes in; AdamW keeps weights in float32."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute layers again for the gradient: a third slower, a fraction of the activations."
+    )
+
+    @model_validator(mode="after")
+    def _zero_supports_it(self) -> EngineConfig:
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(
+                f"offload is {self.offload}, which ZeRO supports from stage {least}, but zero_stage is "
+                f"{self.zero_stage}; set engine.zero_stage={least}, or engine.offload=none"
+            )
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            raise ValueError(
+                "dtype is bfloat16, whose weights in float32 ZeRO keeps from stage 1, but zero_stage is 0; set "
+                "engine.zero_stage=1, which costs nothing in one process"
+            )
+        return self
+
+
 class OptimizerConfig(_Config):
     lr: float = Field(gt=0)
     batch_size: Count = Field(description="Sequences per optimizer step.")
@@ -234,7 +266,7 @@ class PPOConfig(OptimizerConfig):
     lam: Share = Field(1.0, description="GAE lambda inside a session.")
     gamma_session: Share = Field(0.0, description="Discount from a session to the next of its stream.")
     lam_session: Share = Field(0.0, description="GAE lambda across sessions.")
-    credit: Literal["none", "utility", "chain"] = Field("none", description="Credit through memory.")
+    credit: Literal["none", "utility", "chain", "lineage"] = Field("none", description="Credit through memory.")
     utility_beta: float = Field(0.1, ge=0)
     utility_similarity: float = Field(0.46, description="Cosine from which questions count as similar.")
     clip: float = Field(0.2, gt=0)
@@ -249,9 +281,16 @@ class PPOConfig(OptimizerConfig):
     checkpoint_every: Count = Field(5, description="Iterations between checkpoints.")
 
     @model_validator(mode="after")
-    def _chain_needs_sessions(self) -> PPOConfig:
+    def _credit_reaches(self) -> PPOConfig:
         if self.credit == "chain" and self.gamma_session == 0:
             raise ValueError("credit is chain, which carries value from session to session; set gamma_session above 0")
+        if self.credit == "lineage" and self.gamma_session == 0:
+            raise ValueError("credit is lineage, which discounts by gamma_session per session; set it above 0")
+        if self.credit == "lineage" and self.value_warmup_epochs == 0:
+            raise ValueError(
+                "credit is lineage, which measures sessions against the critic, but value_warmup_epochs is 0; "
+                "give the critic a start"
+            )
         return self
 
 
@@ -362,6 +401,7 @@ class RunConfig(_Config):
     prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     vllm: VLLMConfig = VLLMConfig()
+    engine: EngineConfig = EngineConfig()
     sft: SFTConfig = SFTConfig()
     ppo: PPOConfig = PPOConfig()
     preferences: PreferencesConfig = PreferencesConfig()
