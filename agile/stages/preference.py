@@ -73,10 +73,11 @@ def read_pairs(path: Path) -> list[Pair]:
     Raises:
         AgileError: A line is something else.
     """
-    pairs = []
+    pairs: list[Pair] = []
     for number, line in enumerate(read_lines(path), 1):
-        texts = {name: line.get(name) for name in ("prompt", "chosen", "rejected")} if isinstance(line, dict) else {}
-        if not texts or not all(isinstance(text, str) for text in texts.values()):
+        found = line if isinstance(line, dict) else {}
+        texts = {name: found.get(name) for name in ("prompt", "chosen", "rejected")}
+        if not all(isinstance(text, str) for text in texts.values()):
             raise AgileError(
                 f"{path}, line {number}: expected an object whose prompt, chosen and rejected are texts, as "
                 "`agile preferences RUN` writes them."

@@ -170,8 +170,8 @@ def _parts(pairs: Sequence[Pair], held_out: Sequence[Pair], on_log: OnLog) -> di
     from datasets import Dataset
 
     class Logged(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **others: Any) -> None:
-            figures = {name: float(value) for name, value in logs.items() if not UNWANTED.search(name)}
+        def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            figures = {name: float(value) for name, value in others["logs"].items() if not UNWANTED.search(name)}
             if figures:
                 on_log(state.global_step, figures)
 
@@ -187,4 +187,5 @@ def _run(trainer: Any) -> PreTrainedModel:
     trainer.train()
     trainer.evaluate()
     model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
-    return model.eval()
+    model.eval()
+    return model
