@@ -304,12 +304,25 @@ class PreferencesConfig(_Config):
     held_out: Share = Field(0.1, description="Share of the pairs that is evaluated on and not trained on.")
 
 
-class PreferenceStageConfig(OptimizerConfig):
-    """What TRL's trainers are told; pairs count as sequences."""
+class PreferenceStageConfig(_Config):
+    """What TRL's trainers are told."""
 
-    batch_size: Count = 16
-    micro_batch_size: Count = 16
+    lr: float = Field(gt=0)
+    batch_size: Count = Field(16, description="Pairs per optimizer step.")
+    micro_batch_size: Count = Field(16, description="Pairs per forward pass; divides batch_size.")
     num_epochs: Count = 1
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _pairs_divide(self) -> PreferenceStageConfig:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; "
+                "choose one that does, they are accumulated"
+            )
+        return self
 
 
 class DPOConfig(PreferenceStageConfig):
