@@ -76,8 +76,8 @@ def read_pairs(path: Path) -> list[Pair]:
     pairs: list[Pair] = []
     for number, line in enumerate(read_lines(path), 1):
         found = line if isinstance(line, dict) else {}
-        texts = {name: found.get(name) for name in ("prompt", "chosen", "rejected")}
-        if not all(isinstance(text, str) for text in texts.values()):
+        texts = {name: found[name] for name in ("prompt", "chosen", "rejected") if isinstance(found.get(name), str)}
+        if len(texts) < 3:
             raise AgileError(
                 f"{path}, line {number}: expected an object whose prompt, chosen and rejected are texts, as "
                 "`agile preferences RUN` writes them."

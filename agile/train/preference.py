@@ -60,7 +60,7 @@ def import_trl() -> ModuleType:
             f"The stages dpo and reward-model run TRL's trainers, which cannot be imported ({error}). Install the "
             'extra: pip install -c constraints.txt -e ".[trl]"'
         ) from None
-    return trl  # type: ignore[no-any-return]
+    return trl
 
 
 def split_pairs(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -167,7 +167,7 @@ def _arguments(schedule: Schedule, model: PreTrainedModel, folder: str, seed: in
 
 
 def _parts(pairs: Sequence[Pair], held_out: Sequence[Pair], on_log: OnLog) -> dict[str, Any]:
-    from datasets import Dataset
+    from datasets import Dataset  # type: ignore[import-untyped]
 
     class Logged(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
