@@ -1,4 +1,4 @@
-"""`agile train`: imitation, then PPO, in a run folder that can be killed and resumed at any moment."""
+"""`agile train`: imitation, PPO, preferences, in a run folder that can be killed and resumed at any moment."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from agile.config import RunConfig
 from agile.errors import AgileError
 from agile.run_folder import RunFolder
 from agile.stages.ppo import reinforce
+from agile.stages.preference import train_on_preferences
 from agile.stages.sft import imitate
 
 
@@ -19,12 +20,17 @@ def check_processes(config: RunConfig, num: int) -> None:
     """Whether a run can use this many processes.
 
     Raises:
-        AgileError: vLLM is to run inside them, or some of them would never have work.
+        AgileError: vLLM or TRL is to run inside them, or some of them would never have work.
     """
     if num > 1 and config.rollout.policy == "vllm":
         raise AgileError(
             f"rollout.policy is vllm, which runs in the training process and would join the {num} of this run. Start "
             "servers and set rollout.policy=vllm-server (docs/vllm.md)."
+        )
+    if num > 1 and (one := [stage for stage in config.stages if stage in ("dpo", "reward-model")]):
+        raise AgileError(
+            f"stages has {', '.join(one)}, which run in one process, but a launcher started {num}. Leave them out here, "
+            f"and run them afterwards without a launcher: stages=[{one[0]}] model.path=RUN/sft."
         )
     work = {"sft.batch_size": config.sft.batch_size}
     if config.ppo.num_iterations:
@@ -39,7 +45,7 @@ def check_processes(config: RunConfig, num: int) -> None:
 
 
 def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
-    """Train by imitation and PPO; writes the agents `<out>/sft` and `<out>/ppo`.
+    """Run the stages of a config; writes the agents `<out>/sft`, `<out>/ppo` and `<out>/dpo`, and `<out>/reward-model`.
 
     Raises:
         AgileError: Whatever a user can mend: data, config, run folder, disk.
@@ -54,8 +60,9 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
     # also on resume: what a save and a load add to its files is no part of the run
     tokenizer = ranks.broadcast(setup.tokenizer())
     executor = setup.executor(tokenizer, counterfactual=config.ppo.credit == "lineage")
-    if run.place is None or run.place.stage == "sft":
+    if "sft" in config.stages and (run.place is None or run.place.stage == "sft"):
         imitate(config, run, setup, executor)
-    if config.ppo.num_iterations:
+    if "ppo" in config.stages and config.ppo.num_iterations:
         reinforce(config, run, setup, executor)
+    train_on_preferences(config, run, setup)
     run.close()
