@@ -29,7 +29,7 @@ def check_processes(config: RunConfig, num: int) -> None:
         )
     if num > 1 and (one := [stage for stage in config.stages if stage in ("dpo", "reward-model")]):
         raise AgileError(
-            f"stages has {', '.join(one)}, which run in one process, but a launcher started {num}. Leave them out here, "
+            f"stages has {', '.join(one)}, which run in one process, but a launcher started {num}. Leave them out, "
             f"and run them afterwards without a launcher: stages=[{one[0]}] model.path=RUN/sft."
         )
     work = {"sft.batch_size": config.sft.batch_size}
