@@ -189,6 +189,38 @@ class RolloutConfig(_Config):
         return values
 
 
+class EngineConfig(_Config):
+    """How DeepSpeed trains, see docs/training.md."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="What is sharded over the processes: nothing, optimizer state, gradients too, parameters too."
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="What lies in the memory of the CPU: nothing, the optimizer's state, parameters too."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What the model computes in; AdamW keeps weights in float32."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute layers again for the gradient: a third slower, a fraction of the activations."
+    )
+
+    @model_validator(mode="after")
+    def _zero_supports_it(self) -> EngineConfig:
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(
+                f"offload is {self.offload}, which ZeRO supports from stage {least}, but zero_stage is "
+                f"{self.zero_stage}; set engine.zero_stage={least}, or engine.offload=none"
+            )
+        if self.dtype == "bfloat16" and self.zero_stage == 0:
+            raise ValueError(
+                "dtype is bfloat16, whose weights in float32 ZeRO keeps from stage 1, but zero_stage is 0; set "
+                "engine.zero_stage=1, which costs nothing in one process"
+            )
+        return self
+
+
 class OptimizerConfig(_Config):
     lr: float = Field(gt=0)
     batch_size: Count = Field(description="Sequences per optimizer step.")
@@ -332,6 +364,7 @@ class RunConfig(_Config):
     prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     vllm: VLLMConfig = VLLMConfig()
+    engine: EngineConfig = EngineConfig()
     sft: SFTConfig = SFTConfig()
     ppo: PPOConfig = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -1,7 +1,8 @@
-"""DeepSpeed as the engine: one process here, the same calls under a launcher."""
+"""DeepSpeed as the engine: the same calls in one process and under a launcher."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pickle
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from agile import ranks
 from agile.errors import AgileError
 
 # what torch and DeepSpeed raise for a checkpoint of another shape, torn, empty or gone
@@ -22,6 +25,7 @@ _UNREADABLE = (RuntimeError, KeyError, ValueError, AssertionError, EOFError, OSE
 
 def _join_processes() -> None:
     """Without a launcher there is one process: it needs no port, which two runs could fight over."""
+    ranks.join()
     if "RANK" in os.environ:
         return
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -31,8 +35,32 @@ def _join_processes() -> None:
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
+def _checkpointed_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model that compute again for the gradient while they are in training mode.
+
+    Raises:
+        AgileError: Its model has none.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
+            part.gradient_checkpointing_enable({"use_reentrant": False})
+            break
+    found = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not found:
+        raise AgileError(
+            "engine.gradient_checkpointing is set, but this model has no layers that transformers can compute again. "
+            "Set engine.gradient_checkpointing=false, and shorten sequences or batches if memory is short."
+        )
+    return found
+
+
 class Engine:
     """A module under DeepSpeed with AdamW, clipping and a learning-rate schedule.
+
+    Under a launcher each process has an engine, calls the same methods in the same order, and runs forward and backward
+    equally often; gradients are summed over the processes.
 
     Args:
         module: What is trained.
@@ -40,6 +68,10 @@ class Engine:
         schedule: Factor on `lr` at each optimizer step, from 0.
         zero_stage: What DeepSpeed's ZeRO shards over the processes: 0 nothing, 1 the optimizer's state, 2 gradients
             too, 3 parameters too.
+        offload: What lies in the memory of the CPU: nothing, the optimizer's state and its step, or parameters too.
+        dtype: What the module computes in; the optimizer keeps its weights in float32.
+        gradient_checkpointing: Whether the layers of a transformers model are computed again for the gradient, in place
+            of keeping what they computed.
     """
 
     def __init__(
@@ -53,6 +85,9 @@ class Engine:
         max_grad_norm: float = 1.0,
         schedule: Callable[[int], float] = lambda step: 1.0,
         zero_stage: int = 0,
+        offload: str = "none",
+        dtype: str = "float32",
+        gradient_checkpointing: bool = False,
     ):
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         _join_processes()
@@ -63,6 +98,19 @@ class Engine:
             # compiled at first start, needs a C++ compiler, and only speeds up what several processes say to each other
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         optimizer = torch.optim.AdamW(groups or module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+        self._groups: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
+        for number, group in enumerate(optimizer.param_groups):  # ZeRO replaces lists and puts other parameters in
+            group["number"] = number
+        self._hidden: list[tuple[dict[str, Any], list[Tensor]]] = []
+        optimizer.register_step_pre_hook(self._hide_frozen)
+        optimizer.register_step_post_hook(self._show_frozen)
+        self._checkpointed = _checkpointed_layers(module) if gradient_checkpointing else []
+        on_cpu = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero: dict[str, Any] = {"stage": zero_stage}
+        if offload != "none":
+            zero["offload_optimizer"] = on_cpu
+        if offload == "all":
+            zero["offload_param"] = on_cpu
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -71,13 +119,16 @@ class Engine:
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": max_grad_norm,
-                "zero_optimization": {"stage": zero_stage},
+                "zero_optimization": zero,
                 "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,  # it would be compiled at first start
+                "bf16": {"enabled": dtype == "bfloat16"},
                 "steps_per_print": 10**9,
             },
         )
         self.lr = lr  # of the last step, in the first group
         self.zero_stage = zero_stage
+        self.dtype = dtype
 
     @property
     def module(self) -> Any:
@@ -87,21 +138,51 @@ class Engine:
     def device(self) -> torch.device:
         return torch.device(self._engine.device)
 
-    def forward(self, *args: Tensor) -> Any:
-        return self._engine(*(a.to(self.device) for a in args))
+    def forward(self, *args: Any) -> Any:
+        """Of arguments on the engine's device."""
+        for layer in self._checkpointed:  # these alone, so that no dropout awakes
+            layer.training = torch.is_grad_enabled()
+        try:
+            return self._engine(*args)
+        finally:
+            for layer in self._checkpointed:
+                layer.training = False
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients; `last` marks the last micro-batch before `step`. Losses are summed, not averaged."""
+        """Accumulate gradients; `last` marks the last micro-batch before `step`.
+
+        Losses are summed, not averaged, over micro-batches and processes.
+        """
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        self._engine.backward(loss * ranks.world_size(), scale_wrt_gas=False)  # DeepSpeed takes the mean over processes
 
     def step(self) -> float:
-        """One optimizer step; returns the gradient norm before clipping."""
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        """One optimizer step; returns the norm, before clipping, of the gradient of all processes' losses.
+
+        Parameter groups of which nothing requires a gradient stay as they are, their momentum too.
+        """
+        norm = 0.0
+        if not self._sharded:
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
         self.lr = float(self.optimizer.param_groups[0]["lr"])
         self._engine.step()
-        return float(self._engine.get_global_grad_norm()) if self.zero_stage else norm  # ZeRO takes gradients away
+        return float(self._engine.get_global_grad_norm()) if self._sharded else norm  # ZeRO takes gradients away
+
+    @property
+    def _sharded(self) -> bool:
+        return self.zero_stage > 0
+
+    def _hide_frozen(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before AdamW steps: ZeRO would give parameters without a gradient one of zeros, and they would decay."""
+        for group in optimizer.param_groups:
+            if not any(p.requires_grad for p in self._groups[group["number"]]):
+                self._hidden.append((group, group["params"]))
+                group["params"] = []
+
+    def _show_frozen(self, *_: Any) -> None:
+        while self._hidden:
+            group, group["params"] = self._hidden.pop()
 
     def weights(self, prefix: str = "lm.") -> Iterator[tuple[str, Tensor]]:
         """Every parameter below `prefix`, by its name without it, tied ones under each of their names.
@@ -132,6 +213,13 @@ class Engine:
             self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
         except RuntimeError as error:  # so torch reports a full disk
             raise OSError(f"the checkpoint was not written ({error})") from error
+        if ranks.is_main():
+            (folder / f"{tag}.json").write_text(json.dumps(self._layout))
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        """What must be the same where a checkpoint is loaded."""
+        return {"processes": ranks.world_size(), "zero_stage": self.zero_stage, "dtype": self.dtype}
 
     def load(self, folder: Path, tag: str) -> None:
         """Restore weights, optimizer and schedule.
@@ -141,6 +229,7 @@ class Engine:
         """
         if not (folder / tag).is_dir():
             raise AgileError(f"There is no checkpoint {tag} in {folder}. Name a folder that `agile train` wrote.")
+        self._check_layout(folder / f"{tag}.json")
         try:
             self._engine.load_checkpoint(str(folder), tag=tag)
         except _UNREADABLE as error:
@@ -150,8 +239,31 @@ class Engine:
                 f"sections it was made with (config.yaml of its run). {reason[:500]}"
             ) from None
 
+    def _check_layout(self, path: Path) -> None:
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        for name, value in self._layout.items():
+            if saved.get(name, value) != value:
+                many = f"torchrun --nproc-per-node={saved[name]} -m agile.cli train ..., or as many on several nodes"
+                one = "agile train without a launcher"
+                how = f"engine.{name}={saved[name]}" if name != "processes" else one if saved[name] == 1 else many
+                raise AgileError(
+                    f"The checkpoint {path.with_suffix('')} was written with {name} = {saved[name]}, but now {name} is "
+                    f"{value}; what the processes saved cannot be cut anew. Go on with {how}, or start a new run from "
+                    "the agents it exported: model.path=RUN/sft."
+                )
+
     def close(self) -> None:
-        """Let go of the module, so that another engine can take it over and this one's memory is freed."""
+        """Let go of the module, so that another engine can take it over and this one's memory is freed.
+
+        What ZeRO 3 cut into shards is whole again, on every process.
+        """
+        whole: dict[int, nn.Parameter] = {}
+        if self.zero_stage == 3:
+            for parameter in self._engine.module.parameters():
+                with self._gathered(parameter):
+                    whole[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
         self._engine.module_forward_pre_hook.remove()
         self._engine.module_forward_post_hook.remove()
         self._engine.destroy()
+        for part in self._engine.module.modules() if whole else ():
+            part._parameters = {name: whole.get(id(p)) for name, p in part._parameters.items()}
