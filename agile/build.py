@@ -221,7 +221,12 @@ class Setup:
         return ActionCodec(tokenizer, spec, special_tokens=prompt.special_tokens, turns=turns)
 
     def executor(
-        self, tokenizer: PreTrainedTokenizerFast, advisor: Advisor | None = None, codec: ActionCodec | None = None
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        advisor: Advisor | None = None,
+        codec: ActionCodec | None = None,
+        *,
+        counterfactual: bool = False,
     ) -> Executor:
         rollout = self.config.rollout
         return Executor(
@@ -238,6 +243,7 @@ class Setup:
                 max_invalid_actions=rollout.max_invalid_actions,
                 max_stage_s=rollout.max_stage_s,
             ),
+            counterfactual=counterfactual,
         )
 
     def imitation_rows(self, executor: Executor) -> list[Row]:

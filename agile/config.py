@@ -266,7 +266,7 @@ class PPOConfig(OptimizerConfig):
     lam: Share = Field(1.0, description="GAE lambda inside a session.")
     gamma_session: Share = Field(0.0, description="Discount from a session to the next of its stream.")
     lam_session: Share = Field(0.0, description="GAE lambda across sessions.")
-    credit: Literal["none", "utility", "chain"] = Field("none", description="Credit through memory.")
+    credit: Literal["none", "utility", "chain", "lineage"] = Field("none", description="Credit through memory.")
     utility_beta: float = Field(0.1, ge=0)
     utility_similarity: float = Field(0.46, description="Cosine from which questions count as similar.")
     clip: float = Field(0.2, gt=0)
@@ -281,9 +281,16 @@ class PPOConfig(OptimizerConfig):
     checkpoint_every: Count = Field(5, description="Iterations between checkpoints.")
 
     @model_validator(mode="after")
-    def _chain_needs_sessions(self) -> PPOConfig:
+    def _credit_reaches(self) -> PPOConfig:
         if self.credit == "chain" and self.gamma_session == 0:
             raise ValueError("credit is chain, which carries value from session to session; set gamma_session above 0")
+        if self.credit == "lineage" and self.gamma_session == 0:
+            raise ValueError("credit is lineage, which discounts by gamma_session per session; set it above 0")
+        if self.credit == "lineage" and self.value_warmup_epochs == 0:
+            raise ValueError(
+                "credit is lineage, which measures sessions against the critic, but value_warmup_epochs is 0; "
+                "give the critic a start"
+            )
         return self
 
 

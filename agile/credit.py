@@ -6,7 +6,7 @@ All boundaries are data, per-token discounts and lambdas, so the recursion knows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
@@ -29,6 +29,7 @@ class Credit(StrEnum):
     NONE = "none"
     UTILITY = "utility"  # the paper's bonus for asking what will come up again
     CHAIN = "chain"  # no bonus: gamma_session > 0 lets `gae` carry later rewards back
+    LINEAGE = "lineage"  # what sessions gained from the entries that this one wrote
 
 
 def utility(similarities: ArrayLike, advised: ArrayLike, *, beta: float = 0.1, threshold: float = 0.46) -> Floats:
@@ -55,6 +56,51 @@ def utility(similarities: ArrayLike, advised: ArrayLike, *, beta: float = 0.1, t
     return np.where(asked & later, beta / (earlier + 1), 0.0)
 
 
+def lineage(
+    rewards: ArrayLike,
+    baselines: ArrayLike,
+    written: Sequence[Collection[int]],
+    retrieved: Sequence[Collection[int]],
+    *,
+    gamma_session: float,
+) -> Floats:
+    """What the sessions of a stream gained from the memory that each of them wrote.
+
+        L_i = sum over j > i of gamma_session^(j - i) * |W_i & R_j| / |R_j| * (r_j + L_j - b_j)
+
+    Each entry has an equal share in what its reader gained over the critic's value of the same session without any. The
+    critic learns returns that hold the term, so the reader's own L_j stands beside r_j: else a session would be charged
+    for readers that write much themselves.
+
+    Args:
+        rewards: (n,), r_j, totals of the task's rewards, in stream order.
+        baselines: (n,), b_j, the critic's value of each session's first decision with what it retrieved taken out of
+            its context; NaN where there is none (nothing retrieved, nothing decided, left out of the loss), which
+            credits nobody.
+        written: n sets W_i, ids of the memory entries that each session wrote.
+        retrieved: n sets R_j, ids of those that each was shown; an id that no earlier session of the stream wrote takes
+            its share along, and one that is listed twice counts once.
+
+    Returns:
+        (n,).
+    """
+    reward, baseline = np.asarray(rewards, dtype=np.float64), np.asarray(baselines, dtype=np.float64)
+    if not len(reward) == len(baseline) == len(written) == len(retrieved):
+        raise ValueError(
+            f"{len(reward)} rewards, {len(baseline)} baselines, {len(written)} written and {len(retrieved)} retrieved; "
+            "expected one of each for every session."
+        )
+    writer = {entry: i for i, entries in enumerate(written) for entry in entries}
+    weights = np.zeros((len(reward), len(reward)))  # [i, j], what i gets of each unit that j gained
+    for j in np.flatnonzero(~np.isnan(baseline)):
+        entries = set(retrieved[j])
+        for i in (writer.get(entry, j) for entry in entries):
+            if i < j:
+                weights[i, j] += gamma_session ** (j - i) / len(entries)
+    gained = np.where(np.isnan(baseline), 0.0, reward - baseline)
+    return np.linalg.solve(np.eye(len(reward)) - weights, weights @ gained)  # L = weights @ (gained + L)
+
+
 def session_rewards(
     rewards: ArrayLike,
     mode: Credit,
@@ -66,7 +112,8 @@ def session_rewards(
 ) -> Floats:
     """Terminal reward of each session of a stream, the credit term of `mode` included.
 
-    `none` and `chain` add nothing; in `chain` the credit comes from `transitions` with gamma_session > 0.
+    Only `utility` adds something here: in `chain` the credit comes from `transitions` with gamma_session > 0, and
+    `lineage` needs the critic, so the trainer adds it.
 
     Args:
         rewards: (n,), totals of the task's rewards, in stream order.

@@ -96,6 +96,8 @@ class _RecordedMemory:
 
     memory: Memory
     reads: list[MemoryRead]
+    found: list[tuple[str, Retrieved]] = field(default_factory=list)  # with the query that found it
+    counts: dict[tuple[str, float, Scope], int] = field(default_factory=dict)
 
     def write(self, items: Sequence[MemoryItem]) -> list[int]:
         return self.memory.write(items)
@@ -103,15 +105,44 @@ class _RecordedMemory:
     def retrieve(self, query: str, k: int, scope: Scope) -> list[Retrieved]:
         entries = self.memory.retrieve(query, k, scope)
         self.reads.append(MemoryRead(tuple(entries)))
+        self.found.extend((query, entry) for entry in entries)
         return entries
 
     def count_similar(self, query: str, threshold: float, scope: Scope) -> int:
         count = self.memory.count_similar(query, threshold, scope)
         self.reads.append(MemoryRead(count=count))
+        self.counts[query, threshold, scope] = count
         return count
 
     def __len__(self) -> int:
         return len(self.memory)
+
+
+@dataclass(frozen=True, slots=True)
+class _WithoutFound:
+    """The recorded memory as if what was found in it had never been written: nothing takes its place.
+
+    A count is less by the entries that the same query found: of others nobody knows how similar they are.
+    """
+
+    recorded: _RecordedMemory
+
+    def write(self, items: Sequence[MemoryItem]) -> list[int]:
+        raise TypeError("an agent's recall wrote to memory; it may only read")
+
+    def retrieve(self, query: str, k: int, scope: Scope) -> list[Retrieved]:
+        return []
+
+    def count_similar(self, query: str, threshold: float, scope: Scope) -> int:
+        counted = {
+            entry.item.id
+            for asked, entry in self.recorded.found
+            if asked == query and entry.similarity >= threshold and scope.covers(entry.item)
+        }
+        return max(0, self.recorded.counts.get((query, threshold, scope), 0) - len(counted))
+
+    def __len__(self) -> int:
+        return len(self.recorded) - len({entry.item.id for _, entry in self.recorded.found})
 
 
 @dataclass(slots=True)
@@ -132,6 +163,8 @@ class _Draft:
     steps: list[Observation] = field(default_factory=list)
     retrieved: list[tuple[int, float]] = field(default_factory=list)
     reads: list[MemoryRead] = field(default_factory=list)
+    blanks: dict[int, tuple[int, ...]] = field(default_factory=dict)  # spans of this window without what was retrieved
+    counterfactual: tuple[int, ...] = ()
     written: list[int] = field(default_factory=list)
     advice: Advice | None = None
     reflection: str = ""
@@ -153,8 +186,12 @@ class _Draft:
 
     def close(self, end: SegmentEnd) -> None:
         self.segments.append(Segment(tuple(self.spans), end))
-        self.spans = []
+        self.spans, self.blanks = [], {}
         self.speaker = None
+
+    def without_retrieved(self) -> tuple[int, ...]:
+        """The context as it would be without what was retrieved."""
+        return tuple(i for n, span in enumerate(self.spans) for i in self.blanks.get(n, span.token_ids))
 
 
 class Executor:
@@ -167,6 +204,7 @@ class Executor:
         desk: Where `[SeekAdvice]` goes.
         score: The task's reward of a finished session.
         limits: What ends a session early.
+        counterfactual: Whether `Session.counterfactual` is recorded, which credit `lineage` needs.
 
     Raises:
         AgileError: The spec names an action that is neither the executor's nor a tool's, or lets the LLM choose what
@@ -181,6 +219,8 @@ class Executor:
         desk: AdviceDesk,
         score: Score,
         limits: Limits | None = None,
+        *,
+        counterfactual: bool = False,
     ):
         for action in agent.spec.actions:
             if action.name not in Fn.ALL and action.name not in tools:
@@ -199,6 +239,7 @@ class Executor:
         self.desk = desk
         self.score = score
         self.limits = limits or Limits()
+        self.counterfactual = counterfactual
 
     async def run(
         self,
@@ -253,6 +294,7 @@ class Executor:
             error=error,
             reads=tuple(draft.reads),
             usage=draft.usage,
+            counterfactual=draft.counterfactual if draft.retrieved else (),
             price=price,
         )
         try:
@@ -371,6 +413,8 @@ class Executor:
             if len(completion.token_ids) > room:
                 raise ValueError(f"sampled {len(completion.token_ids)} tokens, expected at most {room}")
             sampled = Span(Source.LLM, completion.token_ids, completion.logprobs, completion.policy_version)
+        if self.counterfactual and not draft.turns:
+            draft.counterfactual = draft.without_retrieved()
         draft.turns += 1
         draft.usage += completion.usage
         draft.spans.append(sampled)
@@ -379,13 +423,17 @@ class Executor:
     async def _perform(self, draft: _Draft, action: Action) -> None:
         """Route one action and append what it brought back."""
         source, text, ok = Source.EXECUTOR, "", True
+        without: str | None = None
         match action.name:
             case Fn.GET_QUESTION:
                 with _stage("agent"):
                     source, text = Source.TASK, self.agent.question(draft.item, draft.progress, draft.price)
             case Fn.RETRIEVE_MEMORY:
                 with _stage("memory"), interrupted("memory", self.limits.max_stage_s):
-                    entries, text = self.agent.recall(draft.item, _RecordedMemory(draft.memory, draft.reads))
+                    recorded = _RecordedMemory(draft.memory, draft.reads)
+                    entries, text = self.agent.recall(draft.item, recorded)
+                    if self.counterfactual:
+                        _, without = self.agent.recall(draft.item, _WithoutFound(recorded))
                 source = Source.MEMORY
                 draft.retrieved += [(e.item.id, e.similarity) for e in entries]
             case Fn.SEEK_ADVICE:
@@ -416,5 +464,8 @@ class Executor:
         draft.steps.append(Observation(action, source, text, ok))
         with _stage("agent"):
             token_ids = self.codec.encode(text)
+            blank = None if without is None else self.codec.encode(without)
         if token_ids:
             self._show(draft, source, token_ids)
+            if blank is not None:
+                draft.blanks[len(draft.spans) - 1] = blank

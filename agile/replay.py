@@ -145,6 +145,7 @@ async def replay_session(executor: Executor, session: Session, item: Item, progr
         _Desk(session),
         score,
         replace(executor.limits, max_seconds=None, max_stage_s=None),
+        counterfactual=bool(session.counterfactual),
     )
     found = await player.run(
         _Policy(session),
@@ -212,7 +213,19 @@ def first_difference(expected: Session, found: Session, codec: ActionCodec) -> D
             return replace(difference, hint=hint)
         if a.end != b.end:
             return Difference(f"segment {number}, its end", a.end, b.end, ends)
-    names = ("status", "error", "answer", "reward", "steps", "retrieved", "written", "advice", "reads", "usage")
+    names = (
+        "status",
+        "error",
+        "answer",
+        "reward",
+        "steps",
+        "retrieved",
+        "written",
+        "advice",
+        "reads",
+        "usage",
+        "counterfactual",
+    )
     name = next((n for n in names if getattr(expected, n) != getattr(found, n)), "segments")
     pair = getattr(expected, name), getattr(found, name)
     if isinstance(pair[0], tuple):

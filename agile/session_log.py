@@ -66,6 +66,7 @@ def session_from_json(data: Mapping[str, Any]) -> Session:
                 for r in data["reads"]
             ),
             "usage": Usage(**data["usage"]),
+            "counterfactual": tuple(data.get("counterfactual", ())),
         }
     )
 

@@ -20,8 +20,8 @@ from agile.report import write_page
 from agile.run_folder import checkpoints
 from agile.session_log import Logged, last_step, logged_sessions
 from agile.show import View, describe, print_view, render_page
-from agile.stages.rewards import terminal_rewards
-from agile.train.ppo import Discounts, advantages, lay_out, score_rows
+from agile.stages.rewards import discounts, terminal_rewards
+from agile.train.ppo import advantages, lay_out, lineage_terms, score_rows
 from agile.types import Trajectory
 
 NUM_LISTED = 20
@@ -123,12 +123,20 @@ def critic_of(parts: RunParts, logged: Logged) -> tuple[list[float], list[float]
     engine = _engine(parts, logged, found[-1])
     similarities = parts.setup.question_similarities()
     rewards = terminal_rewards(config, similarities, [trajectory], np.random.default_rng(config.seed))
+    flow, batch_size = discounts(config.ppo), config.ppo.micro_batch_size
+    if flow.lineage:
+        terms = lineage_terms(
+            engine,
+            [trajectory],
+            rewards,
+            discount=flow.lineage,
+            batch_size=batch_size,
+            masked=config.rollout.masked,
+        )
+        rewards = [np.add(rewards[0], terms[0]).tolist()]
     rows, plan = lay_out([trajectory], rewards, config.rollout.masked)
-    scored = score_rows(
-        engine, None, rows, batch_size=config.ppo.micro_batch_size, temperature=config.rollout.temperature
-    )
-    ppo = config.ppo
-    gained, _, _ = advantages(plan, rows, scored, Discounts(ppo.gamma, ppo.lam, ppo.gamma_session, ppo.lam_session))
+    scored = score_rows(engine, None, rows, batch_size=batch_size, temperature=config.rollout.temperature)
+    gained, _, _ = advantages(plan, rows, scored, flow)
     engine.close()
     learned = [s.id for s in trajectory.sessions if s.status not in config.rollout.masked]  # as `lay_out` does
     (laid_out,) = plan

@@ -26,7 +26,7 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
     setup = Setup(config, out)
     setup.embed(setup.task.streams("train"))
     tokenizer = setup.tokenizer(out / "sft" if (out / "sft").exists() else None)
-    executor = setup.executor(tokenizer)
+    executor = setup.executor(tokenizer, counterfactual=config.ppo.credit == "lineage")
     torch.manual_seed(config.seed)
     imitated = run.place is not None and run.place.stage == "ppo"
     model = ActorCritic(setup.language_model(tokenizer, out / "sft" if imitated else None))

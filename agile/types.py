@@ -303,6 +303,9 @@ class Scope:
     group: str
     product: str | None = None
 
+    def covers(self, item: MemoryItem) -> bool:
+        return item.kind is self.kind and item.group == self.group and self.product in (None, item.product)
+
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
@@ -425,6 +428,8 @@ class Session:
         retrieved: `(memory id, similarity)` of every entry it was shown.
         reads: Every read of memory in order, in full: what a replay needs.
         written: Ids of the memory items it wrote.
+        counterfactual: The context of its first decision as it would have been without any entry of memory; empty if
+            that was not asked for, it retrieved nothing, or nothing was decided.
         answer: What it submitted; None if it never did.
         reward: None until scored.
         price: At which advice was offered.
@@ -447,6 +452,7 @@ class Session:
     reward: Reward | None = None
     reads: tuple[MemoryRead, ...] = ()
     usage: Usage = Usage()
+    counterfactual: tuple[int, ...] = ()
     price: float = 0.0
 
     @property

@@ -87,6 +87,11 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         ("sft.batch_size=10", ["sft: micro_batch_size 64 does not divide batch_size 10"]),
         ("model.num_heads=3", ["model: hidden_size 128", "2 * num_heads = 6"]),
         ("ppo.credit=chain", ["ppo: credit is chain", "gamma_session above 0"]),
+        ("ppo.credit=lineage", ["ppo: credit is lineage", "set it above 0"]),
+        (
+            "ppo={credit: lineage, gamma_session: 0.9, value_warmup_epochs: 0}",
+            ["ppo: credit is lineage", "value_warmup_epochs is 0"],
+        ),
         ("task.name=productqa", ["task: data is missing", "task.data=DIR"]),
         # not an override at all
         ("foo", ["'foo'", "a.b=value"]),

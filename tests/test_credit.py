@@ -14,6 +14,7 @@ from agile.credit import (
     Transitions,
     explained_variance,
     gae,
+    lineage,
     pad,
     session_rewards,
     transitions,
@@ -195,9 +196,83 @@ def test_utility_arguments() -> None:
         utility(np.eye(2), [True] * 3)
 
 
+# Session 0 wrote entries 1 and 2, session 1 entry 3; gamma_session 1/2. Gains are r - b.
+NAN = float("nan")
+LINEAGE: dict[str, tuple[list[float], list[float], list[list[int]], list[float]]] = {
+    # session 2 gained 1 - .25 = .75 from entry 1 alone, two sessions later: .25 * .75
+    "one reader": ([0, 0, 1], [NAN, NAN, 0.25], [[], [], [1]], [0.1875, 0, 0]),
+    # as much was lost: it is charged
+    "a loss": ([0, 0, 0], [NAN, NAN, 0.5], [[], [], [1]], [-0.125, 0, 0]),
+    # half of the gain of 1 for each writer, at distances 2 and 1
+    "two writers": ([0, 0, 1], [NAN, NAN, 0], [[], [], [1, 3]], [0.125, 0.25, 0]),
+    # two of three shares; entries count, not sessions
+    "two entries of one writer": ([0, 0, 1], [NAN, NAN, 0.25], [[], [], [1, 2, 3]], [0.125, 0.125, 0]),
+    # entry 9 was there before the stream, or is of another: nobody gets its half
+    "no writer": ([0, 0, 1], [NAN, NAN, 0], [[], [], [1, 9]], [0.125, 0, 0]),
+    "the same entry twice": ([0, 0, 1], [NAN, NAN, 0.25], [[], [], [1, 1]], [0.1875, 0, 0]),
+    # without a baseline (nothing decided, or left out of the loss) there is no evidence
+    "no baseline": ([0, 0, 1], [NAN, NAN, NAN], [[], [], [1]], [0, 0, 0]),
+    # a session that reads what it wrote itself earned that in its own reward
+    "its own": ([0, 1, 0], [NAN, 0, NAN], [[], [3], []], [0, 0, 0]),
+    "nothing read": ([1, 1, 1], [NAN, 0, 0], [[], [], []], [0, 0, 0]),
+    # session 1 gained .5 and is credited .5 * 1 by session 2: session 0 gets .5 * (.5 + .5)
+    "a reader that writes": ([0, 0.5, 1], [NAN, 0, 0], [[], [1], [3]], [0.5, 0.5, 0]),
+}
+
+
+@pytest.mark.parametrize("case", LINEAGE)
+def test_lineage_by_hand(case: str) -> None:
+    rewards, baselines, retrieved, expected = LINEAGE[case]
+    found = lineage(rewards, baselines, [[1, 2], [3], []], retrieved, gamma_session=0.5)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def lineage_by_loop(
+    rewards: list[float], baselines: list[float], written: list[list[int]], retrieved: list[list[int]], gamma: float
+) -> list[float]:
+    """Readers from the last to the first; each hands what it gained to the writers of what it read."""
+    credit = [0.0] * len(rewards)
+    for j in reversed(range(len(rewards))):
+        if np.isnan(baselines[j]):
+            continue
+        entries = set(retrieved[j])
+        for entry in entries:
+            for i in range(j):
+                if entry in written[i]:
+                    credit[i] += gamma ** (j - i) * (rewards[j] + credit[j] - baselines[j]) / len(entries)
+    return credit
+
+
+@given(st.integers(0, 7), shares, st.data())
+def test_lineage_equals_the_loop(n: int, gamma: float, data: st.DataObject) -> None:
+    def per_session(what: st.SearchStrategy[float]) -> list[float]:
+        return data.draw(st.lists(what, min_size=n, max_size=n))
+
+    writers = data.draw(st.lists(st.integers(0, max(0, n - 1)), max_size=8))
+    written = [[entry for entry, writer in enumerate(writers) if writer == i] for i in range(n)]
+    rewards, baselines = per_session(numbers), per_session(st.one_of(numbers, st.just(NAN)))
+    retrieved = data.draw(st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=n, max_size=n))
+    found = lineage(rewards, baselines, written, retrieved, gamma_session=gamma)
+    np.testing.assert_allclose(found, lineage_by_loop(rewards, baselines, written, retrieved, gamma), atol=1e-9)
+
+
+def test_lineage_telescopes_where_a_question_recurs() -> None:
+    """Asked at .7 and known to be worth it: whoever asks first earns what is saved later, whoever reads asks no more.
+
+    The critic of a session without memory is right: it asks, and earns for the sessions that follow.
+    """
+    found = lineage([0.7, 1, 1], [NAN, 0.7 + 0.3, 0.7], [[1], [], []], [[], [1], [1]], gamma_session=1.0)
+    np.testing.assert_allclose(found, [0.3, 0, 0], atol=1e-12)
+
+
+def test_lineage_names_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="2 rewards, 1 baselines, 2 written and 2 retrieved"):
+        lineage([0, 0], [0], [[], []], [[], []], gamma_session=0.5)
+
+
 def test_session_rewards_by_mode() -> None:
     base, advised = [1.0, 0.0, 0.7, 1.0, 0.0], [1, 0, 1, 0, 0]
-    for mode in (Credit.NONE, Credit.CHAIN):
+    for mode in (Credit.NONE, Credit.CHAIN, Credit.LINEAGE):
         assert session_rewards(base, mode).tolist() == base
     rewards = session_rewards(base, Credit.UTILITY, similarities=SIMILAR, advised=advised)
     assert rewards.tolist() == [1.1, 0, 0.75, 1, 0]

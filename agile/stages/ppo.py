@@ -27,8 +27,8 @@ from agile.rollout import collect, status_counts
 from agile.run_folder import Place, RunFolder
 from agile.seeding import derive_seed
 from agile.stages.progress import advance, progress_bar
-from agile.stages.rewards import terminal_rewards
-from agile.train.ppo import Discounts, train_ppo
+from agile.stages.rewards import discounts, terminal_rewards
+from agile.train.ppo import train_ppo
 from agile.types import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
             first_iteration=done,
             num_iterations=ppo.num_iterations,
             value_warmup_epochs=ppo.value_warmup_epochs,
-            discounts=Discounts(ppo.gamma, ppo.lam, ppo.gamma_session, ppo.lam_session),
+            discounts=discounts(ppo),
             coefficients=PPOCoefficients(
                 clip=ppo.clip,
                 value_clip=ppo.value_clip,

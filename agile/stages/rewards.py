@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from agile.config import RunConfig
+from agile.config import PPOConfig, RunConfig
 from agile.credit import Credit, session_rewards
+from agile.train.ppo import Discounts
 from agile.types import Session, Trajectory
 
 
@@ -40,6 +41,13 @@ def terminal_rewards(
         ).tolist()
         for t, row in zip(trajectories, totals, strict=True)
     ]
+
+
+def discounts(ppo: PPOConfig) -> Discounts:
+    """How value flows. `lineage` takes `gamma_session` for itself: GAE would carry the same credit a second time."""
+    if ppo.credit == "lineage":
+        return Discounts(ppo.gamma, ppo.lam, lineage=ppo.gamma_session)
+    return Discounts(ppo.gamma, ppo.lam, ppo.gamma_session, ppo.lam_session)
 
 
 def _reward(session: Session, failed_reward: float | None) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -16,24 +16,29 @@ import torch
 from numpy.typing import NDArray
 
 from agile.batching import Row, make_batch, minibatches, session_rows
-from agile.credit import SegmentCredit, SessionCredit, explained_variance, gae, transitions, whiten
+from agile.credit import SegmentCredit, SessionCredit, explained_variance, gae, lineage, transitions, whiten
 from agile.credit import pad as stack
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.losses import PPOCoefficients, entropy, ppo_loss, token_logprobs
-from agile.types import BLAMELESS, SessionStatus, Trajectory
+from agile.types import BLAMELESS, SegmentEnd, SessionStatus, Trajectory
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
 class Discounts:
-    """How value flows inside a session and from one to the next (docs/design.md, section 3)."""
+    """How value flows inside a session and from one to the next (docs/design.md, section 3).
+
+    Attributes:
+        lineage: Per session from a reader back to the writer of what it read; 0 for no such credit.
+    """
 
     gamma: float = 1.0
     lam: float = 1.0
     gamma_session: float = 0.0
     lam_session: float = 0.0
+    lineage: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,7 @@ class Scored:
 
 @torch.no_grad()
 def score_rows(
-    engine: Engine, reference: torch.nn.Module | None, rows: Sequence[Row], *, batch_size: int, temperature: float
+    engine: Engine, reference: torch.nn.Module | None, rows: Sequence[Row], *, batch_size: int, temperature: float = 1.0
 ) -> list[Scored]:
     """Recompute logprobs and values of every row, and those of the reference policy (zeros without one)."""
     scored: list[Scored | None] = [None] * len(rows)
@@ -67,6 +72,44 @@ def score_rows(
         for i, own, other, value, after in zip(chosen, *parts, last.tolist(), strict=True):
             scored[i] = Scored(own, other, value, after)
     return [s for s in scored if s is not None]
+
+
+def lineage_terms(
+    engine: Engine,
+    trajectories: Sequence[Trajectory],
+    rewards: Sequence[Sequence[float]],
+    *,
+    discount: float,
+    batch_size: int,
+    masked: Collection[SessionStatus] = BLAMELESS,
+) -> list[list[float]]:
+    """Credit `lineage` of each session of each trajectory; see `agile.credit.lineage`.
+
+    Each session that retrieved something is measured against the value of its first decision without it: one more
+    forward pass, over `Session.counterfactual`.
+    """
+    readers = [
+        (t, j, np.array(session.counterfactual, dtype=np.int64))
+        for t, trajectory in enumerate(trajectories)
+        for j, session in enumerate(trajectory.sessions)
+        if session.counterfactual and session.status not in masked
+    ]
+    rows = [
+        Row(ids, np.zeros(len(ids), bool), np.zeros(0, np.float32), SegmentEnd.CONTEXT_CLEARED) for _, _, ids in readers
+    ]
+    baselines = [np.full(len(trajectory.sessions), np.nan) for trajectory in trajectories]
+    for (t, j, _), scored in zip(readers, score_rows(engine, None, rows, batch_size=batch_size), strict=True):
+        baselines[t][j] = scored.bootstrap
+    return [
+        lineage(
+            row,
+            baseline,
+            [session.written for session in trajectory.sessions],
+            [[entry for entry, _ in session.retrieved] for session in trajectory.sessions],
+            gamma_session=discount,
+        ).tolist()
+        for trajectory, row, baseline in zip(trajectories, rewards, baselines, strict=True)
+    ]
 
 
 def lay_out(
@@ -124,7 +167,16 @@ def advantages(
             for numbers, reward in sessions
         ]
         values = [scored[i].values for numbers, _ in sessions for i in numbers]
-        layouts.append(transitions(credits, np.concatenate([np.zeros(0), *values]), **asdict(discounts)))
+        layouts.append(
+            transitions(
+                credits,
+                np.concatenate([np.zeros(0), *values]),
+                gamma=discounts.gamma,
+                lam=discounts.lam,
+                gamma_session=discounts.gamma_session,
+                lam_session=discounts.lam_session,
+            )
+        )
     t, mask = stack(layouts)
     raw, returns = gae(t.rewards, t.values, t.next_values, t.discounts, t.lambdas, mask)
     ends = np.cumsum([row.num_actions for row in rows])[:-1]  # rows are numbered in the order of the plan
@@ -167,13 +219,20 @@ def update(
     """One PPO iteration on collected trajectories.
 
     Args:
-        rewards: Terminal reward of each session of each trajectory, credit term included.
+        rewards: Terminal reward of each session of each trajectory, credit `utility` included.
         masked: Sessions that ended so are left out.
         check: Called with `mismatch` of rollout and trainer before anything is learned; may raise.
 
     Returns:
         Means over action tokens; `first_ratio` is the mean ratio at the first minibatch, which must be 1.
     """
+    credit: dict[str, float] = {}
+    if discounts.lineage:
+        terms = lineage_terms(
+            engine, trajectories, rewards, discount=discounts.lineage, batch_size=micro_batch_size, masked=masked
+        )
+        rewards = [np.add(*pair).tolist() for pair in zip(rewards, terms, strict=True)]
+        credit = {"lineage": float(np.mean(np.abs(np.concatenate(terms))))}
     rows, plan = lay_out(trajectories, rewards, masked)
     scored = score_rows(engine, reference, rows, batch_size=micro_batch_size, temperature=temperature)
     between = mismatch(rows, scored)
@@ -218,6 +277,7 @@ def update(
     return {
         "first_ratio": first_ratio,
         **between,
+        **credit,
         "explained_variance": variance,
         "grad_norm": float(np.mean(norms)),
         "num_rows": float(len(rows)),
@@ -252,10 +312,11 @@ def train_ppo(
 
     Args:
         collect: Plays the streams of an iteration with the engine's current weights.
-        rewards: Terminal reward of each session of each trajectory, credit term included.
+        rewards: Terminal reward of each session of each trajectory, credit `utility` included.
         on_iteration: Called after each with its number (from 1), its trajectories and metrics.
         value_warmup_epochs: Epochs of the first iteration, which then trains the critic alone; 0 for none. A critic
-            that is still far off pushes up whatever is done most, good or bad.
+            that is still far off pushes up whatever is done most, good or bad, and cannot tell what memory gains: the
+            warm-up goes without lineage.
         masked: Sessions that ended so are left out of the loss.
         check: Called in each iteration with its number (from 0) and the `mismatch` of rollout and trainer, before
             anything is learned; may raise.
@@ -270,7 +331,7 @@ def train_ppo(
                 reference,
                 trajectories,
                 rewards(trajectories, rng),
-                discounts=discounts,
+                discounts=replace(discounts, lineage=0.0) if warmup else discounts,
                 coefficients=coefficients,
                 batch_size=batch_size,
                 micro_batch_size=micro_batch_size,

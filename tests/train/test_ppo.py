@@ -20,7 +20,7 @@ from agile.errors import AgileError
 from agile.losses import PPOCoefficients, token_logprobs
 from agile.model import ActorCritic
 from agile.policies import HFPolicy
-from agile.train.ppo import Discounts, Scored, advantages, lay_out, score_rows, train_ppo, update
+from agile.train.ppo import Discounts, Scored, advantages, lay_out, lineage_terms, score_rows, train_ppo, update
 from agile.types import SegmentEnd, Session, SessionStatus, Trajectory
 from tests.doors import (
     Gradients,
@@ -236,6 +236,53 @@ def test_chain_carries_a_later_reward_back_and_a_cut_off_session_does_not() -> N
     assert returns(first, second, third) == [1.25, 1.25, 0.5, 1.0]
     assert returns(first, cut, third) == [1.0, 1.0, 0.0, 1.0]
     assert returns(first, replace(second, status=SessionStatus.FAILED), third) == [1.5, 1.5, 1.0]
+
+
+def readers() -> Trajectory:
+    """Session 0 writes entry 1; 1 and 3 read it, 2 reads it and fails."""
+    step = segment([5, 6], [False, True], TERMINATED)
+    read: dict[str, Any] = {"retrieved": ((1, 0.9), (7, 0.4)), "counterfactual": (9, 10, 11)}
+    return Trajectory(
+        "s",
+        (
+            session(step, written=(1,)),
+            session(step, index=1, **read),
+            session(step, index=2, status=SessionStatus.FAILED, **read),
+            session(step, index=3, **{**read, "counterfactual": (12, 13)}),
+        ),
+    )
+
+
+def test_lineage_compares_a_reader_to_the_value_of_its_first_decision_without_memory() -> None:
+    model = actor_critic()
+
+    def value(*ids: int) -> float:
+        with torch.no_grad():
+            hidden = model.lm.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+            return float(model.value_head(hidden))
+
+    one, three = value(9, 10, 11), value(12, 13)
+    assert abs(one - three) > 0.01
+    # half of each gain: entry 7 is of nobody here
+    expected = 0.5 * (0.9 * (1 - one) + 0.9**3 * (0.5 - three))
+    none = Trajectory("none", (session(segment([5, 6], [False, True], TERMINATED)),))
+    found = lineage_terms(Gradients(model), [readers(), none], [[0, 1, 1, 0.5], [1]], discount=0.9, batch_size=2)
+    assert found[0] == pytest.approx([expected, 0, 0, 0], abs=1e-6) and found[1] == [0]
+    unmasked = lineage_terms(Gradients(model), [readers()], [[0, 1, 1, 0.5]], discount=0.9, batch_size=8, masked=())
+    assert unmasked[0][0] == pytest.approx(expected + 0.5 * 0.81 * (1 - one), abs=1e-6), "a failure, if it counts"
+
+
+def test_lineage_is_learned_from_as_a_reward_and_nothing_flows_besides() -> None:
+    """The same update as if its terms had been rewards; without sessions that read, none at all."""
+    terms = lineage_terms(Gradients(actor_critic()), [readers()], [[0, 1, 1, 0.5]], discount=0.9, batch_size=8)
+    paid = np.add([[0, 1, 1, 0.5]], terms).tolist()
+    metrics, expected = gradients([readers()], rewards=paid)
+    credited, found = gradients([readers()], rewards=[[0, 1, 1, 0.5]], discounts=Discounts(lineage=0.9))
+    assert largest_difference(found, expected) == 0
+    assert credited == {**metrics, "lineage": pytest.approx(abs(terms[0][0]) / 4)}
+    assert abs(terms[0][0]) > 0.01
+    alone, plain = gradients(played(), discounts=Discounts(lineage=0.9))
+    assert alone["lineage"] == 0 and largest_difference(plain, gradients(played())[1]) == 0
 
 
 @pytest.mark.parametrize("status", list(SessionStatus))
