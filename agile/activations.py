@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import weakref
 from functools import lru_cache
 from typing import Any
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agile.losses import entropy, token_logprobs
 
@@ -71,7 +78,6 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
 
 
 AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
 def shaped(config: PretrainedConfig, num_layers: int | None = None, dtype: torch.dtype = torch.float32) -> Any:
@@ -129,9 +135,34 @@ def _peak(
     separate_critic: bool,
     learning: bool,
 ) -> int:
-    import json
+    config = AutoConfig.for_model(**json.loads(text))
+    lm = shaped(config, num_layers, dtype)
+    if checkpointing:
+        # the generators of random numbers are left alone: there is no dropout, and none on this device
+        lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    for layer in lm.base_model.modules():
+        layer.training = checkpointing and isinstance(layer, GradientCheckpointingLayer)
+    trunk = copy.deepcopy(lm.base_model) if separate_critic else None
+    size = config.get_text_config().hidden_size
+    head = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, 1)).to("meta")
+    model = nn.ModuleList([lm, head] if trunk is None else [lm, head, trunk])
+    for parameter in model.parameters():  # gradients that stay are states; here only one at a time is there
+        parameter.register_post_accumulate_grad_hook(_forget)
+    with torch.device("meta"):
+        inputs: dict[str, Any] = {"input_ids": torch.zeros(1, num_tokens, dtype=torch.int64), "use_cache": False}
+        inputs["attention_mask"] = torch.zeros(1, 1, 1, 1)  # any of four dimensions is taken as it is, and is not used
+        action_ids = torch.zeros(num_actions, dtype=torch.int64)
+    with Peak(model) as seen, torch.set_grad_enabled(learning):
+        hidden = lm.base_model(**inputs).last_hidden_state[0]
+        other = hidden.detach() if trunk is None else trunk(**inputs).last_hidden_state[0]
+        logits = lm.get_output_embeddings()(hidden[:num_actions])
+        logprobs, values = token_logprobs(logits, action_ids), head(other[:num_actions].float())
+        if learning:
+            with torch.no_grad():
+                entropy(logits)
+            (logprobs.sum() + values.sum()).backward()
+    return seen.peak
 
-    from transformers import AutoConfig
 
-    lm = shaped(AutoConfig.for_model(**json.loads(text)), num_layers, dtype)
-    return measure(lm, num_tokens, num_actions, checkpointing, separate_critic, learning)
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None
