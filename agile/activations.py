@@ -1,4 +1,4 @@
-"""How much memory a forward and backward pass takes: the model's own code run on tensors that have shapes but no values."""
+"""The memory of a forward and backward pass: the model's own code, run on tensors that have shapes but no values."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ class Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._see, result)
+        tree_map_only(Tensor, self.count, result)
         return result
 
-    def _see(self, tensor: Tensor) -> None:
+    def count(self, tensor: Tensor) -> None:
+        """Take a tensor in that was there before."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._alive:

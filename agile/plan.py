@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from rich.console import Console
@@ -22,7 +22,7 @@ SHIPPED = Path(__file__).parent / "configs" / "models"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CUDA_BYTES = 1.5 * GIB  # the driver's context, NCCL's channels, cuBLAS's workspace
 MARGIN = 0.05  # what the caching allocator loses between tensors
-When = Literal["always", "scoring", "learning"]
+When = Literal["always", "scoring", "learning", "stepping"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Item:
     """Something that takes memory of each GPU.
 
     Attributes:
-        when: `scoring` and `learning` follow each other and do not add up.
+        when: `scoring`, `learning` (forward and backward) and `stepping` follow each other and do not add up.
     """
 
     name: str
@@ -53,10 +53,8 @@ class Plan:
 
     @property
     def total(self) -> float:
-        always, scoring, learning = (
-            sum(i.num_bytes for i in self.items if i.when == when) for when in ("always", "scoring", "learning")
-        )
-        return always + max(scoring, learning)
+        taken = {when: sum(i.num_bytes for i in self.items if i.when == when) for when in get_args(When)}
+        return taken.pop("always") + max(taken.values())
 
     @property
     def largest(self) -> Item:
@@ -94,9 +92,10 @@ def architecture(config: RunConfig) -> PretrainedConfig:
             return AutoConfig.for_model(**json.loads(known.read_text()))
         return AutoConfig.from_pretrained(model.path, local_files_only=True)
     except (OSError, ValueError) as error:
+        shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
         raise AgileError(
             f"The shape of model.path={model.path} is not known: {str(error).partition(chr(10))[0]} Give a folder with "
-            f"config.json (no weights are needed), or one of {', '.join(sorted(p.stem for p in SHIPPED.glob('*.json')))}."
+            f"config.json (no weights are needed), or one of {shipped}."
         ) from None
 
 
@@ -135,8 +134,8 @@ def count(config: RunConfig, shape: PretrainedConfig) -> Counts:
 def state_bytes(counts: Counts, *, zero_stage: int, offload: str, dtype: str, num_gpus: int) -> tuple[float, float]:
     """Weights, gradients, and AdamW's state with its weights in float32: bytes of each GPU, of the CPU for all GPUs.
 
-    For ZeRO 2 and 3 by DeepSpeed's own estimators, which are for weights of two bytes; what float32 takes on top, frozen
-    weights, and stages 0 and 1 by the arithmetic that they rest on.
+    For ZeRO 2 and 3 by DeepSpeed's own estimators, which are for weights of two bytes; what float32 takes on top,
+    frozen weights, and stages 0 and 1 by the arithmetic that they rest on.
     """
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
@@ -184,9 +183,14 @@ def memory(config: RunConfig, num_gpus: int, gpu_gib: float, action_share: float
         ),
         Item("CUDA, NCCL", CUDA_BYTES, "assumed"),
     ]
+    if engine.offload == "none":
+        # seen: two further copies of a process's share, which ZeRO keeps as one tensor
+        working = 8 * counts.trained / num_gpus if engine.zero_stage else 4 * counts.trained
+        items.append(Item("AdamW's step", working, "works on all its weights at once", "stepping"))
     items += buckets(counts, zero_stage=engine.zero_stage, size=size)
     stage = ppo if ppo.num_iterations else config.sft
-    tokens = max(s.micro_batch_tokens for s, used in ((config.sft, config.sft.num_steps), (ppo, stage is ppo)) if used)
+    rows = max(s.micro_batch_size for s, used in ((config.sft, config.sft.num_steps), (ppo, stage is ppo)) if used)
+    tokens = rows * config.rollout.max_context_tokens
     passes: dict[str, Any] = {"num_tokens": tokens, "num_actions": max(1, round(action_share * tokens))}
     passes |= {"dtype": getattr(torch, engine.dtype), "separate_critic": config.model.critic == "separate"}
     note = f"{tokens} tokens, logits for {passes['num_actions']} of them, " + (
@@ -212,7 +216,10 @@ def check_gpus(config: RunConfig, num_gpus: int) -> None:
     """
     sizes = {"sft.batch_size": config.sft.batch_size} if config.sft.num_steps else {}
     if config.ppo.num_iterations:
-        sizes |= {"ppo.batch_size": config.ppo.batch_size, "ppo.streams_per_iteration": config.ppo.streams_per_iteration}
+        sizes |= {
+            "ppo.batch_size": config.ppo.batch_size,
+            "ppo.streams_per_iteration": config.ppo.streams_per_iteration,
+        }
     for key, value in sizes.items():
         if value % num_gpus:
             fitting = [n for n in range(1, value + 1) if value % n == 0]
@@ -268,17 +275,19 @@ def rollout(config: RunConfig, shape: PretrainedConfig, num_params: int, gpu_gib
     elif play.policy == "vllm":
         weights = size * num_params
         if vllm.kv_cache_gib is not None:
-            yield Item("vLLM", weights + vllm.kv_cache_gib * GIB + GIB, "weights, vllm.kv_cache_gib and 1 GiB to work in")
+            yield Item(
+                "vLLM", weights + vllm.kv_cache_gib * GIB + GIB, "weights, vllm.kv_cache_gib and 1 GiB to work in"
+            )
             return
         taken = vllm.gpu_memory_utilization * gpu_gib * GIB
         room = taken - weights - GIB
         if room < context:
             least = (weights + GIB + context) / gpu_gib / GIB
             raise AgileError(
-                f"vllm.gpu_memory_utilization={vllm.gpu_memory_utilization:g} gives vLLM {taken / GIB:.1f} GiB, but the "
+                f"vllm.gpu_memory_utilization={vllm.gpu_memory_utilization:g} gives vLLM {taken / GIB:.1f} GiB, but "
                 f"weights ({weights / GIB:.1f} GiB), 1 GiB to work in and one context of rollout.max_context_tokens="
-                f"{play.max_context_tokens} ({context / GIB:.2f} GiB) need {least:.2f} of {gpu_gib:g} GiB. Raise it, or "
-                "let servers on other GPUs play (rollout.policy=vllm-server)."
+                f"{play.max_context_tokens} ({context / GIB:.2f} GiB) need {least:.2f} of {gpu_gib:g} GiB. Raise it, "
+                "or let servers on other GPUs play (rollout.policy=vllm-server)."
             )
         note = f"its share: weights, and keys and values of {room / context:.0f} whole contexts"
         yield Item("vLLM", taken, note)
@@ -305,10 +314,10 @@ def changes(config: RunConfig, num_gpus: int) -> Iterator[Change]:
     engine, ppo, play = config.engine, config.ppo, config.rollout
     if not engine.gradient_checkpointing:
         yield Change(("engine.gradient_checkpointing=true",), "a third more computing in the update")
-    tokens = max(config.sft.micro_batch_tokens, ppo.micro_batch_tokens) // 2
-    while tokens >= play.max_context_tokens:
-        yield Change((f"sft.micro_batch_tokens={tokens}", f"ppo.micro_batch_tokens={tokens}"), "more, smaller passes")
-        tokens //= 2
+    rows = max(config.sft.micro_batch_size, ppo.micro_batch_size) // 2
+    while rows:
+        yield Change((f"sft.micro_batch_size={rows}", f"ppo.micro_batch_size={rows}"), "more, smaller passes")
+        rows //= 2
     for stage in range(max(1, engine.zero_stage + 1), 4 if num_gpus > 1 else 1):
         yield Change((f"engine.zero_stage={stage}",), "more talk between GPUs")
     if ppo.kl_coef and ppo.reference == "keep":
@@ -325,10 +334,13 @@ def changes(config: RunConfig, num_gpus: int) -> Iterator[Change]:
         yield Change(("model.critic=shared",), "a critic that cannot change its trunk")
     if engine.offload == "none":
         yield Change(
-            ("engine.offload=optimizer", f"engine.zero_stage={max(1, engine.zero_stage)}"), "steps on the CPU: seconds each"
+            ("engine.offload=optimizer", f"engine.zero_stage={max(1, engine.zero_stage)}"),
+            "steps on the CPU: seconds each",
         )
     if config.lora is None:
-        yield Change(("lora.rank=16", "model.critic=shared"), "trains adapters, not all weights; raise the learning rates")
+        yield Change(
+            ("lora.rank=16", "model.critic=shared"), "trains adapters, not all weights; raise the learning rates"
+        )
     if engine.offload != "all":
         yield Change(("engine.offload=all", "engine.zero_stage=3"), "weights come from the CPU at every layer: slow")
     for factor in (2, 4, 8):
@@ -395,13 +407,19 @@ def run_plan(
     table.add_section()
     table.add_row("total", f"{plan.total / GIB:.2f}", "at most", f"the largest: {plan.largest.name}")
     if plan.host_bytes:
-        table.add_row("memory of the CPU", f"{plan.host_bytes / GIB:.0f}", "", "for all GPUs together, were they on one node")
+        table.add_row(
+            "memory of the CPU", f"{plan.host_bytes / GIB:.0f}", "", "for all GPUs together, were they on one node"
+        )
     console.print(table)
     room = (1 - MARGIN) * gpu_gib
     if plan.fits:
-        console.print(f"It fits: {plan.total / GIB:.1f} of {room:.1f} GiB, which leaves {MARGIN:.0%} for fragmentation.")
+        console.print(
+            f"It fits: {plan.total / GIB:.1f} of {room:.1f} GiB, which leaves {MARGIN:.0%} for fragmentation."
+        )
         return True
-    console.print(f"It does not fit: {plan.total / GIB:.1f} GiB, but {room:.1f} GiB can be used ({MARGIN:.0%} is margin).")
+    console.print(
+        f"It does not fit: {plan.total / GIB:.1f} GiB, but {room:.1f} GiB can be used ({MARGIN:.0%} is margin)."
+    )
     fitting = remedies(path, overrides, config, num_gpus, gpu_gib, action_share)
     for change, cost, other in fitting:
         console.print(f"  {change}: {other.total / GIB:.1f} GiB ({cost})", soft_wrap=True)
