@@ -156,6 +156,19 @@ def state_bytes(counts: Counts, *, zero_stage: int, offload: str, dtype: str, nu
     return gpu + wide + whole + size * frozen, float(cpu if offload != "none" else 0)
 
 
+def step_bytes(num_trained: int, *, zero_stage: int, num_gpus: int) -> float:
+    """What AdamW's step takes beside its state: two copies of what ZeRO keeps as one tensor, a process's share.
+
+    Under ZeRO 3 that is of at most so many elements (DeepSpeed's sub_group_size).
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    if zero_stage == 0:
+        return 4 * num_trained
+    share = num_trained / num_gpus
+    return 8 * (min(share, DeepSpeedZeroConfig().sub_group_size) if zero_stage == 3 else share)
+
+
 def memory(config: RunConfig, num_gpus: int, gpu_gib: float, action_share: float) -> Plan:
     """What a run of this config takes of each of so many GPUs.
 
@@ -184,13 +197,12 @@ def memory(config: RunConfig, num_gpus: int, gpu_gib: float, action_share: float
         Item("CUDA, NCCL", CUDA_BYTES, "assumed"),
     ]
     if engine.offload == "none":
-        # seen: two further copies of a process's share, which ZeRO keeps as one tensor
-        working = 8 * counts.trained / num_gpus if engine.zero_stage else 4 * counts.trained
+        working = step_bytes(counts.trained, zero_stage=engine.zero_stage, num_gpus=num_gpus)
         items.append(Item("AdamW's step", working, "works on all its weights at once", "stepping"))
     items += buckets(counts, zero_stage=engine.zero_stage, size=size)
     stage = ppo if ppo.num_iterations else config.sft
-    rows = max(s.micro_batch_size for s, used in ((config.sft, config.sft.num_steps), (ppo, stage is ppo)) if used)
-    tokens = rows * config.rollout.max_context_tokens
+    tokens = max(s.micro_batch_tokens for s, used in ((config.sft, config.sft.num_steps), (ppo, stage is ppo)) if used)
+    tokens = max(tokens, config.rollout.max_context_tokens)  # a longer sequence is alone
     passes: dict[str, Any] = {"num_tokens": tokens, "num_actions": max(1, round(action_share * tokens))}
     passes |= {"dtype": getattr(torch, engine.dtype), "separate_critic": config.model.critic == "separate"}
     note = f"{tokens} tokens, logits for {passes['num_actions']} of them, " + (
@@ -236,7 +248,8 @@ def buckets(counts: Counts, *, zero_stage: int, size: int) -> Iterator[Item]:
 
     if zero_stage:
         zero = DeepSpeedZeroConfig(stage=zero_stage)
-        yield Item("gradient buckets", zero.reduce_bucket_size * size, "DeepSpeed's reduce_bucket_size", "learning")
+        when: When = "always" if zero_stage == 3 else "learning"
+        yield Item("gradient buckets", zero.reduce_bucket_size * size, "DeepSpeed's reduce_bucket_size", when)
         if zero_stage == 3:
             live = min(counts.total, zero.max_live_parameters + zero.prefetch_bucket_size)
             yield Item("gathered layers", live * size, "DeepSpeed's max_live_parameters and prefetch_bucket_size")
@@ -314,10 +327,10 @@ def changes(config: RunConfig, num_gpus: int) -> Iterator[Change]:
     engine, ppo, play = config.engine, config.ppo, config.rollout
     if not engine.gradient_checkpointing:
         yield Change(("engine.gradient_checkpointing=true",), "a third more computing in the update")
-    rows = max(config.sft.micro_batch_size, ppo.micro_batch_size) // 2
-    while rows:
-        yield Change((f"sft.micro_batch_size={rows}", f"ppo.micro_batch_size={rows}"), "more, smaller passes")
-        rows //= 2
+    tokens = max(config.sft.micro_batch_tokens, ppo.micro_batch_tokens) // 2
+    while tokens >= play.max_context_tokens:
+        yield Change((f"sft.micro_batch_tokens={tokens}", f"ppo.micro_batch_tokens={tokens}"), "more, smaller passes")
+        tokens //= 2
     for stage in range(max(1, engine.zero_stage + 1), 4 if num_gpus > 1 else 1):
         yield Change((f"engine.zero_stage={stage}",), "more talk between GPUs")
     if ppo.kl_coef and ppo.reference == "keep":

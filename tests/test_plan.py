@@ -18,7 +18,7 @@ from agile.config import load_config
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.losses import token_logprobs
-from agile.plan import GIB, Counts, architecture, check_gpus, count, memory, state_bytes
+from agile.plan import GIB, Counts, architecture, check_gpus, count, memory, state_bytes, step_bytes
 from tests.tiny import agile
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -77,8 +77,10 @@ def test_states_are_what_the_engine_allocates(zero_stage: int, dtype: str) -> No
     engine.close()
     counts = Counts(size, size, size, 0)
     planned, _ = state_bytes(counts, zero_stage=zero_stage, offload="none", dtype=dtype, num_gpus=1)
-    # DeepSpeed's estimators count gradients in float32 beside those in bfloat16, which are there in the step alone
-    assert planned == pytest.approx(seen.peak if dtype == "bfloat16" else held, rel=0.05)
+    if zero_stage == 0:  # its step works on one weight after the other here, on many at a time on a GPU
+        assert planned == pytest.approx(held, rel=0.05)
+    else:
+        assert planned + step_bytes(size, zero_stage=zero_stage, num_gpus=1) == pytest.approx(seen.peak, rel=0.05)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
