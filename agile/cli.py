@@ -83,6 +83,7 @@ def agile(
     """
     # Libraries would print progress bars and advice of their own, and ask the network for models that are here.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -122,11 +123,15 @@ def demo(
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
-    """Train an agent by imitation, then by PPO.
+    """Train an agent by imitation, then by PPO, then on preferences if it is told to.
 
     The run folder (`runs/<name of the config>`) then holds `config.yaml`, every session token by token,
     `metrics.jsonl`, TensorBoard files, checkpoints, and the agents as Hugging Face folders `sft` and `ppo`. Killing it
     loses nothing: the same command with `--resume` gives the same run.
+
+    `stages=[sft,ppo,dpo,reward-model]` says what is trained (by default the first two). The last two run TRL's own
+    trainers (the extra `trl`) on what experts corrected, or on the file `preferences.data`, and write the agent `dpo`
+    and the sequence classifier `reward-model`. Killed in one of them, a run starts that stage anew.
 
     - `agile train configs/productqa-tiny.yaml task.data=DIR`
     - `agile train configs/demo.yaml ppo.lr=1e-4 evaluate.baselines=[router] out=runs/mine`

