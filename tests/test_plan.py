@@ -150,7 +150,7 @@ def test_a_run_that_fits_ends_with_0_and_names_the_largest_part() -> None:
 
 
 def test_one_that_does_not_fit_ends_with_1_and_says_what_would() -> None:
-    result = agile("plan", *TINY_PLAN, "rollout.max_batch_size=200000", "--gpu-memory", "24")
+    result = agile("plan", *TINY_PLAN, "rollout.max_batch_size=40000", "--gpu-memory", "24")
     assert result.exit_code == 1, result.output
     (share,) = re.findall(r"rollout\.max_batch_size=(\d+): ([\d.]+) GiB", result.output)
     assert float(share[1]) < 24 * 0.95
