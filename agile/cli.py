@@ -179,6 +179,40 @@ def train(config: Config, overrides: Overrides = None, resume: Resume = False) -
 
 
 @app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs of the run, one process each.")] = 1,
+    gpu_memory: Annotated[float, typer.Option("--gpu-memory", min=1, help="Memory of one GPU in GiB.")] = 80.0,
+    action_share: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            max=1,
+            help="Share of the tokens that the LLM samples, where logits are computed; one in seven in the demo.",
+        ),
+    ] = 0.25,
+) -> None:
+    """Tell what a run takes of each GPU's memory, before any hour of it is paid for.
+
+    Weights, gradients and optimizer by DeepSpeed's estimators; activations by running the model's own code on tensors
+    without values; the critic, the reference policy, and what plays the sessions. Needs no GPU and no weights: of
+    `model.path` the `config.json` is enough, and the models of `configs/` are known.
+
+    If it does not fit, it says which changes of the config would make it fit, the cheapest first, and ends with code 1.
+
+    - `agile plan configs/productqa-qwen2.5-7b.yaml --gpus 4 --gpu-memory 80 task.data=DIR`
+    - `agile plan configs/productqa-vicuna-13b.yaml --gpus 8 --gpu-memory 40 engine.offload=optimizer task.data=DIR`
+    """
+    with _one_screen():
+        from agile.plan import run_plan
+
+        _, rest = _parse(overrides or [], "runs/plan")
+        if not run_plan(config, rest, gpus, gpu_memory, action_share, console):
+            raise typer.Exit(1)
+
+
+@app.command()
 def bench(config: Config, overrides: Overrides = None) -> None:
     """Score agents and baselines on the test questions of a task.
 

@@ -58,7 +58,7 @@ def test_wheel_holds_every_module_and_runs_elsewhere(tmp_path: Path) -> None:
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("agile/")}
-    data = package_files("*.yaml") | package_files("*.j2") | {"agile/py.typed"}
+    data = package_files("*.yaml") | package_files("*.json") | package_files("*.j2") | {"agile/py.typed"}
     assert held == set(MODULES.values()) | data
 
     site = tmp_path / "site"
@@ -162,6 +162,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.train": (*NOUNS, "agile.credit", "agile.losses", "agile.batching", "agile.engine", "agile.ranks"),
     "agile.config": NOUNS,
     "agile.session_log": NOUNS,
+    "agile.activations": (*NOUNS, "agile.losses"),
+    "agile.plan": (*NOUNS, "agile.activations", "agile.config", "agile.lora"),
     "agile.tracking": NOUNS,
     "agile.run_folder": (
         *NOUNS,
