@@ -47,7 +47,6 @@ def _checkpointed_layers(module: nn.Module) -> list[nn.Module]:
     for part in module.modules():
         if isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
             part.gradient_checkpointing_enable({"use_reentrant": False})
-            break
     found = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not found:
         raise AgileError(
