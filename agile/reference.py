@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from agile.batching import Batch
 from agile.engine import Engine
 from agile.lora import adapter_off
 
@@ -27,16 +28,16 @@ class Reference:
     scoring: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @torch.no_grad()
-    def __call__(self, *inputs: Tensor) -> Any:
-        return self.forward(*inputs)
+    def __call__(self, batch: Batch) -> Any:
+        return self.forward(batch)
 
 
 def adapter_free(engine: Engine) -> Reference:
     """The engine's own model with its adapter off: no second copy of the weights."""
 
-    def forward(*inputs: Tensor) -> Any:
+    def forward(batch: Batch) -> Any:
         with adapter_off(engine.module.lm):
-            return engine.forward(*inputs)
+            return engine.forward(batch)
 
     return Reference(forward)
 
@@ -58,7 +59,13 @@ def frozen(model: nn.Module, engine: Engine, *, offload: bool) -> Reference:
         zero: dict[str, Any] = {"stage": 3}
         if offload:
             zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "steps_per_print": 10**9}
+        half = {"enabled": engine.dtype == "bfloat16"}
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": zero,
+            "bf16": half,
+            "steps_per_print": 10**9,
+        }
         sharded = deepspeed.initialize(model=model, config=config)[0]
         return Reference(sharded)
     model.to("cpu" if offload else engine.device)

@@ -123,19 +123,27 @@ def critic_of(parts: RunParts, logged: Logged) -> tuple[list[float], list[float]
     engine = _engine(parts, logged, found[-1])
     similarities = parts.setup.question_similarities()
     rewards = terminal_rewards(config, similarities, [trajectory], np.random.default_rng(config.seed))
-    flow, batch_size = discounts(config.ppo), config.ppo.micro_batch_size
+    ppo, flow = config.ppo, discounts(config.ppo)
     if flow.lineage:
         terms = lineage_terms(
             engine,
             [trajectory],
             rewards,
             discount=flow.lineage,
-            batch_size=batch_size,
+            micro_batch_tokens=ppo.micro_batch_tokens,
+            share_prefixes=ppo.share_prefixes,
             masked=config.rollout.masked,
         )
         rewards = [np.add(rewards[0], terms[0]).tolist()]
     rows, plan = lay_out([trajectory], rewards, config.rollout.masked)
-    scored = score_rows(engine, None, rows, batch_size=batch_size, temperature=config.rollout.temperature)
+    scored = score_rows(
+        engine,
+        None,
+        rows,
+        micro_batch_tokens=ppo.micro_batch_tokens,
+        share_prefixes=ppo.share_prefixes,
+        temperature=config.rollout.temperature,
+    )
     gained, _, _ = advantages(plan, rows, scored, flow)
     engine.close()
     learned = [s.id for s in trajectory.sessions if s.status not in config.rollout.masked]  # as `lay_out` does
