@@ -158,7 +158,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.model": (*NOUNS, "agile.attention", "agile.batching"),
     "agile.lora": NOUNS,
     "agile.engine": (*NOUNS, "agile.lora", "agile.ranks"),
-    "agile.reference": (*NOUNS, "agile.engine", "agile.lora"),
+    "agile.reference": (*NOUNS, "agile.batching", "agile.engine", "agile.lora"),
     "agile.export": (*NOUNS, "agile.engine", "agile.lora", "agile.ranks"),
     "agile.train": (*NOUNS, "agile.credit", "agile.losses", "agile.batching", "agile.engine", "agile.reference"),
     "agile.config": NOUNS,
