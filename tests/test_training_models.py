@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from agile.training import train
-from tests.test_training import assert_same_run, metrics, tiny
+from tests.runs import assert_same_run, metrics, run_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -23,7 +23,7 @@ def test_an_adapter_learns_on_top_of_imitation(tmp_path: Path) -> None:
     from peft import PeftModel
 
     run = tmp_path / "run"
-    train(tiny("lora.rank=4", "ppo.lr=1e-2", "sft.num_steps=10", "sft.checkpoint_every=10"), run)
+    train(run_config("lora.rank=4", "ppo.lr=1e-2", "sft.num_steps=10", "sft.checkpoint_every=10"), run)
     steps = [row for row in metrics(run) if row["stage"] == "ppo"]
     assert all(row["first_ratio"] == pytest.approx(1, abs=1e-6) for row in steps)
     assert steps[0]["kl"] == 0, "the reference is the policy that imitation left"
@@ -35,10 +35,10 @@ def test_an_adapter_learns_on_top_of_imitation(tmp_path: Path) -> None:
 
 def test_where_the_reference_lies_changes_nothing(tmp_path: Path) -> None:
     for name in ("keep", "offload"):
-        train(tiny(f"ppo.reference={name}", "model.critic=separate", "sft.num_steps=10"), tmp_path / name)
+        train(run_config(f"ppo.reference={name}", "model.critic=separate", "sft.num_steps=10"), tmp_path / name)
     assert_same_run(tmp_path / "offload", tmp_path / "keep")
 
 
 def test_without_a_coefficient_there_is_no_reference_and_no_kl(tmp_path: Path) -> None:
-    train(tiny("ppo.kl_coef=0", "sft.num_steps=10"), tmp_path / "run")
+    train(run_config("ppo.kl_coef=0", "sft.num_steps=10"), tmp_path / "run")
     assert not any("kl" in row for row in metrics(tmp_path / "run"))

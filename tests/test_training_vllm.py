@@ -14,7 +14,7 @@ from agile.policies.serving import ServedModel, mean_difference
 from agile.policies.vllm import VLLMPolicy
 from agile.replay import replay_run
 from agile.training import train
-from tests.test_training import metrics, tiny
+from tests.runs import metrics, run_config
 
 VLLM = [
     *("rollout.policy=vllm", "vllm.kv_cache_gib=0.25", "vllm.enforce_eager=true"),
@@ -24,7 +24,7 @@ VLLM = [
 
 @pytest.mark.vllm
 def test_rollout_and_trainer_agree_before_and_after_five_updates(tmp_path: Path) -> None:
-    train(tiny(*VLLM), tmp_path / "run")
+    train(run_config(*VLLM), tmp_path / "run")
     steps = [row for row in metrics(tmp_path / "run") if row["stage"] == "ppo"]
     assert len(steps) == 6
     assert max(row["rollout_difference"] for row in steps) < 1e-4
@@ -40,14 +40,14 @@ def test_an_update_that_does_not_arrive_ends_the_run(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(VLLMPolicy, "update_weights", forget)
     with pytest.raises(AgileError, match=r"Iteration [3-6]: .*rollout.policy=vllm and of the trainer differ by"):
-        train(tiny(*VLLM, "ppo.lr=3e-3"), tmp_path / "run")
+        train(run_config(*VLLM, "ppo.lr=3e-3"), tmp_path / "run")
     assert max(row["rollout_difference"] for row in metrics(tmp_path / "run") if row["stage"] == "ppo") < 0.01
 
 
 @pytest.mark.vllm
 def test_adapters_reach_vllm_merged_and_what_is_exported_loads(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train(tiny(*VLLM, "lora.rank=4", "ppo.lr=1e-2", "ppo.num_iterations=3"), run)
+    train(run_config(*VLLM, "lora.rank=4", "ppo.lr=1e-2", "ppo.num_iterations=3"), run)
     steps = [row for row in metrics(run) if row["stage"] == "ppo"]
     assert max(row["rollout_difference"] for row in steps) < 1e-4
     policy = VLLMPolicy(run / "ppo", dtype="float32", kv_cache_gib=0.25, enforce_eager=True)
@@ -62,7 +62,7 @@ def test_adapters_reach_vllm_merged_and_what_is_exported_loads(tmp_path: Path) -
 def test_adapters_are_swapped_in_vllm(tmp_path: Path) -> None:
     run = tmp_path / "run"
     swap = ("vllm.adapters=swap", "prompt.special_tokens=false")
-    train(tiny(*VLLM, "lora.rank=4", "ppo.lr=1e-2", "ppo.num_iterations=3", *swap), run)
+    train(run_config(*VLLM, "lora.rank=4", "ppo.lr=1e-2", "ppo.num_iterations=3", *swap), run)
     steps = [row for row in metrics(run) if row["stage"] == "ppo"]
     assert len(steps) == 3 and max(row["rollout_difference"] for row in steps) < 1e-4
     assert steps[-1]["kl"] > 0, "the test needs an adapter that learned something"
