@@ -20,7 +20,7 @@ from agile.config import RunConfig
 from agile.errors import AgileError
 from agile.executor import Executor, Limits
 from agile.imitation import imitation_sessions
-from agile.lora import adapter_config, add_adapter, is_adapted
+from agile.lora import add_adapter
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
 from agile.model import check_context, load_lm, small_llama
@@ -217,7 +217,6 @@ class Setup:
                 gpu_memory_utilization=vllm.gpu_memory_utilization,
                 enforce_eager=vllm.enforce_eager,
                 block_size=vllm.block_size,
-                adapter=adapter_config(lm, str(folder)) if vllm.adapters == "swap" and is_adapted(lm) else None,
             )
         return VLLMServerPolicy(
             folder,

@@ -155,11 +155,6 @@ class VLLMConfig(_Config):
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="Share of the memory that vLLM may take.")
     enforce_eager: bool = Field(False, description="Compile nothing: starts in seconds; steps are slower on a GPU.")
     block_size: Count | None = Field(None, description="Tokens per block of the prefix cache; vLLM's choice.")
-    adapters: Literal["merge", "swap"] = Field(
-        "merge",
-        description="What vLLM is given where lora trains an adapter: whole weights with it merged, or the adapter "
-        "alone, which is less to move.",
-    )
     servers: tuple[str, ...] = Field((), description="Addresses of the servers, such as http://127.0.0.1:8000.")
     name: str = Field("agile", description="What the servers call the model.")
     weights_dir: UserPath | None = Field(
@@ -501,21 +496,6 @@ class RunConfig(_Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     demo: DemoConfig = DemoConfig()
-
-    @model_validator(mode="after")
-    def _adapters_are_alone(self) -> RunConfig:
-        if self.vllm.adapters == "swap":
-            if self.rollout.policy != "vllm" or self.lora is None:
-                raise ValueError(
-                    f"vllm.adapters is swap, which is for lora and rollout.policy=vllm, but lora is {self.lora} and "
-                    f"rollout.policy {self.rollout.policy}; set vllm.adapters=merge"
-                )
-            if self.prompt.special_tokens:
-                raise ValueError(
-                    "vllm.adapters is swap, but prompt.special_tokens is true: the tokens' rows of the embeddings "
-                    "learn too, and vLLM takes none; set vllm.adapters=merge or prompt.special_tokens=false"
-                )
-        return self
 
     @model_validator(mode="after")
     def _stages_follow(self) -> RunConfig:

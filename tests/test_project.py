@@ -136,7 +136,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.policies": (
         *NOUNS,
         "agile.attention",
-        "agile.lora",
         "agile.threads",
         "agile.tokens",
         "agile.prompts",

@@ -56,13 +56,3 @@ def test_adapters_reach_vllm_merged_and_what_is_exported_loads(tmp_path: Path) -
     learned, start = (ServedModel.read(run / n, max_model_len=None, num_tokens=None) for n in ("ppo", "sft"))
     assert mean_difference(found, learned.folder_logprobs()) < 1e-4
     assert mean_difference(found, start.folder_logprobs()) > 1e-3, "the test needs an adapter that learned something"
-
-
-@pytest.mark.vllm
-def test_adapters_are_swapped_in_vllm(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    swap = ("vllm.adapters=swap", "prompt.special_tokens=false")
-    train(run_config(*VLLM, "lora.rank=4", "ppo.lr=1e-2", "ppo.num_iterations=3", *swap), run)
-    steps = [row for row in metrics(run) if row["stage"] == "ppo"]
-    assert len(steps) == 3 and max(row["rollout_difference"] for row in steps) < 1e-4
-    assert steps[-1]["kl"] > 0, "the test needs an adapter that learned something"
