@@ -111,10 +111,12 @@ class Engine:
             zero["offload_optimizer"] = on_cpu
         if offload == "all":
             zero["offload_param"] = on_cpu
+        self._factor = 1.0
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._factor * schedule(step))
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+            lr_scheduler=self._scheduler,
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
@@ -147,6 +149,15 @@ class Engine:
         finally:
             for layer in self._checkpointed:
                 layer.training = False
+
+    def scale_lr(self, factor: float) -> None:
+        """Take steps from now on at `factor` times every learning rate, whatever it was before."""
+        self._factor = factor
+        step = self._scheduler.last_epoch
+        for group, base, schedule in zip(
+            self.optimizer.param_groups, self._scheduler.base_lrs, self._scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * schedule(step)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; `last` marks the last micro-batch before `step`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 
 from agile.build import Setup
-from agile.config import RolloutConfig, RunConfig
+from agile.config import PPOConfig, RolloutConfig, RunConfig
+from agile.copies import copies
+from agile.credit import Estimator
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.evaluate import outcomes, rates
@@ -28,6 +31,7 @@ from agile.run_folder import Place, RunFolder
 from agile.seeding import derive_seed
 from agile.stages.progress import advance, progress_bar
 from agile.stages.rewards import discounts, terminal_rewards
+from agile.train.kl import KLControl
 from agile.train.ppo import train_ppo
 from agile.types import Trajectory
 
@@ -68,9 +72,15 @@ def check_mismatch(rollout: RolloutConfig, iteration: int, mismatch: Mapping[str
         )
 
 
+def lr_factor(ppo: PPOConfig, iteration: int) -> float:
+    """On the learning rates of an iteration, from 0: 1, or from 1 straight towards 0."""
+    return 1 - iteration / ppo.num_iterations if ppo.lr_schedule == "linear" else 1.0
+
+
 def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor, model: ActorCritic) -> None:
     """Train a model and a critic on its own sessions, from where the run stands."""
     ppo, rollout, task = config.ppo, config.rollout, config.task
+    kl_control = KLControl(ppo.kl_coef, ppo.kl_target) if ppo.kl_coef else None
     reference = ActorCritic(copy.deepcopy(model.lm)).requires_grad_(False) if ppo.kl_coef else None
     engine = Engine(
         model,
@@ -105,7 +115,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         return await collect(
             executor,
             policy,
-            at_prices,
+            copies(at_prices, ppo.rollouts_per_stream),
             setup.memory,
             seed=derive_seed(config.seed, "ppo", iteration),
             max_failed=rollout.max_failed,
@@ -172,6 +182,10 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
             num_epochs=ppo.num_epochs,
             temperature=rollout.temperature,
             seed=config.seed,
+            estimator=Estimator(ppo.estimator),
+            kl_control=kl_control,
+            max_epoch_kl=ppo.max_epoch_kl or math.inf,
+            lr_factor=partial(lr_factor, ppo),
             masked=rollout.masked,
             check=partial(check_mismatch, rollout, exact=exact),
         )
