@@ -80,7 +80,7 @@ class ActorCritic(nn.Module):
     def _value(self, hidden: Tensor) -> Tensor:
         dtype = next(self.value_head.parameters()).dtype
         values: Tensor = self.value_head(hidden.detach().to(dtype))
-        return values.squeeze(-1).float()
+        return values.squeeze(-1).to(torch.promote_types(dtype, torch.float32))
 
 
 def small_llama(
