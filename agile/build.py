@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from agile.config import RunConfig
 from agile.errors import AgileError
 from agile.executor import Executor, Limits
 from agile.imitation import imitation_sessions
+from agile.lora import add_adapter
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
 from agile.model import check_context, load_lm, small_llama
@@ -136,6 +136,23 @@ class Setup:
             seed=self.config.seed,
         )
 
+    def trained_model(self, tokenizer: PreTrainedTokenizerFast, saved: Path | None = None) -> PreTrainedModel:
+        """`language_model` as it is trained: with an adapter that changes nothing yet, where the config asks for one.
+
+        Rows of action tokens learn beside the adapter: a model that was given them knows nothing of them.
+        """
+        lm, lora = self.language_model(tokenizer, saved), self.config.lora
+        if lora is not None:
+            actions = self.agent.spec.actions if self.config.prompt.special_tokens else ()
+            add_adapter(
+                lm,
+                rank=lora.rank,
+                alpha=lora.alpha,
+                target_modules=lora.target_modules,
+                token_ids=[tokenizer.vocab[a.token] for a in actions],
+            )
+        return lm
+
     def policy(
         self,
         lm: PreTrainedModel,
@@ -143,21 +160,19 @@ class Setup:
         folder: Path,
         *,
         temperature: float,
-        copy: bool = False,
     ) -> TrainablePolicy:
         """What samples for a language model, by `rollout.policy`.
 
         Args:
             lm: The model in this process.
             folder: The same model on disk; engines start from it.
-            copy: Whether the policy keeps weights of its own while those of `lm` change.
         """
         rollout, vllm = self.config.rollout, self.config.vllm
         # vLLM's own `auto` takes a model of float32 for one of bfloat16
         dtype = str(lm.dtype).removeprefix("torch.") if vllm.dtype == "auto" else vllm.dtype
         if rollout.policy == "hf":
             return HFPolicy(
-                deepcopy(lm) if copy else lm,
+                lm,
                 temperature=temperature,
                 max_batch_size=rollout.max_batch_size,
             )

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -84,6 +84,11 @@ class ModelConfig(_Config):
     num_layers: Count = 2
     hidden_size: Count = 128
     num_heads: Count = 4
+    critic: Literal["shared", "separate"] = Field(
+        "shared",
+        description="Whether the value head reads the policy's trunk, into which it sends no gradient, or a trunk of "
+        "its own, a copy of the policy's, which learns with it.",
+    )
 
     @model_validator(mode="after")
     def _heads_fit(self) -> ModelConfig:
@@ -93,6 +98,26 @@ class ModelConfig(_Config):
                 "a head needs an even, whole number of dimensions"
             )
         return self
+
+
+class LoRAConfig(_Config):
+    """Adapters by peft in place of whole weights, see docs/training.md."""
+
+    rank: Count = Field(16, description="Of the two factors of what is added to each weight.")
+    alpha: float = Field(32, gt=0, description="Their product is scaled by alpha / rank.")
+    target_modules: tuple[str, ...] = Field(
+        ("all-linear",), min_length=1, description="Names, or ends of names, of the linear layers that are adapted."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _does_not_drop(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "dropout" in values:
+            raise ValueError(
+                f"dropout is {values['dropout']!r}, but with any dropout the policy that learns is not the one that "
+                "sampled: its ratio would differ from 1 before the first update; remove it"
+            )
+        return values
 
 
 class PromptConfig(_Config):
@@ -256,7 +281,9 @@ class SFTConfig(OptimizerConfig):
 
 class PPOConfig(OptimizerConfig):
     lr: float = Field(3e-4, gt=0)
-    value_lr: float = Field(3e-3, gt=0, description="Learning rate of the value head.")
+    value_lr: float = Field(
+        3e-3, gt=0, description="Learning rate of the critic: the value head, and its own trunk where it has one."
+    )
     batch_size: Count = 64
     micro_batch_size: Count = 64
     num_iterations: int = Field(20, ge=0, description="Rounds of collecting and learning.")
@@ -287,6 +314,11 @@ class PPOConfig(OptimizerConfig):
     kl_coef: float = Field(0.01, ge=0)
     kl_target: float | None = Field(
         None, gt=0, description="KL to the reference, nats a token, that kl_coef is adapted to; None keeps kl_coef."
+    )
+    reference: Literal["keep", "offload"] = Field(
+        "keep",
+        description="Where the reference policy lies: on the training device, or in the memory of the CPU but while it "
+        "scores. There is none if kl_coef is 0; with lora it is the model without its adapter.",
     )
     entropy_coef: float = Field(0.0, ge=0)
     max_importance_weight: float = Field(2.0, gt=0, description="Truncates the rollout-trainer correction.")
@@ -416,6 +448,7 @@ class RunConfig(_Config):
     agent: AgentConfig = AgentConfig()
     memory: MemoryConfig = MemoryConfig()
     model: ModelConfig = ModelConfig()
+    lora: LoRAConfig | None = Field(None, description="null trains all weights.")
     prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     vllm: VLLMConfig = VLLMConfig()
@@ -425,6 +458,15 @@ class RunConfig(_Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     demo: DemoConfig = DemoConfig()
+
+    @model_validator(mode="after")
+    def _adapters_share_the_trunk(self) -> RunConfig:
+        if self.lora is not None and self.model.critic == "separate":
+            raise ValueError(
+                "lora trains a few weights beside a frozen trunk, but model.critic is separate, which trains a second "
+                "trunk whole; set model.critic=shared, or leave lora out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _price_is_seen(self) -> RunConfig:
@@ -472,7 +514,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 def differences(old: BaseModel, new: BaseModel) -> list[str]:
     """`key was ..., is now ...` of every value that differs between two configs of one kind."""
     before, after = (dict(flat(c.model_dump(mode="json"))) for c in (old, new))
-    return [f"{key} was {before[key]!r}, is now {after[key]!r}" for key in before if before[key] != after[key]]
+    keys = dict.fromkeys([*before, *after])  # a section that may be null has keys in one of them only
+    return [f"{k} was {before.get(k)!r}, is now {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -524,9 +567,7 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if error["type"] == "value_error":  # of several keys; it says itself which
         return f"{name}: {message}."
-    section: Any = RunConfig
-    for key in keys[:-1]:
-        section = section.model_fields[key].annotation
+    section = _section(keys[:-1])
     default = section.model_fields[keys[-1]].default if keys else None
     if isinstance(default, BaseModel):
         return f"{name} is {error['input']!r}: expected a section of keys, {', '.join(type(default).model_fields)}."
@@ -537,11 +578,18 @@ def _explain(error: Any) -> str:
     return f"{name} is {error['input']!r}: {message}." + ("" if default is None else f" The default is {default!r}.")
 
 
+def _section(keys: Sequence[str]) -> Any:
+    """The model of a section, one that may be null included."""
+    section: Any = RunConfig
+    for key in keys:
+        kind = section.model_fields[key].annotation
+        section = next((k for k in get_args(kind) if isinstance(k, type) and issubclass(k, BaseModel)), kind)
+    return section
+
+
 def _nearest(keys: Sequence[str]) -> str:
     """Which key may have been meant: one of that name in another section, else a similar one in this section."""
-    section: Any = RunConfig
-    for key in keys[:-1]:
-        section = section.model_fields[key].annotation
+    section = _section(keys[:-1])
     elsewhere = [key for key, _ in flat(RunConfig.model_construct().model_dump()) if key.split(".")[-1] == keys[-1]]
     similar = difflib.get_close_matches(keys[-1], section.model_fields, n=1, cutoff=0.5)
     near = elsewhere or [".".join([*keys[:-1], key]) for key in similar]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from agile import ranks
 from agile.errors import AgileError
+from agile.lora import adapter_weights, plain_parameters
 
 # what torch and DeepSpeed raise for a checkpoint of another shape, torn, empty or gone
 _UNREADABLE = (RuntimeError, KeyError, ValueError, AssertionError, EOFError, OSError, pickle.UnpicklingError)
@@ -198,20 +199,27 @@ class Engine:
     def weights(self, prefix: str = "lm.") -> Iterator[tuple[str, Tensor]]:
         """Every parameter below `prefix`, by its name without it, tied ones under each of their names.
 
+        An adapter is merged into what is given out, not into what is trained: the names are those of the plain model.
         Each is valid only until the next is asked for. Under ZeRO 3 it is gathered from all processes for that time, so
         all of them must walk through all weights.
         """
-        for name, parameter in self._engine.module.named_parameters(remove_duplicate=False):
-            if name.startswith(prefix):
-                with self._gathered(parameter):
-                    yield name.removeprefix(prefix), parameter.detach()
+        for name, parts, value in plain_parameters(self._engine.module.get_submodule(prefix.removesuffix("."))):
+            with self._gathered(parts):
+                yield name, value()
 
-    def _gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Any]:
-        if not hasattr(parameter, "ds_id"):  # DeepSpeed's mark of a sharded parameter
+    def adapter_weights(self, prefix: str = "lm.") -> Iterator[tuple[str, Tensor]]:
+        """The parameters of the adapter alone, as `weights` gives all; none without one."""
+        for name, parameter in adapter_weights(self._engine.module.get_submodule(prefix.removesuffix("."))):
+            with self._gathered([parameter]):
+                yield name, parameter.detach()
+
+    def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        sharded = [p for p in parameters if hasattr(p, "ds_id")]  # DeepSpeed's mark
+        if not sharded:
             return nullcontext()
         import deepspeed
 
-        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters([parameter])
+        gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(sharded)
         return gathered
 
     def save(self, folder: Path, tag: str) -> None:

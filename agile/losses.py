@@ -126,9 +126,9 @@ def ppo_loss(
 
     Returns:
         The scalar loss, and detached **sums** over this call's action tokens (they add up over micro-batches too):
-        `policy`, `value`, `kl` (k3 of KL(old policy || reference)), `entropy`, `ratio` (rho), `approx_kl` (k3 of KL(old
-        policy || policy)), `clip_fraction` (tokens whose policy gradient the clip removed) and `rollout_ratio`
-        (exp(logp_old - logp_rollout) before the cap).
+        `policy`, `value`, `kl` (k3 of KL(old policy || reference), absent without one), `entropy`, `ratio` (rho),
+        `approx_kl` (k3 of KL(old policy || policy)), `clip_fraction` (tokens whose policy gradient the clip removed)
+        and `rollout_ratio` (exp(logp_old - logp_rollout) before the cap).
 
     Raises:
         ValueError: A tensor's shape is not that of `action_mask`, or `num_tokens` is not positive.
@@ -154,13 +154,14 @@ def ppo_loss(
     metrics = {
         "policy": policy,
         "value": value,
-        "kl": torch.zeros_like(ref) if ref_logprobs is None else k3(old_logprobs, ref),
         "entropy": entropy,
         "ratio": ratio,
         "approx_kl": k3(old_logprobs, logprobs),
         "clip_fraction": (clipped < unclipped).to(ratio.dtype),
         "rollout_ratio": rollout_ratio,
     }
+    if ref_logprobs is not None:
+        metrics["kl"] = k3(old_logprobs, ref)
     return _mean(loss, num_tokens), {name: _keep(x.detach(), mask).sum() for name, x in metrics.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -13,20 +14,34 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from agile.errors import AgileError
 
 
-class ActorCritic(nn.Module):
-    """A causal LM and a value head that reads its last hidden state.
+class _WideLinear(nn.Linear):
+    """Computes in float32 or wider, whatever its weights are: values are regressed, and rounding would show."""
 
-    The head does not send gradients into the trunk: a value loss there was seen to disturb what imitation had learned.
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return nn.functional.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class ActorCritic(nn.Module):
+    """A causal LM, and a value head that reads the last hidden state of its trunk or of a trunk of the critic's own.
+
+    The head does not send gradients into the trunk of the LM: a value loss there was seen to disturb what imitation had
+    learned. A trunk of the critic's own, a copy of the LM's, learns from the value loss alone.
+
+    Args:
+        lm: Changed in place when trained.
+        critic: `shared` or `separate`.
 
     Raises:
         AgileError: The LM's logits are not its output embedding applied to its last hidden state.
     """
 
-    def __init__(self, lm: PreTrainedModel):
+    def __init__(self, lm: PreTrainedModel, critic: str = "shared"):
         super().__init__()
         self.lm = lm.eval()  # dropout would make the ratio to the old policy differ from 1 before any update
+        self.critic_trunk = deepcopy(self.lm.base_model) if critic == "separate" else None
         size = lm.config.get_text_config().hidden_size
-        hidden, value = nn.Linear(size, size), nn.Linear(size, 1)
+        hidden, value = _WideLinear(size, size), _WideLinear(size, 1)
         nn.init.zeros_(value.weight)
         nn.init.zeros_(value.bias)
         self.value_head = nn.Sequential(hidden, nn.GELU(), value)
@@ -50,19 +65,26 @@ class ActorCritic(nn.Module):
 
         Returns:
             Logits (N, V) and values (N,) of the states before the batch's N action tokens, row by row; and the values
-            (B,) of the states after each row's last token.
+            (B,) of the states after each row's last token, in float32 or wider.
         """
         hidden = self.lm.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         hidden = hidden.last_hidden_state  # (B, T, H)
         before = hidden[:, :-1][action_mask[:, 1:]]  # (N, H)
-        last = hidden[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1]
-        return self.lm.get_output_embeddings()(before), self._value(before), self._value(last)
+        if self.critic_trunk is None:
+            seen = hidden.detach()
+        else:
+            seen = self.critic_trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            seen = seen.last_hidden_state
+        last = seen[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1]
+        values = self.value_head(seen[:, :-1][action_mask[:, 1:]]).squeeze(-1)
+        return self.lm.get_output_embeddings()(before), values, self.value_head(last).squeeze(-1)
 
     def parameter_groups(self, value_lr: float) -> list[dict[str, Any]]:
-        """The LM's parameters, and the value head's with a learning rate of its own."""
+        """What learns of the LM, and the critic's parameters with a learning rate of its own."""
+        critic = [self.value_head] if self.critic_trunk is None else [self.value_head, self.critic_trunk]
         return [
-            {"params": list(self.lm.parameters())},
-            {"params": list(self.value_head.parameters()), "lr": value_lr},
+            {"params": [p for p in self.lm.parameters() if p.requires_grad]},
+            {"params": [p for module in critic for p in module.parameters()], "lr": value_lr},
         ]
 
     @contextmanager
@@ -76,11 +98,6 @@ class ActorCritic(nn.Module):
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
-
-    def _value(self, hidden: Tensor) -> Tensor:
-        dtype = next(self.value_head.parameters()).dtype
-        values: Tensor = self.value_head(hidden.detach().to(dtype))
-        return values.squeeze(-1).to(torch.promote_types(dtype, torch.float32))
 
 
 def small_llama(

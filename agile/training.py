@@ -8,7 +8,6 @@ import torch
 
 from agile.build import Setup
 from agile.config import RunConfig
-from agile.model import ActorCritic
 from agile.run_folder import RunFolder
 from agile.stages.ppo import reinforce
 from agile.stages.sft import imitate
@@ -27,13 +26,8 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
     setup.embed(setup.task.streams("train"))
     tokenizer = setup.tokenizer(out / "sft" if (out / "sft").exists() else None)
     executor = setup.executor(tokenizer, counterfactual=config.ppo.credit == "lineage")
-    torch.manual_seed(config.seed)
-    imitated = run.place is not None and run.place.stage == "ppo"
-    model = ActorCritic(setup.language_model(tokenizer, out / "sft" if imitated else None))
-    if not imitated:
-        imitate(config, run, setup, executor, model)
-        run.export("sft", model.lm, tokenizer)
+    if run.place is None or run.place.stage == "sft":
+        imitate(config, run, setup, executor)
     if config.ppo.num_iterations:
-        reinforce(config, run, setup, executor, model)
-        run.export("ppo", model.lm, tokenizer)
+        reinforce(config, run, setup, executor)
     run.close()

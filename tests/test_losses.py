@@ -221,7 +221,7 @@ def test_optional_logprobs_default_to_no_correction_and_no_kl(batch: Batch) -> N
     neutral = batch | {"rollout_logprobs": batch["old_logprobs"]}
     with_neutral = loss_and_grads(neutral, c=replace(COEFFICIENTS, kl_coef=0))
     torch.testing.assert_close(without[:2], with_neutral[:2])
-    assert without[2]["kl"] == 0
+    assert "kl" not in without[2]
 
 
 @pytest.mark.parametrize("cuts", [[1, 3], [2, 2], [1, 1, 1, 1]])

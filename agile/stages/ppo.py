@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -22,10 +21,12 @@ from agile.engine import Engine
 from agile.errors import AgileError
 from agile.evaluate import outcomes, rates
 from agile.executor import Executor
+from agile.export import Trained
 from agile.lag import Collector, staleness
 from agile.losses import PPOCoefficients
 from agile.model import ActorCritic
 from agile.prices import priced
+from agile.reference import adapter_free, frozen
 from agile.rollout import collect, status_counts
 from agile.run_folder import Place, RunFolder
 from agile.seeding import derive_seed
@@ -77,11 +78,13 @@ def lr_factor(ppo: PPOConfig, iteration: int) -> float:
     return 1 - iteration / ppo.num_iterations if ppo.lr_schedule == "linear" else 1.0
 
 
-def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor, model: ActorCritic) -> None:
-    """Train a model and a critic on its own sessions, from where the run stands."""
+def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor) -> None:
+    """Train the agent `sft` and a critic on its own sessions, from where the run stands; writes the agent `ppo`."""
     ppo, rollout, task = config.ppo, config.rollout, config.task
     kl_control = KLControl(ppo.kl_coef, ppo.kl_target) if ppo.kl_coef else None
-    reference = ActorCritic(copy.deepcopy(model.lm)).requires_grad_(False) if ppo.kl_coef else None
+    tokenizer = executor.codec.tokenizer
+    torch.manual_seed(config.seed)
+    model = ActorCritic(setup.trained_model(tokenizer, run.path / "sft"), config.model.critic)
     engine = Engine(
         model,
         lr=ppo.lr,
@@ -89,15 +92,19 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         weight_decay=ppo.weight_decay,
         max_grad_norm=ppo.max_grad_norm,
     )
-    if reference is not None:
-        reference.to(engine.device)
+    reference = None
+    if ppo.kl_coef and config.lora:
+        reference = adapter_free(engine)
+    elif ppo.kl_coef:
+        start = ActorCritic(setup.language_model(tokenizer, run.path / "sft"))
+        reference = frozen(start, engine, offload=ppo.reference == "offload")
     done = 0
     if run.place and run.place.stage == "ppo":
         run.load(engine)
         done = run.place.step
-    policy = setup.policy(
-        model.lm, executor.codec.tokenizer, run.path / "sft", temperature=rollout.temperature, copy=rollout.lag > 0
-    )
+    lags = rollout.policy == "hf" and rollout.lag > 0  # then it has weights of its own
+    sampled = setup.language_model(tokenizer, run.path / "sft") if lags else model.lm
+    policy = setup.policy(sampled, tokenizer, run.path / "sft", temperature=rollout.temperature)
     streams = setup.task.streams("train")
     count = min(ppo.streams_per_iteration, len(streams))
 
@@ -189,3 +196,4 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
             masked=rollout.masked,
             check=partial(check_mismatch, rollout, exact=exact),
         )
+    run.export("ppo", Trained.gather(engine, str(run.path / "sft")), tokenizer)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import torch
+
 from agile.build import Setup
 from agile.config import RunConfig
 from agile.engine import Engine
 from agile.executor import Executor
+from agile.export import Trained
 from agile.model import ActorCritic
 from agile.run_folder import Place, RunFolder
 from agile.stages.progress import advance, progress_bar
 from agile.train.sft import sft_schedule, train_sft
 
 
-def imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor, model: ActorCritic) -> None:
-    """Train a model on a teacher's sessions, from where the run stands."""
+def imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor) -> None:
+    """Train the configured model on a teacher's sessions, from where the run stands; writes the agent `sft`."""
     sft = config.sft
+    tokenizer = executor.codec.tokenizer
+    torch.manual_seed(config.seed)
+    model = ActorCritic(setup.trained_model(tokenizer))
     engine = Engine(
         model,
         lr=sft.lr,
-        groups=[{"params": list(model.lm.parameters())}],
+        groups=[{"params": [p for p in model.lm.parameters() if p.requires_grad]}],
         weight_decay=sft.weight_decay,
         max_grad_norm=sft.max_grad_norm,
         schedule=sft_schedule(sft.num_steps, sft.warmup_steps),
@@ -45,4 +51,5 @@ def imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor,
             first_step=done,
             on_step=on_step,
         )
+    run.export("sft", Trained.gather(engine, config.model.path or ""), tokenizer)
     engine.close()

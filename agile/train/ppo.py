@@ -33,6 +33,7 @@ from agile.credit import pad as stack
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.losses import PPOCoefficients, entropy, ppo_loss, token_logprobs
+from agile.reference import Reference
 from agile.train.kl import KLControl
 from agile.types import BLAMELESS, SegmentEnd, SessionStatus, Trajectory
 
@@ -75,7 +76,7 @@ class Played:
 
 @torch.no_grad()
 def score_rows(
-    engine: Engine, reference: torch.nn.Module | None, rows: Sequence[Row], *, batch_size: int, temperature: float = 1.0
+    engine: Engine, reference: Reference | None, rows: Sequence[Row], *, batch_size: int, temperature: float = 1.0
 ) -> list[Scored]:
     """Recompute logprobs and values of every row, and those of the reference policy (zeros without one)."""
     scored: list[Scored | None] = [None] * len(rows)
@@ -247,7 +248,7 @@ def mismatch(rows: Sequence[Row], scored: Sequence[Scored]) -> dict[str, float]:
 
 def update(
     engine: Engine,
-    reference: torch.nn.Module | None,
+    reference: Reference | None,
     trajectories: Sequence[Trajectory],
     rewards: Sequence[Sequence[float]],
     *,
@@ -283,7 +284,8 @@ def update(
         rewards = [np.add(*pair).tolist() for pair in zip(rewards, terms, strict=True)]
         credit = {"lineage": float(np.mean(np.abs(np.concatenate(terms))))}
     rows, plan = lay_out(trajectories, rewards, masked)
-    scored = score_rows(engine, reference, rows, batch_size=micro_batch_size, temperature=temperature)
+    with nullcontext() if reference is None else reference.scoring():
+        scored = score_rows(engine, reference, rows, batch_size=micro_batch_size, temperature=temperature)
     between = mismatch(rows, scored)
     check(between)
     row_advantages, row_returns, variance = advantages(plan, rows, scored, discounts, estimator)
@@ -342,7 +344,7 @@ def update(
 
 def train_ppo(
     engine: Engine,
-    reference: torch.nn.Module | None,
+    reference: Reference | None,
     *,
     collect: Callable[[int], Sequence[Trajectory]],
     rewards: Callable[[Sequence[Trajectory], np.random.Generator], Sequence[Sequence[float]]],

@@ -20,6 +20,7 @@ from agile.errors import AgileError
 from agile.losses import PPOCoefficients, token_logprobs
 from agile.model import ActorCritic
 from agile.policies import HFPolicy
+from agile.reference import Reference
 from agile.train.ppo import Discounts, Scored, advantages, lay_out, lineage_terms, score_rows, train_ppo, update
 from agile.types import SegmentEnd, Session, SessionStatus, Trajectory
 from tests.doors import (
@@ -54,7 +55,7 @@ def learn(engine: Engine, trajectories: Sequence[Trajectory], **changes: Any) ->
         "num_epochs": 1,
         "temperature": 1.0,
         "rng": np.random.default_rng(0),
-        "reference": ActorCritic(llama(1)),
+        "reference": Reference(ActorCritic(llama(1))),
         "rewards": totals(trajectories),
         **changes,
     }
@@ -118,7 +119,7 @@ def test_scores_are_of_the_states_before_each_token_and_after_the_last() -> None
     model = actor_critic()
     rows, _ = lay_out(played(), totals(played()))
     reference = ActorCritic(llama(1))
-    scored = score_rows(Gradients(model), reference, rows, batch_size=7, temperature=0.7)
+    scored = score_rows(Gradients(model), Reference(reference), rows, batch_size=7, temperature=0.7)
     for row, found in zip(rows, scored, strict=True):
         ids = torch.from_numpy(row.token_ids)[None]
         with torch.no_grad():
