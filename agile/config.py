@@ -249,25 +249,20 @@ class EngineConfig(_Config):
 class OptimizerConfig(_Config):
     lr: float = Field(gt=0)
     batch_size: Count = Field(description="Sequences per optimizer step.")
-    micro_batch_size: Count = Field(description="Sequences per forward pass; divides batch_size.")
+    micro_batch_tokens: Count = Field(
+        4096, description="Most tokens of a forward pass, which holds no padding; a longer sequence is alone."
+    )
+    share_prefixes: bool = Field(
+        False, description="Whether what sequences of a forward pass begin with in common is computed once."
+    )
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-
-    @model_validator(mode="after")
-    def _divides(self) -> OptimizerConfig:
-        if self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; "
-                "choose one that does, they are accumulated"
-            )
-        return self
 
 
 class SFTConfig(OptimizerConfig):
     lr: float = Field(4e-3, gt=0)
     batch_size: Count = 64
-    micro_batch_size: Count = 64
     num_steps: int = Field(2000, ge=0, description="Optimizer steps.")
     checkpoint_every: Count = Field(500, description="Optimizer steps between checkpoints.")
     sessions_per_item: Count = Field(4, description="Imitation sessions of each question, with different memories.")
@@ -285,7 +280,6 @@ class PPOConfig(OptimizerConfig):
         3e-3, gt=0, description="Learning rate of the critic: the value head, and its own trunk where it has one."
     )
     batch_size: Count = 64
-    micro_batch_size: Count = 64
     num_iterations: int = Field(20, ge=0, description="Rounds of collecting and learning.")
     streams_per_iteration: Count = Field(48, description="Streams played in each.")
     rollouts_per_stream: Count = Field(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from agile.attention import attend_by_plans, check_runs, hidden_states
+from agile.batching import Batch
 from agile.errors import AgileError
 
 
@@ -33,7 +35,8 @@ class ActorCritic(nn.Module):
         critic: `shared` or `separate`.
 
     Raises:
-        AgileError: The LM's logits are not its output embedding applied to its last hidden state.
+        AgileError: The LM's logits are not its output embedding applied to its last hidden state, or its attention is
+            not the usual one.
     """
 
     def __init__(self, lm: PreTrainedModel, critic: str = "shared"):
@@ -56,28 +59,24 @@ class ActorCritic(nn.Module):
                 f"{type(lm).__name__} does more to its last hidden state than its output embedding does (a cap or a "
                 "scale on logits); such models cannot be trained here. Choose one like Llama, Qwen or Mistral."
             )
+        check_runs(lm)
+        for trunk in (lm, self.critic_trunk):
+            if trunk is not None:
+                attend_by_plans(trunk)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, action_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """What the model says before each action token; logits are computed there and nowhere else.
-
-        Args:
-            input_ids, attention_mask, action_mask: (B, T), padded on the right; the first token is no action.
 
         Returns:
             Logits (N, V) and values (N,) of the states before the batch's N action tokens, row by row; and the values
             (B,) of the states after each row's last token, in float32 or wider.
         """
-        hidden = self.lm.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        hidden = hidden.last_hidden_state  # (B, T, H)
-        before = hidden[:, :-1][action_mask[:, 1:]]  # (N, H)
-        if self.critic_trunk is None:
-            seen = hidden.detach()
-        else:
-            seen = self.critic_trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            seen = seen.last_hidden_state
-        last = seen[torch.arange(len(hidden), device=hidden.device), attention_mask.sum(1) - 1]
-        values = self.value_head(seen[:, :-1][action_mask[:, 1:]]).squeeze(-1)
-        return self.lm.get_output_embeddings()(before), values, self.value_head(last).squeeze(-1)
+        line = batch.input_ids, batch.position_ids, batch.runs
+        hidden = hidden_states(self.lm.base_model, *line)  # (T, H)
+        seen = hidden.detach() if self.critic_trunk is None else hidden_states(self.critic_trunk, *line)
+        logits = self.lm.get_output_embeddings()(hidden.index_select(0, batch.before))
+        values, last = (self.value_head(seen.index_select(0, i)).squeeze(-1) for i in (batch.before, batch.last))
+        return logits, values, last
 
     def parameter_groups(self, value_lr: float) -> list[dict[str, Any]]:
         """What learns of the LM, and the critic's parameters with a learning rate of its own."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from agile.batching import Batch
 from agile.engine import Engine
 from agile.lora import adapter_off
 
@@ -27,16 +28,16 @@ class Reference:
     scoring: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @torch.no_grad()
-    def __call__(self, *inputs: Tensor) -> Any:
-        return self.forward(*inputs)
+    def __call__(self, batch: Batch) -> Any:
+        return self.forward(batch)
 
 
 def adapter_free(engine: Engine) -> Reference:
     """The engine's own model with its adapter off: no second copy of the weights."""
 
-    def forward(*inputs: Tensor) -> Any:
+    def forward(batch: Batch) -> Any:
         with adapter_off(engine.module.lm):
-            return engine.forward(*inputs)
+            return engine.forward(batch)
 
     return Reference(forward)
 

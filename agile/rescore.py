@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from agile.batching import Row, make_batch, session_rows
+from agile.batching import Row, make_batch, micro_batches, session_rows
 from agile.errors import AgileError
 from agile.losses import token_logprobs
 from agile.model import ActorCritic
@@ -61,29 +61,30 @@ class Drift:
 
 
 @torch.no_grad()
-def score(model: ActorCritic, rows: Sequence[Row], *, batch_size: int, temperature: float) -> list[NDArray[np.float32]]:
+def score(
+    model: ActorCritic, rows: Sequence[Row], *, micro_batch_tokens: int, temperature: float
+) -> list[NDArray[np.float32]]:
     """Logprobs of the action tokens of each row, arrays (A,)."""
     device = next(model.parameters()).device
     found: dict[int, NDArray[np.float32]] = {}
-    order = np.argsort([len(row) for row in rows], kind="stable")
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    (micros,) = micro_batches(rows, np.arange(len(rows)), micro_batch_tokens)
+    for chosen in micros:
         data = make_batch([rows[i] for i in chosen], device)
-        logprobs = token_logprobs(model(*data.inputs)[0], data.action_ids, temperature).cpu().numpy()
+        logprobs = token_logprobs(model(data)[0], data.action_ids, temperature).cpu().numpy()
         ends = np.cumsum([rows[i].num_actions for i in chosen])[:-1]
         found |= dict(zip(chosen.tolist(), np.split(logprobs, ends), strict=True))
     return [found[i] for i in range(len(rows))]
 
 
 def rescore(
-    model: ActorCritic, sessions: Iterable[Logged], batch_size: int, temperature: float
+    model: ActorCritic, sessions: Iterable[Logged], micro_batch_tokens: int, temperature: float
 ) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32]]]:
     """For each session and version of the policy that played it: its name, logged and found logprobs, arrays (A,)."""
     rest = iter(sessions)
     while chunk := list(islice(rest, CHUNK)):
         rows = [session_rows(logged.session) for logged in chunk]
         flat = [row for part in rows for row in part]
-        scores = iter(score(model, flat, batch_size=batch_size, temperature=temperature))
+        scores = iter(score(model, flat, micro_batch_tokens=micro_batch_tokens, temperature=temperature))
         for logged, part in zip(chunk, rows, strict=True):
             empty = np.zeros(0, np.float32)
             was = np.concatenate([empty, *(row.logprobs for row in part)])
@@ -126,7 +127,7 @@ def rescore_run(
             checked = (_fitting(logged, size, checkpoint) for logged in sessions)
             # tests are greedy, and log what temperature 1 says
             temperature = 1.0 if agent else config.rollout.temperature
-            for name, was, now in rescore(model, checked, config.ppo.micro_batch_size, temperature):
+            for name, was, now in rescore(model, checked, config.ppo.micro_batch_tokens, temperature):
                 found.setdefault(name, Drift()).add(was, now)
                 progress.advance(bar)
     if not found:

@@ -129,20 +129,28 @@ def critic_of(parts: RunParts, logged: Logged) -> tuple[list[float], list[float]
     engine = _engine(parts, logged, found[-1])
     similarities = parts.setup.question_similarities()
     rewards = terminal_rewards(config, similarities, trajectories, np.random.default_rng(config.seed))
-    flow, batch_size = discounts(config.ppo), config.ppo.micro_batch_size
+    ppo, flow = config.ppo, discounts(config.ppo)
     if flow.lineage:
         terms = lineage_terms(
             engine,
             trajectories,
             rewards,
             discount=flow.lineage,
-            batch_size=batch_size,
+            micro_batch_tokens=ppo.micro_batch_tokens,
+            share_prefixes=ppo.share_prefixes,
             masked=config.rollout.masked,
         )
         rewards = [np.add(*pair).tolist() for pair in zip(rewards, terms, strict=True)]
     rows, plan = lay_out(trajectories, rewards, config.rollout.masked)
-    scored = score_rows(engine, None, rows, batch_size=batch_size, temperature=config.rollout.temperature)
-    gained, _, _ = advantages(plan, rows, scored, flow, Estimator(config.ppo.estimator))
+    scored = score_rows(
+        engine,
+        None,
+        rows,
+        micro_batch_tokens=ppo.micro_batch_tokens,
+        share_prefixes=ppo.share_prefixes,
+        temperature=config.rollout.temperature,
+    )
+    gained, _, _ = advantages(plan, rows, scored, flow, Estimator(ppo.estimator))
     engine.close()
     index = logged.session.index
     numbers = next((played.rows for played in plan[0] if played.question[1] == index), range(0))

@@ -206,7 +206,7 @@ class Gradients(Engine):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def forward(self, *args: Tensor) -> Any:
+    def forward(self, *args: Any) -> Any:
         return self.plain(*args)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:

@@ -83,8 +83,8 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         ("rollout.masked=[broken]", ["rollout.masked", "'tool_timeout'"]),
         ("seed=-1", ["seed is -1"]),
         ("task.num_questions=0", ["task.num_questions is 0", "greater than or equal to 1", "default is 40"]),
+        ("ppo.micro_batch_tokens=0", ["ppo.micro_batch_tokens is 0", "greater than or equal to 1"]),
         # several keys that do not go together
-        ("sft.batch_size=10", ["sft: micro_batch_size 64 does not divide batch_size 10"]),
         ("model.num_heads=3", ["model: hidden_size 128", "2 * num_heads = 6"]),
         ("ppo.credit=chain", ["ppo: credit is chain", "gamma_session above 0"]),
         ("ppo.credit=lineage", ["ppo: credit is lineage", "set it above 0"]),

@@ -153,7 +153,7 @@ def train(stage: int, steps: int = 3) -> tuple[Engine, dict[str, Tensor]]:
     engine = Engine(model, lr=0.01, groups=groups, weight_decay=0.1, zero_stage=stage)
     for step in range(steps):
         batch = make_batch(random_rows(4, seed=step), CPU)
-        logits, values, _ = engine.forward(*batch.inputs)
+        logits, values, _ = engine.forward(batch)
         logprobs = token_logprobs(logits, batch.action_ids)
         loss = sft_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), num_tokens=20.0)
         engine.backward(loss + values.square().mean(), last=True)
@@ -176,10 +176,10 @@ def learned(stage: int) -> dict[str, Tensor]:
     batch = make_batch(random_rows(4), CPU)
     with torch.no_grad():
         plain = ActorCritic(llama(num_layers=2))
-        torch.testing.assert_close(adapter_free(engine)(*batch.inputs)[0], plain(*batch.inputs)[0])
+        torch.testing.assert_close(adapter_free(engine)(batch)[0], plain(batch)[0])
         plain.lm.load_state_dict(found)
-        expected = plain(*batch.inputs)[0]
-        torch.testing.assert_close(engine.forward(*batch.inputs)[0], expected, atol=1e-5, rtol=1e-5)
+        expected = plain(batch)[0]
+        torch.testing.assert_close(engine.forward(batch)[0], expected, atol=1e-5, rtol=1e-5)
     engine.close()
     return found
 

@@ -41,7 +41,7 @@ SIZES: dict[str, Any] = {
 def test_logits_and_values_are_those_of_the_full_forward_before_each_action() -> None:
     model, rows = actor_critic(num_layers=2), random_rows(6)
     with torch.no_grad():
-        logits, values, last = model(*make_batch(rows, CPU).inputs)
+        logits, values, last = model(make_batch(rows, CPU))
         expected_logits, expected_values, expected_last = [], [], []
         for row in rows:  # one by one, nothing padded
             out = model.lm(input_ids=torch.from_numpy(row.token_ids)[None], output_hidden_states=True)
@@ -50,7 +50,7 @@ def test_logits_and_values_are_those_of_the_full_forward_before_each_action() ->
             expected_logits.append(out.logits[0, before])
             expected_values.append(everywhere[before])
             expected_last.append(everywhere[-1])
-    assert len({len(row) for row in rows}) > 1, "the test needs padding"
+    assert len({len(row) for row in rows}) > 1, "the test needs rows of different lengths"
     torch.testing.assert_close(logits, torch.cat(expected_logits), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(values, torch.cat(expected_values), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(last, torch.stack(expected_last), atol=1e-5, rtol=1e-5)
@@ -59,7 +59,7 @@ def test_logits_and_values_are_those_of_the_full_forward_before_each_action() ->
 def grads(model: ActorCritic, pick: Callable[[tuple[Tensor, Tensor, Tensor]], Tensor]) -> set[str]:
     """Which parameters a loss on some of the outputs reaches."""
     model.zero_grad()
-    pick(model(*make_batch(random_rows(4), CPU).inputs)).square().sum().backward()  # type: ignore[no-untyped-call]
+    pick(model(make_batch(random_rows(4), CPU))).square().sum().backward()  # type: ignore[no-untyped-call]
     return {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
 
@@ -71,7 +71,7 @@ def test_values_send_no_gradient_into_the_trunk() -> None:
 
 
 def test_the_critic_starts_at_zero() -> None:
-    _, values, last = ActorCritic(llama())(*make_batch(random_rows(4), CPU).inputs)
+    _, values, last = ActorCritic(llama())(make_batch(random_rows(4), CPU))
     assert not values.any() and not last.any()
 
 
@@ -109,8 +109,8 @@ def test_a_model_that_changes_its_logits_is_refused(lm: Callable[[], PreTrainedM
 )
 def test_other_families_and_no_dropout(lm: Callable[[], PreTrainedModel]) -> None:
     model = ActorCritic(lm())
-    inputs = make_batch(random_rows(3), CPU).inputs
-    torch.testing.assert_close(model(*inputs)[0], model(*inputs)[0], rtol=0, atol=0)
+    batch = make_batch(random_rows(3), CPU)
+    torch.testing.assert_close(model(batch)[0], model(batch)[0], rtol=0, atol=0)
 
 
 def test_the_value_head_has_its_own_rate() -> None:

@@ -1,8 +1,8 @@
 """Keys and values of many sequences, each in a row of its own, and attention of tokens that stand in one line.
 
 The new tokens of all sequences go through a model as one sequence without padding, so that all but attention works on
-as few tokens as there are. Keys and values are written where a `Plan` says, by a transformers `Cache`; attention is a
-function registered with transformers' `AttentionInterface`.
+as few tokens as there are. Keys and values are written where a `Plan` says, by a transformers `Cache`; attention is
+that of `agile.attention`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from agile.attention import attend_by_plans, check_layers, evaluation
 from agile.errors import AgileError
 
-ATTENTION = "agile_slots"
 MIN_CAPACITY = 64
 REMEDY = "Serve it with vLLM, or choose a model like Llama, Qwen or Mistral."
 
@@ -82,6 +82,26 @@ class Plan:
     last: Tensor
     parts: tuple[_Part, ...]
 
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Of queries (1, H, N, D) to the stores that `_SlotLayer.update` returned; (1, N, H, D).
+
+        No sequence is longer than a window: `max_context` sees to it.
+        """
+        outputs, first = [], 0
+        for part in self.parts:
+            end = first + len(part.unpad)
+            outputs.append(part.attend(query[0, :, first:end], key, value, scale))
+            first = end
+        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
+
 
 class _SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, (rows, tokens, heads, D) each: what one token writes is contiguous."""
@@ -105,7 +125,7 @@ class _SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write (1, heads, N, D) where the plan says; returns the whole stores, of which `_attend` takes its part."""
+        """Write (1, heads, N, D) where the plan says; returns the whole stores, of which the plan takes its part."""
         if not self.stores or self.stores[0].shape[:2] != self.cache.shape:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.stores
@@ -197,55 +217,15 @@ def _grown(size: int, needed: int) -> int:
     return size if needed <= size else 1 << (needed - 1).bit_length()
 
 
-def _attend(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    slot_plan: Plan,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Of queries (1, H, N, D) to the stores that `_SlotLayer.update` returned; (1, N, H, D)."""
-    if strange := [n for n in ("softcap", "s_aux", "position_bias") if kwargs.get(n) is not None]:
-        raise NotImplementedError(f"attention with {strange}")
-    outputs, first = [], 0
-    for part in slot_plan.parts:
-        end = first + len(part.unpad)
-        outputs.append(part.attend(query[0, :, first:end], key, value, scaling))
-        first = end
-    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None
-
-
-AttentionInterface.register(ATTENTION, _attend)
-
-
-@contextmanager
-def evaluation(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model, which may be a trainer's, is in evaluation mode."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()
-
-
 @contextmanager
 def slot_attention(model: PreTrainedModel) -> Iterator[None]:
     """Within it the model attends by slots, in evaluation mode."""
-    config = model.config.get_text_config()
-    own = config._attn_implementation
+    own = attend_by_plans(model)
     with evaluation(model):
-        config._attn_implementation = ATTENTION
         try:
             yield
         finally:
-            config._attn_implementation = own
+            model.config.get_text_config()._attn_implementation = own
 
 
 def last_logits(model: PreTrainedModel, slots: SlotCache, plan: Plan, ids: Tensor) -> Tensor:
@@ -257,7 +237,7 @@ def last_logits(model: PreTrainedModel, slots: SlotCache, plan: Plan, ids: Tenso
         attention_mask=ids.new_zeros(1, 1, 1, 1),  # nobody reads it; without one, models would make their own
         past_key_values=slots,
         use_cache=True,
-        slot_plan=plan,
+        attention_plan=plan,
         **({"logits_to_keep": plan.last} if keeps else {}),
     )
     logits: Tensor = output.logits[0].float()
@@ -272,15 +252,12 @@ def max_context(model: PreTrainedModel) -> tuple[int, str]:
     """
     config = model.config.get_text_config()
     name = type(model).__name__
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if getattr(model, "_is_stateful", False) or kinds - {"full_attention", "sliding_attention"}:
-        raise AgileError(
-            f"{name} keeps more than keys and values of each token ({sorted(kinds) or 'a state'}). {REMEDY}"
-        )
+    check_layers(model, REMEDY)
     if "past_key_values" not in _parameters(type(model).forward):
         raise AgileError(f"{name} takes no cache of keys and values. {REMEDY}")
     limits = [(getattr(config, "max_position_embeddings", None) or 2**31, "max_position_embeddings")]
     window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
     if window and (not kinds or "sliding_attention" in kinds):
         limits.append((window, "sliding_window"))
     return min(limits)

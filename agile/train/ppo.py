@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agile.batching import Row, make_batch, minibatches, session_rows
+from agile.batching import Row, make_batch, micro_batches, minibatches, session_rows
 from agile.copies import original_id
 from agile.credit import (
     Estimator,
@@ -76,20 +76,25 @@ class Played:
 
 @torch.no_grad()
 def score_rows(
-    engine: Engine, reference: Reference | None, rows: Sequence[Row], *, batch_size: int, temperature: float = 1.0
+    engine: Engine,
+    reference: Reference | None,
+    rows: Sequence[Row],
+    *,
+    micro_batch_tokens: int,
+    share_prefixes: bool = False,
+    temperature: float = 1.0,
 ) -> list[Scored]:
     """Recompute logprobs and values of every row, and those of the reference policy (zeros without one)."""
     scored: list[Scored | None] = [None] * len(rows)
-    order = np.argsort([len(r) for r in rows], kind="stable")
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        data = make_batch([rows[i] for i in chosen], engine.device)
-        logits, values, last = engine.forward(*data.inputs)
+    (micros,) = micro_batches(rows, np.arange(len(rows)), micro_batch_tokens, share_prefixes=share_prefixes)
+    for chosen in micros:
+        data = make_batch([rows[i] for i in chosen], engine.device, share_prefixes=share_prefixes)
+        logits, values, last = engine.forward(data)
         logprobs = token_logprobs(logits, data.action_ids, temperature)
         if reference is None:
             ref = torch.zeros_like(logprobs)
         else:
-            ref = token_logprobs(reference(*data.inputs)[0], data.action_ids, temperature)
+            ref = token_logprobs(reference(data)[0], data.action_ids, temperature)
         ends = np.cumsum([rows[i].num_actions for i in chosen])[:-1]
         parts = (np.split(x.cpu().numpy(), ends) for x in (logprobs, ref, values))
         for i, own, other, value, after in zip(chosen, *parts, last.tolist(), strict=True):
@@ -103,7 +108,8 @@ def lineage_terms(
     rewards: Sequence[Sequence[float]],
     *,
     discount: float,
-    batch_size: int,
+    micro_batch_tokens: int,
+    share_prefixes: bool = False,
     masked: Collection[SessionStatus] = BLAMELESS,
 ) -> list[list[float]]:
     """Credit `lineage` of each session of each trajectory; see `agile.credit.lineage`.
@@ -121,7 +127,8 @@ def lineage_terms(
         Row(ids, np.zeros(len(ids), bool), np.zeros(0, np.float32), SegmentEnd.CONTEXT_CLEARED) for _, _, ids in readers
     ]
     baselines = [np.full(len(trajectory.sessions), np.nan) for trajectory in trajectories]
-    for (t, j, _), scored in zip(readers, score_rows(engine, None, rows, batch_size=batch_size), strict=True):
+    found = score_rows(engine, None, rows, micro_batch_tokens=micro_batch_tokens, share_prefixes=share_prefixes)
+    for (t, j, _), scored in zip(readers, found, strict=True):
         baselines[t][j] = scored.bootstrap
     return [
         lineage(
@@ -255,7 +262,8 @@ def update(
     discounts: Discounts,
     coefficients: PPOCoefficients,
     batch_size: int,
-    micro_batch_size: int,
+    micro_batch_tokens: int,
+    share_prefixes: bool = False,
     num_epochs: int,
     temperature: float,
     rng: np.random.Generator,
@@ -279,13 +287,26 @@ def update(
     credit: dict[str, float] = {}
     if discounts.lineage:
         terms = lineage_terms(
-            engine, trajectories, rewards, discount=discounts.lineage, batch_size=micro_batch_size, masked=masked
+            engine,
+            trajectories,
+            rewards,
+            discount=discounts.lineage,
+            micro_batch_tokens=micro_batch_tokens,
+            share_prefixes=share_prefixes,
+            masked=masked,
         )
         rewards = [np.add(*pair).tolist() for pair in zip(rewards, terms, strict=True)]
         credit = {"lineage": float(np.mean(np.abs(np.concatenate(terms))))}
     rows, plan = lay_out(trajectories, rewards, masked)
     with nullcontext() if reference is None else reference.scoring():
-        scored = score_rows(engine, reference, rows, batch_size=micro_batch_size, temperature=temperature)
+        scored = score_rows(
+            engine,
+            reference,
+            rows,
+            micro_batch_tokens=micro_batch_tokens,
+            share_prefixes=share_prefixes,
+            temperature=temperature,
+        )
     between = mismatch(rows, scored)
     check(between)
     row_advantages, row_returns, variance = advantages(plan, rows, scored, discounts, estimator)
@@ -297,13 +318,14 @@ def update(
     total_tokens, first_ratio, norms, moved_too_far = 0, float("nan"), [], False
     epoch_tokens = sum(row.num_actions for row in rows)
     for _ in range(num_epochs):
-        for batch in minibatches(rows, batch_size, micro_batch_size, rng):
+        for batch in minibatches(rows, batch_size, rng):
             if moved_too_far:
                 break
-            num_tokens, kl_before = sum(rows[i].num_actions for micro in batch for i in micro), sums["approx_kl"]
-            for micro in batch:
-                data = make_batch([rows[i] for i in micro], engine.device)
-                logits, values, _ = engine.forward(*data.inputs)
+            num_tokens, kl_before = sum(rows[i].num_actions for i in batch), sums["approx_kl"]
+            (micros,) = micro_batches(rows, batch, micro_batch_tokens, share_prefixes=share_prefixes)
+            for micro in micros:
+                data = make_batch([rows[i] for i in micro], engine.device, share_prefixes=share_prefixes)
+                logits, values, _ = engine.forward(data)
                 logprobs = token_logprobs(logits, data.action_ids, temperature)
                 with torch.set_grad_enabled(coefficients.entropy_coef > 0):
                     entropies = entropy(logits, temperature)
@@ -321,7 +343,7 @@ def update(
                     num_tokens=num_tokens,
                     coefficients=coefficients,
                 )
-                engine.backward(loss, last=micro is batch[-1])
+                engine.backward(loss, last=micro is micros[-1])
                 for name, value in metrics.items():
                     sums[name] += value.item()
             norms.append(engine.step())
@@ -355,7 +377,8 @@ def train_ppo(
     discounts: Discounts,
     coefficients: PPOCoefficients,
     batch_size: int,
-    micro_batch_size: int,
+    micro_batch_tokens: int,
+    share_prefixes: bool = False,
     num_epochs: int,
     temperature: float,
     seed: int,
@@ -400,7 +423,8 @@ def train_ppo(
                 discounts=replace(discounts, lineage=0.0) if warmup else discounts,
                 coefficients=replace(coefficients, kl_coef=kl_coef),
                 batch_size=batch_size,
-                micro_batch_size=micro_batch_size,
+                micro_batch_tokens=micro_batch_tokens,
+                share_prefixes=share_prefixes,
                 num_epochs=value_warmup_epochs if warmup else num_epochs,
                 temperature=temperature,
                 rng=rng,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from agile.batching import Row, make_batch, minibatches
+from agile.batching import Row, make_batch, micro_batches, minibatches
 from agile.engine import Engine
 from agile.losses import sft_loss, token_logprobs
 
@@ -30,7 +30,8 @@ def train_sft(
     rows: Sequence[Row],
     *,
     batch_size: int,
-    micro_batch_size: int,
+    micro_batch_tokens: int,
+    share_prefixes: bool = False,
     num_steps: int,
     seed: int,
     first_step: int = 0,
@@ -47,16 +48,17 @@ def train_sft(
     step = first_step
     while step < num_steps:
         epoch, done = divmod(step, per_epoch)
-        batches = list(minibatches(rows, batch_size, micro_batch_size, np.random.default_rng([seed, epoch])))
+        batches = list(minibatches(rows, batch_size, np.random.default_rng([seed, epoch])))
         for batch in batches[done : done + num_steps - step]:
-            num_tokens = sum(rows[i].num_actions for micro in batch for i in micro)
+            num_tokens = sum(rows[i].num_actions for i in batch)
             total = 0.0
-            for micro in batch:
-                data = make_batch([rows[i] for i in micro], engine.device)
-                logits, _, _ = engine.forward(*data.inputs)
+            (micros,) = micro_batches(rows, batch, micro_batch_tokens, share_prefixes=share_prefixes)
+            for micro in micros:
+                data = make_batch([rows[i] for i in micro], engine.device, share_prefixes=share_prefixes)
+                logits, _, _ = engine.forward(data)
                 logprobs = token_logprobs(logits, data.action_ids)
                 loss = sft_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), num_tokens=num_tokens)
-                engine.backward(loss, last=micro is batch[-1])
+                engine.backward(loss, last=micro is micros[-1])
                 total += loss.item()
             engine.step()
             step += 1

@@ -158,8 +158,8 @@ def batches(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[in
     forward = model.forward
 
     def counted(**kwargs: Any) -> Any:
-        if "slot_plan" in kwargs:
-            sizes.append(len(kwargs["slot_plan"].last))
+        if "attention_plan" in kwargs:
+            sizes.append(len(kwargs["attention_plan"].last))
         return forward(**kwargs)
 
     monkeypatch.setattr(model, "forward", counted)

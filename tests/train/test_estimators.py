@@ -115,8 +115,8 @@ def test_group_relative_equals_the_loop(rollouts: list[tuple[int, float]]) -> No
     expected = []
     for group, value in rollouts:
         members = [v for g, v in rollouts if g == group]
-        spread = float(np.std(members))
-        expected.append((value - np.mean(members)) / spread if spread > 1e-8 * max(1, abs(np.mean(members))) else 0.0)
+        mean, spread = float(np.mean(members)), float(np.std(members))
+        expected.append((value - mean) / spread if spread > 1e-8 * max(1.0, abs(mean)) else 0.0)
     found = group_relative([v for _, v in rollouts], [g for g, _ in rollouts])
     np.testing.assert_allclose(found, expected, atol=1e-6)
 

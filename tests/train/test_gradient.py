@@ -40,7 +40,7 @@ def whole_loss(model: ActorCritic) -> Callable[[Tensor | None], Tensor]:
     rows = random_rows(4, seed=3)
     data = make_batch(rows, torch.device("cpu"))
     with torch.no_grad():
-        logits, old_values, _ = model(*data.inputs)
+        logits, old_values, _ = model(data)
         logprobs = token_logprobs(logits, data.action_ids, TEMPERATURE)
     generator = torch.Generator().manual_seed(0)
 
@@ -51,7 +51,7 @@ def whole_loss(model: ActorCritic) -> Callable[[Tensor | None], Tensor]:
     around = {"old_values": near(old_values, 0.1), "returns": near(old_values, 1.0), "advantages": near(0 * old, 1.0)}
 
     def loss(values: Tensor | None) -> Tensor:
-        logits, found, _ = model(*data.inputs)
+        logits, found, _ = model(data)
         total, metrics = ppo_loss(
             logprobs=token_logprobs(logits, data.action_ids, TEMPERATURE),
             old_logprobs=old,
@@ -76,7 +76,7 @@ def test_gradient_of_the_whole_loss_by_central_differences() -> None:
     loss = whole_loss(model)
     loss(None).backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        held = model(*make_batch(random_rows(4, seed=3), torch.device("cpu")).inputs)[1]
+        held = model(make_batch(random_rows(4, seed=3), torch.device("cpu")))[1]
     rng = np.random.default_rng(0)
     largest = 0.0
     for name, parameter in model.named_parameters():

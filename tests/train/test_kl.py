@@ -13,6 +13,7 @@ from agile.config import load_config
 from agile.engine import Engine
 from agile.losses import PPOCoefficients
 from agile.model import ActorCritic
+from agile.reference import Reference
 from agile.stages.ppo import lr_factor
 from agile.train.kl import KLControl
 from agile.train.ppo import Discounts, train_ppo, update
@@ -66,7 +67,7 @@ def train(
         "discounts": Discounts(),
         "coefficients": PPOCoefficients(kl_coef=0.1),
         "batch_size": 32,
-        "micro_batch_size": 32,
+        "micro_batch_tokens": 4096,
         "num_epochs": 3,
         "temperature": 1.0,
         "seed": 0,
@@ -74,7 +75,7 @@ def train(
     }
     train_ppo(
         engine,
-        ActorCritic(llama()),
+        Reference(ActorCritic(llama())),
         collect=lambda iteration: trajectories,
         rewards=lambda trajectories, rng: totals(trajectories),
         on_iteration=lambda iteration, trajectories, metrics: found.append(metrics),
@@ -119,7 +120,7 @@ def test_epochs_end_once_the_policy_has_moved_too_far(played: list[Trajectory]) 
             discounts=Discounts(),
             coefficients=PPOCoefficients(kl_coef=0.0),
             batch_size=16,
-            micro_batch_size=16,
+            micro_batch_tokens=4096,
             num_epochs=3,
             temperature=1.0,
             rng=np.random.default_rng(0),

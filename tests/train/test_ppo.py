@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from agile.batching import make_batch, minibatches
+from agile.batching import make_batch, micro_batches, minibatches
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.losses import PPOCoefficients, token_logprobs
@@ -51,7 +51,7 @@ def learn(engine: Engine, trajectories: Sequence[Trajectory], **changes: Any) ->
         "discounts": Discounts(),
         "coefficients": COEFFICIENTS,
         "batch_size": 1000,
-        "micro_batch_size": 8,
+        "micro_batch_tokens": 80,
         "num_epochs": 1,
         "temperature": 1.0,
         "rng": np.random.default_rng(0),
@@ -80,7 +80,7 @@ def test_trainer_and_rollout_agree_on_logprobs(temperature: float) -> None:
     engine = Gradients(actor_critic())
 
     def difference(at: float) -> float:
-        scored = score_rows(engine, None, rows, batch_size=8, temperature=at)
+        scored = score_rows(engine, None, rows, micro_batch_tokens=80, temperature=at)
         return max(float(np.abs(s.logprobs - r.logprobs).max(initial=0)) for s, r in zip(scored, rows, strict=True))
 
     assert difference(temperature) < 1e-4
@@ -91,14 +91,15 @@ def test_trainer_and_rollout_agree_on_logprobs(temperature: float) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_first_ratio_is_one(temperature: float) -> None:
-    """For every token, however differently the batches are padded that score and that learn."""
+    """For every token, however differently the batches are cut that score and that learn."""
     engine = Gradients(actor_critic())
     rows, _ = lay_out(played(temperature), totals(played(temperature)))
-    scored = score_rows(engine, None, rows, batch_size=5, temperature=temperature)
-    for batch in minibatches(rows, 16, 3, np.random.default_rng(0)):
-        for micro in batch:
+    scored = score_rows(engine, None, rows, micro_batch_tokens=50, temperature=temperature)
+    for batch in minibatches(rows, 16, np.random.default_rng(0)):
+        (micros,) = micro_batches(rows, batch, 30)
+        for micro in micros:
             data = make_batch([rows[i] for i in micro], engine.device)
-            logprobs = token_logprobs(engine.forward(*data.inputs)[0], data.action_ids, temperature)
+            logprobs = token_logprobs(engine.forward(data)[0], data.action_ids, temperature)
             old = torch.from_numpy(np.concatenate([scored[i].logprobs for i in micro]))
             assert float(((logprobs - old).exp() - 1).abs().max()) < 1e-5
     metrics = learn(engine, played(temperature), temperature=temperature, batch_size=16)
@@ -119,7 +120,7 @@ def test_scores_are_of_the_states_before_each_token_and_after_the_last() -> None
     model = actor_critic()
     rows, _ = lay_out(played(), totals(played()))
     reference = ActorCritic(llama(1))
-    scored = score_rows(Gradients(model), Reference(reference), rows, batch_size=7, temperature=0.7)
+    scored = score_rows(Gradients(model), Reference(reference), rows, micro_batch_tokens=70, temperature=0.7)
     for row, found in zip(rows, scored, strict=True):
         ids = torch.from_numpy(row.token_ids)[None]
         with torch.no_grad():
@@ -267,15 +268,19 @@ def test_lineage_compares_a_reader_to_the_value_of_its_first_decision_without_me
     # half of each gain: entry 7 is of nobody here
     expected = 0.5 * (0.9 * (1 - one) + 0.9**3 * (0.5 - three))
     none = Trajectory("none", (session(segment([5, 6], [False, True], TERMINATED)),))
-    found = lineage_terms(Gradients(model), [readers(), none], [[0, 1, 1, 0.5], [1]], discount=0.9, batch_size=2)
+    found = lineage_terms(
+        Gradients(model), [readers(), none], [[0, 1, 1, 0.5], [1]], discount=0.9, micro_batch_tokens=20
+    )
     assert found[0] == pytest.approx([expected, 0, 0, 0], abs=1e-6) and found[1] == [0]
-    unmasked = lineage_terms(Gradients(model), [readers()], [[0, 1, 1, 0.5]], discount=0.9, batch_size=8, masked=())
+    unmasked = lineage_terms(
+        Gradients(model), [readers()], [[0, 1, 1, 0.5]], discount=0.9, micro_batch_tokens=80, masked=()
+    )
     assert unmasked[0][0] == pytest.approx(expected + 0.5 * 0.81 * (1 - one), abs=1e-6), "a failure, if it counts"
 
 
 def test_lineage_is_learned_from_as_a_reward_and_nothing_flows_besides() -> None:
     """The same update as if its terms had been rewards; without sessions that read, none at all."""
-    terms = lineage_terms(Gradients(actor_critic()), [readers()], [[0, 1, 1, 0.5]], discount=0.9, batch_size=8)
+    terms = lineage_terms(Gradients(actor_critic()), [readers()], [[0, 1, 1, 0.5]], discount=0.9, micro_batch_tokens=80)
     paid = np.add([[0, 1, 1, 0.5]], terms).tolist()
     metrics, expected = gradients([readers()], rewards=paid)
     credited, found = gradients([readers()], rewards=[[0, 1, 1, 0.5]], discounts=Discounts(lineage=0.9))
@@ -323,26 +328,26 @@ def test_batch_one_accumulated_eight_times_is_batch_eight() -> None:
     rows, _ = lay_out(trajectories, [[0.0]] * 8)
     assert len(rows) >= 8 and len({len(r) for r in rows}) > 2 and len({r.num_actions for r in rows}) > 2
 
-    def step(size: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+    def step(tokens: int) -> tuple[dict[str, float], dict[str, Tensor]]:
         model = actor_critic()
         rewards = [[float(i % 3)] for i in range(8)]
-        metrics = learn(Engine(model, lr=1e-3), trajectories, rewards=rewards, batch_size=16, micro_batch_size=size)
+        metrics = learn(Engine(model, lr=1e-3), trajectories, rewards=rewards, batch_size=16, micro_batch_tokens=tokens)
         return metrics, weights(model)
 
-    (many, ones), (one, eight) = step(1), step(16)
+    (many, ones), (one, eight) = step(1), step(1000)
     assert largest_difference(ones, eight) < 1e-6
     assert largest_difference(eight, weights(actor_critic())) > 1e-4
     assert many == pytest.approx(one, rel=1e-4, abs=1e-6)
 
 
-def test_padding_and_order_change_nothing() -> None:
+def test_cut_and_order_change_nothing() -> None:
     metrics, expected = gradients(played())
-    other_metrics, other = gradients(played()[::-1], rewards=totals(played())[::-1], micro_batch_size=1000)
+    other_metrics, other = gradients(played()[::-1], rewards=totals(played())[::-1], micro_batch_tokens=10_000)
     assert other_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
     assert largest_difference(other, expected) < 1e-6
     long = session(segment([4] * 60, [False] * 60, TRUNCATED), status=SessionStatus.TRUNCATED, stream_id="idle")
     idle_metrics, idle = gradients(
-        [*played(), Trajectory("idle", (long,))], rewards=[*totals(played()), [5.0]], micro_batch_size=1000
+        [*played(), Trajectory("idle", (long,))], rewards=[*totals(played()), [5.0]], micro_batch_tokens=10_000
     )
     assert idle_metrics == pytest.approx({**metrics, "num_rows": metrics["num_rows"] + 1}, rel=1e-4, abs=1e-6)
     assert largest_difference(idle, expected) < 1e-6
@@ -380,7 +385,7 @@ def test_an_advantage_makes_what_was_done_likelier() -> None:
     rows, _ = lay_out(trajectories, [[1.0, 0.0]])
 
     def logprobs() -> list[float]:
-        scored = score_rows(Gradients(model), None, rows, batch_size=2, temperature=1.0)
+        scored = score_rows(Gradients(model), None, rows, micro_batch_tokens=20, temperature=1.0)
         return [float(s.logprobs.sum()) for s in scored]
 
     before = logprobs()
@@ -422,7 +427,7 @@ def run(
         "discounts": Discounts(),
         "coefficients": PPOCoefficients(kl_coef=0.0),
         "batch_size": 32,
-        "micro_batch_size": 32,
+        "micro_batch_tokens": 512,
         "num_epochs": 2,
         "temperature": policy.temperature,
         "on_iteration": lambda *args: None,
