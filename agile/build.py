@@ -57,6 +57,29 @@ class Setup:
         return ProductQA(data, task.train_groups, task.test_groups, task.max_items)
 
     @cached_property
+    def train_streams(self) -> Sequence[Stream]:
+        """What is learned from: all train streams but those set aside for validation."""
+        streams = self.task.streams("train")
+        return streams[: len(streams) - len(self.validation_streams)]
+
+    @cached_property
+    def validation_streams(self) -> Sequence[Stream]:
+        """The last train streams, if the config asks for validation.
+
+        Raises:
+            AgileError: None would be left to learn from.
+        """
+        streams, validation = self.task.streams("train"), self.config.validation
+        if not validation.every:
+            return ()
+        if validation.num_streams >= len(streams):
+            raise AgileError(
+                f"validation.num_streams is {validation.num_streams}, but there are {len(streams)} train streams, and "
+                "some must be left to learn from. Lower validation.num_streams, or take more train groups or worlds."
+            )
+        return streams[-validation.num_streams :]
+
+    @cached_property
     def agent(self) -> ProductQAAgent:
         return ProductQAAgent(**self.config.agent.model_dump())
 
@@ -84,7 +107,7 @@ class Setup:
         model = self.config.model
         source = saved or (Path(model.path) if model.path else None)
         if source is None:
-            texts = self.agent.corpus([item for stream in self.task.streams("train") for item in stream.items])
+            texts = self.agent.corpus([item for stream in self.train_streams for item in stream.items])
             return build_tokenizer(model.tokenizer, texts, self.agent.spec, model.vocab_size)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source), padding_side="left")
@@ -267,7 +290,7 @@ class Setup:
         teacher = Teacher(executor.codec, self.agent, sft.judge_yes)
         sessions = imitation_sessions(
             executor,
-            self.task.streams("train"),
+            self.train_streams,
             teach=teacher.policy,
             initial_memory=random_memory,
             new_memory=self.memory,

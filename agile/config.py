@@ -368,6 +368,49 @@ class PPOConfig(OptimizerConfig):
         return self
 
 
+class CheckpointsConfig(_Config):
+    """What stays of a run on its way, beside `sft.checkpoint_every` and `ppo.checkpoint_every`."""
+
+    every_minutes: float | None = Field(
+        None, gt=0, description="Minutes after which a step or iteration ends with a further checkpoint; null for none."
+    )
+    keep: Count = Field(2, description="Last checkpoints that stay; the best by validation stays too.")
+
+
+class ValidationConfig(_Config):
+    """Greedy play of train streams that nothing is learned from."""
+
+    every: int = Field(0, ge=0, description="Iterations of PPO between; 0 for none.")
+    num_streams: Count = Field(8, description="The last train streams, set aside for it.")
+    select_best: bool = Field(False, description="Whether ppo/ is the agent that scored best in it, not the last one.")
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> ValidationConfig:
+        if self.select_best and not self.every:
+            raise ValueError("select_best is true, but every is 0, so nothing is validated; set validation.every=1")
+        return self
+
+
+class GuardConfig(_Config):
+    """What PPO must not do, and what follows if it does; see docs/training.md."""
+
+    max_kl: float | None = Field(None, gt=0, description="KL to the reference policy, nats per token; null for none.")
+    min_entropy: float | None = Field(None, gt=0, description="Entropy of the policy, nats per token; null for none.")
+    max_score_drop: float | None = Field(
+        None, gt=0, description="Fall of the validation score below its best so far; null for none."
+    )
+    action: Literal["stop", "rollback"] = Field(
+        "stop", description="End the run, or go on from the weights of the last checkpoint within the limits."
+    )
+    max_rollbacks: Count = Field(2, description="Rollbacks after which the run stops.")
+    max_grad_norm: float | None = Field(
+        None, gt=0, description="Gradient norm before clipping above which a step is skipped; null for none."
+    )
+    max_skipped_steps: Count = Field(
+        5, description="Steps in a row, of a gradient that is not finite or too large, after which the run stops."
+    )
+
+
 class TokenPrices(_Config):
     """Money for a million tokens, in any currency."""
 
@@ -449,9 +492,26 @@ class RunConfig(_Config):
     engine: EngineConfig = EngineConfig()
     sft: SFTConfig = SFTConfig()
     ppo: PPOConfig = PPOConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    validation: ValidationConfig = ValidationConfig()
+    guard: GuardConfig = GuardConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     demo: DemoConfig = DemoConfig()
+
+    @model_validator(mode="after")
+    def _guard_sees_what_it_limits(self) -> RunConfig:
+        guard = self.guard
+        if guard.max_kl is not None and self.ppo.kl_coef == 0:
+            raise ValueError("guard.max_kl is set, but ppo.kl_coef is 0, so that no reference is kept; set it above 0")
+        if guard.max_score_drop is not None and not self.validation.every:
+            raise ValueError("guard.max_score_drop is set, but nothing is validated; set validation.every=1")
+        if guard.action == "rollback" and self.rollout.lag:
+            raise ValueError(
+                f"guard.action is rollback, but rollout.lag is {self.rollout.lag}: what was collected ahead is of "
+                "weights that a rollback drops; set rollout.lag=0 or guard.action=stop"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adapters_share_the_trunk(self) -> RunConfig:

@@ -23,8 +23,8 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
         torch.set_num_threads(config.threads)
     run = RunFolder(out, config, resume=resume)
     setup = Setup(config, out)
-    setup.embed(setup.task.streams("train"))
-    tokenizer = setup.tokenizer(out / "sft" if (out / "sft").exists() else None)
+    setup.embed([*setup.train_streams, *setup.validation_streams])
+    tokenizer = setup.tokenizer()  # also on resume: what a save and a load add to its files is no part of the run
     executor = setup.executor(tokenizer, counterfactual=config.ppo.credit == "lineage")
     if run.place is None or run.place.stage == "sft":
         imitate(config, run, setup, executor)

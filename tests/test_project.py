@@ -156,6 +156,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.attention": NOUNS,
     "agile.batching": (*NOUNS, "agile.attention"),
     "agile.model": (*NOUNS, "agile.attention", "agile.batching"),
+    "agile.ranks": NOUNS,
     "agile.engine": (*NOUNS, "agile.ranks"),
     "agile.train": (*NOUNS, "agile.copies", "agile.credit", "agile.losses", "agile.batching", "agile.engine"),
     "agile.config": NOUNS,
@@ -172,6 +173,7 @@ ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
+    *("agile.stages.guard", "agile.stages.validation"),
 }
 
 

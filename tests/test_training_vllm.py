@@ -12,7 +12,7 @@ from agile.errors import AgileError
 from agile.policies.vllm import VLLMPolicy
 from agile.replay import replay_run
 from agile.training import train
-from tests.test_training import metrics, tiny
+from tests.runs import metrics, run_config
 
 VLLM = [
     *("rollout.policy=vllm", "vllm.kv_cache_gib=0.25", "vllm.enforce_eager=true"),
@@ -22,7 +22,7 @@ VLLM = [
 
 @pytest.mark.vllm
 def test_rollout_and_trainer_agree_before_and_after_five_updates(tmp_path: Path) -> None:
-    train(tiny(*VLLM), tmp_path / "run")
+    train(run_config(*VLLM), tmp_path / "run")
     steps = [row for row in metrics(tmp_path / "run") if row["stage"] == "ppo"]
     assert len(steps) == 6
     assert max(row["rollout_difference"] for row in steps) < 1e-4
@@ -38,5 +38,5 @@ def test_an_update_that_does_not_arrive_ends_the_run(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(VLLMPolicy, "update_weights", forget)
     with pytest.raises(AgileError, match=r"Iteration [3-6]: .*rollout.policy=vllm and of the trainer differ by"):
-        train(tiny(*VLLM, "ppo.lr=3e-3"), tmp_path / "run")
+        train(run_config(*VLLM, "ppo.lr=3e-3"), tmp_path / "run")
     assert max(row["rollout_difference"] for row in metrics(tmp_path / "run") if row["stage"] == "ppo") < 0.01

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -30,8 +31,10 @@ from agile.reference import adapter_free, frozen
 from agile.rollout import collect, status_counts
 from agile.run_folder import Place, RunFolder
 from agile.seeding import derive_seed
+from agile.stages.guard import VALIDATION_SCORE, Course, trouble
 from agile.stages.progress import advance, progress_bar
 from agile.stages.rewards import discounts, terminal_rewards
+from agile.stages.validation import is_validated, validate
 from agile.train.kl import KLControl
 from agile.train.ppo import train_ppo
 from agile.types import Trajectory
@@ -81,7 +84,7 @@ def lr_factor(ppo: PPOConfig, iteration: int) -> float:
 def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor) -> None:
     """Train the agent `sft` and a critic on its own sessions, from where the run stands; writes the agent `ppo`."""
     ppo, rollout, task = config.ppo, config.rollout, config.task
-    kl_control = KLControl(ppo.kl_coef, ppo.kl_target) if ppo.kl_coef else None
+    kl_control = KLControl(ppo.kl_coef, ppo.kl_target)
     tokenizer = executor.codec.tokenizer
     torch.manual_seed(config.seed)
     model = ActorCritic(setup.trained_model(tokenizer, run.path / "sft"), config.model.critic)
@@ -98,14 +101,17 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     elif ppo.kl_coef:
         start = ActorCritic(setup.language_model(tokenizer, run.path / "sft"))
         reference = frozen(start, engine, offload=ppo.reference == "offload")
-    done = 0
+    done, course = 0, Course()
     if run.place and run.place.stage == "ppo":
         run.load(engine)
-        done = run.place.step
+        done, course = run.place.step, Course(**run.state["course"])
+        kl_control.coef = run.state["kl_coef"]
+    elif config.guard.action == "rollback":
+        run.save(Place("ppo", 0), engine, state={"course": asdict(course), "kl_coef": kl_control.coef})
     lags = rollout.policy == "hf" and rollout.lag > 0  # then it has weights of its own
     sampled = setup.language_model(tokenizer, run.path / "sft") if lags else model.lm
     policy = setup.policy(sampled, tokenizer, run.path / "sft", temperature=rollout.temperature)
-    streams = setup.task.streams("train")
+    streams = setup.train_streams
     count = min(ppo.streams_per_iteration, len(streams))
 
     async def play(iteration: int) -> list[Trajectory]:
@@ -151,20 +157,38 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         bar = progress.add_task("PPO", total=ppo.num_iterations, completed=done, note="")
         started = time.monotonic()
 
+        def save(iteration: int) -> None:
+            kept = [Place("ppo", i) for i in (course.good_step, course.saved_step, course.best_step) if i is not None]
+            state = {"course": asdict(course), "kl_coef": kl_control.coef}
+            run.save(Place("ppo", iteration), engine, collector.ahead(), state=state, keep=kept)
+
         def on_iteration(iteration: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
             nonlocal started
             figures: dict[str, Any] = {
                 **rates(outcomes(trajectories), [s.price for t in trajectories for s in t.sessions]),
                 **{f"status/{status}": n for status, n in status_counts(trajectories).items()},
                 "staleness": staleness(trajectories, iteration - 1),
-                "seconds": time.monotonic() - started,
                 **metrics,
             }
+            if is_validated(config.validation.every, iteration, ppo.num_iterations):
+                figures |= validate(setup, executor, policy, collector, iteration)
+            figures["seconds"] = time.monotonic() - started
             started = time.monotonic()
             run.log("ppo", iteration, figures)
             advance(progress, bar, iteration, f"score {figures['score']:.3f}")
-            if iteration % ppo.checkpoint_every == 0 or iteration == ppo.num_iterations:
-                run.save(Place("ppo", iteration), engine, collector.ahead())
+            if reason := trouble(config.guard, figures, course.best_score):
+                run.log("guard", iteration, {"reason": reason, "action": config.guard.action, "to": course.good_step})
+                course.respond(config.guard, iteration, reason)
+                run.load(engine, Place("ppo", course.good_step))
+                course.good_step = course.saved_step = iteration
+                save(iteration)
+                return
+            course.good_step = course.saved_step
+            is_best = VALIDATION_SCORE in figures and course.validated(iteration, figures[VALIDATION_SCORE])
+            if is_best or iteration % ppo.checkpoint_every == 0 or iteration == ppo.num_iterations:
+                course.saved_step = iteration
+            if course.saved_step == iteration or run.is_late():
+                save(iteration)
 
         train_ppo(
             engine,
@@ -197,4 +221,6 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
             masked=rollout.masked,
             check=partial(check_mismatch, rollout, exact=exact),
         )
+    if config.validation.select_best and course.best_step is not None:
+        run.load(engine, Place("ppo", course.best_step))
     run.export("ppo", Trained.gather(engine, str(run.path / "sft")), tokenizer)

@@ -38,7 +38,7 @@ def imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor)
         def on_step(step: int, loss: float) -> None:
             run.log("sft", step, {"loss": loss, "lr": engine.lr})
             advance(progress, bar, step, f"loss {loss:.3f}")
-            if step % sft.checkpoint_every == 0 or step == sft.num_steps:
+            if step % sft.checkpoint_every == 0 or step == sft.num_steps or run.is_late():
                 run.save(Place("sft", step), engine)
 
         train_sft(

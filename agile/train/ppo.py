@@ -434,5 +434,5 @@ def train_ppo(
                 check=partial(check, iteration),
             )
         if kl_control is not None and not warmup:
-            kl_control.observe(metrics["kl"])
+            kl_control.observe(metrics.get("kl", 0.0))
         on_iteration(iteration + 1, trajectories, {**metrics, "kl_coef": kl_coef, "lr": engine.lr})
