@@ -320,6 +320,46 @@ class PPOConfig(OptimizerConfig):
         return self
 
 
+class PreferencesConfig(_Config):
+    """Pairs of a right and a wrong answer, for the stages dpo and reward-model."""
+
+    data: UserPath | None = Field(
+        None, description="File of `agile preferences`, or of the same format; by default the run's own sessions."
+    )
+    gold: bool = Field(False, description="Own sessions: take the task's answer where no expert was asked.")
+    held_out: Share = Field(0.1, description="Share of the pairs that is evaluated on and not trained on.")
+
+
+class PreferenceStageConfig(_Config):
+    """What TRL's trainers are told."""
+
+    lr: float = Field(gt=0)
+    batch_size: Count = Field(16, description="Pairs per optimizer step.")
+    micro_batch_size: Count = Field(16, description="Pairs per forward pass; divides batch_size.")
+    num_epochs: Count = 1
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _pairs_divide(self) -> PreferenceStageConfig:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; "
+                "choose one that does, they are accumulated"
+            )
+        return self
+
+
+class DPOConfig(PreferenceStageConfig):
+    lr: float = Field(1e-6, gt=0)
+    beta: float = Field(0.1, gt=0, description="How strongly the agent is held to the one it starts from.")
+
+
+class RewardModelConfig(PreferenceStageConfig):
+    lr: float = Field(1e-4, gt=0)
+
+
 class CheckpointsConfig(_Config):
     """What stays of a run on its way, beside `sft.checkpoint_every` and `ppo.checkpoint_every`."""
 
@@ -397,7 +437,7 @@ class EvaluateConfig(_Config):
         "recall",
         "oracle",
     )
-    agents: tuple[Literal["sft", "ppo", "prompted"], ...] = ("sft", "ppo")
+    agents: tuple[Literal["sft", "ppo", "dpo", "prompted"], ...] = ("sft", "ppo", "dpo")
     checkpoint: UserPath | None = Field(None, description="Run folder whose agents `agile bench` scores.")
     prompted: PromptedConfig = PromptedConfig()
     prices: tuple[Price, ...] = Field(
@@ -433,6 +473,9 @@ class RunConfig(_Config):
 
     seed: int = Field(0, ge=0)
     threads: int | None = Field(None, ge=1, description="CPU threads of torch.")
+    stages: tuple[Literal["sft", "ppo", "dpo", "reward-model"], ...] = Field(
+        ("sft", "ppo"), description="What `agile train` does, in this order."
+    )
     task: TaskConfig = TaskConfig()
     agent: AgentConfig = AgentConfig()
     memory: MemoryConfig = MemoryConfig()
@@ -444,12 +487,34 @@ class RunConfig(_Config):
     engine: EngineConfig = EngineConfig()
     sft: SFTConfig = SFTConfig()
     ppo: PPOConfig = PPOConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
+    dpo: DPOConfig = DPOConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     validation: ValidationConfig = ValidationConfig()
     guard: GuardConfig = GuardConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     demo: DemoConfig = DemoConfig()
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> RunConfig:
+        order = ("sft", "ppo", "dpo", "reward-model")
+        if not self.stages or list(self.stages) != sorted(set(self.stages), key=order.index):
+            raise ValueError(
+                f"stages are {list(self.stages)}, expected one or more of {list(order)}, each once and in this order"
+            )
+        if "ppo" in self.stages and "sft" not in self.stages:
+            raise ValueError("stages has ppo without sft, which PPO starts from; sft.num_steps=0 skips its training")
+        if {"dpo", "reward-model"} & set(self.stages):
+            if "sft" not in self.stages and self.model.path is None:
+                raise ValueError("stages trains on preferences alone, but model.path names no agent to start from")
+            if self.preferences.data is None and ("ppo" not in self.stages or not self.ppo.num_iterations):
+                raise ValueError(
+                    "stages trains on preferences, but there are no sessions of PPO to take them from; give a file of "
+                    "`agile preferences`: preferences.data=FILE"
+                )
+        return self
 
     @model_validator(mode="after")
     def _guard_sees_what_it_limits(self) -> RunConfig:

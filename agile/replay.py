@@ -300,7 +300,7 @@ class RunParts:
     @cached_property
     def _trained(self) -> Path:
         """Where the agents are: a bench may stand in a folder of its own."""
-        has_agents = any((self.run / name).is_dir() for name in ("sft", "ppo"))
+        has_agents = any((self.run / name).is_dir() for name in ("sft", "ppo", "dpo"))
         return self.run if has_agents else self.config.evaluate.checkpoint or self.run
 
     @cached_property
@@ -317,7 +317,7 @@ class RunParts:
             codec = ActionCodec(carrier, self.setup.agent.spec)
             self._executors[logged.path] = self.setup.executor(carrier, codec=codec)
         if logged.path not in self._executors:
-            names = [logged.agent] if logged.agent else ["ppo", "sft"]
+            names = [logged.agent] if logged.agent else ["ppo", "sft", "dpo"]
             folders = [self._trained / name for name in names if (self._trained / name).is_dir()]
             if not folders:
                 raise AgileError(

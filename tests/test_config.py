@@ -59,8 +59,8 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         # unknown keys: the nearest right one
         ("ppo.clipp=1", ["Unknown key ppo.clipp", "Did you mean ppo.clip?"]),
         ("pp.lr=1", ["Unknown key pp.", "Did you mean ppo?"]),
-        ("lr=1", ["Unknown key lr.", "Did you mean sft.lr or ppo.lr?"]),
-        ("qqq=1", ["Unknown key qqq.", "There are seed, threads, task"]),
+        ("lr=1", ["Unknown key lr.", "Did you mean sft.lr or ppo.lr or dpo.lr or reward_model.lr?"]),
+        ("qqq=1", ["Unknown key qqq.", "There are seed, threads, stages, task"]),
         ("a..b=1", ["Unknown key a."]),
         # values: key, value, what was expected
         ("ppo.lr=-1", ["ppo.lr is -1", "expected greater than 0", "default is 0.0003"]),
