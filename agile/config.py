@@ -432,7 +432,7 @@ class ValidationConfig(_Config):
 
 
 class GuardConfig(_Config):
-    """What PPO must not do, and what follows if it does; see docs/training.md."""
+    """What PPO must not do, and what follows if it does; see docs/watching.md."""
 
     max_kl: float | None = Field(None, gt=0, description="KL to the reference policy, nats per token; null for none.")
     min_entropy: float | None = Field(None, gt=0, description="Entropy of the policy, nats per token; null for none.")

@@ -94,6 +94,8 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         groups=model.parameter_groups(ppo.value_lr),
         weight_decay=ppo.weight_decay,
         max_grad_norm=ppo.max_grad_norm,
+        skip_above=config.guard.max_grad_norm,
+        max_skipped=config.guard.max_skipped_steps,
     )
     reference = None
     if ppo.kl_coef and config.lora:
@@ -168,6 +170,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
                 **rates(outcomes(trajectories), [s.price for t in trajectories for s in t.sessions]),
                 **{f"status/{status}": n for status, n in status_counts(trajectories).items()},
                 "staleness": staleness(trajectories, iteration - 1),
+                "skipped_steps": engine.num_skipped,
                 **metrics,
             }
             if is_validated(config.validation.every, iteration, ppo.num_iterations):
