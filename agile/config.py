@@ -101,7 +101,7 @@ class ModelConfig(_Config):
 
 
 class LoRAConfig(_Config):
-    """Adapters by peft in place of whole weights, see docs/training.md."""
+    """Adapters by peft in place of whole weights, see docs/models.md."""
 
     rank: Count = Field(16, description="Of the two factors of what is added to each weight.")
     alpha: float = Field(32, gt=0, description="Their product is scaled by alpha / rank.")
