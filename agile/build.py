@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from agile import ranks
@@ -136,11 +137,14 @@ class Setup:
         return build_tokenizer("bpe", self.agent.corpus(items), self.agent.spec)
 
     def language_model(self, tokenizer: PreTrainedTokenizerFast, saved: Path | None = None) -> PreTrainedModel:
-        """The model saved at a checkpoint, the one of `model.path`, or a small Llama with random weights."""
-        model = self.config.model
+        """The model saved at a checkpoint, the one of `model.path`, or a small Llama with random weights.
+
+        In `engine.dtype`, whatever it was saved in.
+        """
+        model, dtype = self.config.model, self.config.engine.dtype
         if path := saved or model.path:
             try:
-                lm = load_lm(str(path), tokenizer, grow=saved is None)
+                lm = load_lm(str(path), tokenizer, grow=saved is None, dtype=dtype)
                 check_context(lm, self.config.rollout.max_context_tokens)
                 return lm
             except AgileError as error:
@@ -151,7 +155,7 @@ class Setup:
                 ) from error
             except Exception as error:  # files may be torn in any way, and safetensors has errors of its own
                 raise AgileError(f"Cannot load the model {path}: {error}. Copy it again, or train it again.") from error
-        return small_llama(
+        lm = small_llama(
             tokenizer,
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
@@ -159,6 +163,8 @@ class Setup:
             max_tokens=self.config.rollout.max_context_tokens,
             seed=self.config.seed,
         )
+        lm.to(dtype=getattr(torch, dtype))
+        return lm
 
     def trained_model(self, tokenizer: PreTrainedTokenizerFast, saved: Path | None = None) -> PreTrainedModel:
         """`language_model` as it is trained: with an adapter that changes nothing yet, where the config asks for one.

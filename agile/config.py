@@ -101,7 +101,7 @@ class ModelConfig(_Config):
 
 
 class LoRAConfig(_Config):
-    """Adapters by peft in place of whole weights, see docs/training.md."""
+    """Adapters by peft in place of whole weights, see docs/models.md."""
 
     rank: Count = Field(16, description="Of the two factors of what is added to each weight.")
     alpha: float = Field(32, gt=0, description="Their product is scaled by alpha / rank.")
@@ -282,7 +282,19 @@ class PPOConfig(OptimizerConfig):
     batch_size: Count = 64
     num_iterations: int = Field(20, ge=0, description="Rounds of collecting and learning.")
     streams_per_iteration: Count = Field(48, description="Streams played in each.")
+    rollouts_per_stream: Count = Field(
+        1, description="Times each of these streams is played, with memories of their own; group compares them."
+    )
     num_epochs: Count = 2
+    max_epoch_kl: float | None = Field(
+        None, gt=0, description="KL to the old policy, nats a token, at which a minibatch ends the epochs; None: never."
+    )
+    lr_schedule: Literal["constant", "linear"] = Field(
+        "constant", description="Of all learning rates over the iterations; linear goes to 0."
+    )
+    estimator: Literal["gae", "group", "reinforce++"] = Field(
+        "gae", description="Of advantages: with a critic, over rollouts of the same question, or returns alone."
+    )
     gamma: Share = Field(1.0, description="Discount inside a session.")
     lam: Share = Field(1.0, description="GAE lambda inside a session.")
     gamma_session: Share = Field(0.0, description="Discount from a session to the next of its stream.")
@@ -294,6 +306,9 @@ class PPOConfig(OptimizerConfig):
     value_clip: float = Field(0.5, gt=0)
     value_coef: float = Field(0.5, ge=0)
     kl_coef: float = Field(0.01, ge=0)
+    kl_target: float | None = Field(
+        None, gt=0, description="KL to the reference, nats a token, that kl_coef is adapted to; None keeps kl_coef."
+    )
     reference: Literal["keep", "offload"] = Field(
         "keep",
         description="Where the reference policy lies: on the training device, or in the memory of the CPU but while it "
@@ -305,6 +320,39 @@ class PPOConfig(OptimizerConfig):
         6, ge=0, description="Epochs of the first iteration, which trains the critic alone."
     )
     checkpoint_every: Count = Field(5, description="Iterations between checkpoints.")
+
+    @model_validator(mode="after")
+    def _kl_can_be_weighed(self) -> PPOConfig:
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target is set, but kl_coef is 0, from which nothing grows; set kl_coef above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_has_what_it_needs(self) -> PPOConfig:
+        if self.estimator == "gae":
+            return self
+        for name in ("value_coef", "value_warmup_epochs"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"estimator is {self.estimator}, which has no critic, but {name} is {getattr(self, name):g}; "
+                    f"set ppo.{name}=0"
+                )
+        if self.credit == "lineage":
+            raise ValueError(
+                f"credit is lineage, which asks the critic, but estimator is {self.estimator}, which has none; "
+                "set estimator to gae, or credit to utility or chain"
+            )
+        if self.estimator == "group" and self.rollouts_per_stream == 1:
+            raise ValueError(
+                "estimator is group, which compares rollouts of one stream, but rollouts_per_stream is 1; set it to 2 "
+                "or more"
+            )
+        if self.estimator == "group" and self.gamma != 1:
+            raise ValueError(
+                f"estimator is group, which gives all tokens of a session one advantage, but gamma is {self.gamma:g}; "
+                "set gamma to 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _credit_reaches(self) -> PPOConfig:
@@ -384,7 +432,7 @@ class ValidationConfig(_Config):
 
 
 class GuardConfig(_Config):
-    """What PPO must not do, and what follows if it does; see docs/training.md."""
+    """What PPO must not do, and what follows if it does; see docs/watching.md."""
 
     max_kl: float | None = Field(None, gt=0, description="KL to the reference policy, nats per token; null for none.")
     min_entropy: float | None = Field(None, gt=0, description="Entropy of the policy, nats per token; null for none.")

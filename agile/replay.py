@@ -20,6 +20,7 @@ from rich.progress import Progress
 from agile.advice import AdviceDesk, DatasetAdvisor
 from agile.build import Setup
 from agile.config import load_config
+from agile.copies import original_id
 from agile.errors import AgileError
 from agile.executor import Executor
 from agile.session_log import Logged, logged_sessions, session_logs
@@ -332,7 +333,8 @@ class RunParts:
         split = "test" if logged.step is None else "train"
         if split not in self._streams:
             self._streams[split] = {stream.id: stream for stream in self.setup.task.streams(split)}
-        return self._streams[split].get(logged.session.stream_id)
+        streams, stream_id = self._streams[split], logged.session.stream_id
+        return streams.get(stream_id) or streams.get(original_id(stream_id))
 
     def item(self, logged: Logged) -> Item | None:
         stream, index = self.stream(logged), logged.session.index

@@ -96,6 +96,24 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
             "ppo={credit: lineage, gamma_session: 0.9, value_warmup_epochs: 0}",
             ["ppo: credit is lineage", "value_warmup_epochs is 0"],
         ),
+        ("ppo={kl_target: 0.1, kl_coef: 0}", ["ppo: kl_target is set, but kl_coef is 0"]),
+        (
+            "ppo.estimator=group",
+            ["ppo: estimator is group, which has no critic, but value_coef is 0.5", "value_coef=0"],
+        ),
+        ("ppo={estimator: reinforce++, value_coef: 0}", ["value_warmup_epochs is 6", "ppo.value_warmup_epochs=0"]),
+        (
+            "ppo={estimator: group, value_coef: 0, value_warmup_epochs: 0}",
+            ["rollouts_per_stream is 1; set it to 2 or more"],
+        ),
+        (
+            "ppo={estimator: group, value_coef: 0, value_warmup_epochs: 0, rollouts_per_stream: 2, gamma: 0.9}",
+            ["gamma is 0.9; set gamma to 1"],
+        ),
+        (
+            "ppo={estimator: reinforce++, value_coef: 0, value_warmup_epochs: 0, credit: lineage, gamma_session: 0.9}",
+            ["credit is lineage, which asks the critic, but estimator is reinforce++"],
+        ),
         ("task.name=productqa", ["task: data is missing", "task.data=DIR"]),
         # not an override at all
         ("foo", ["'foo'", "a.b=value"]),

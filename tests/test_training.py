@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,7 +21,7 @@ from agile.stages.rewards import terminal_rewards
 from agile.training import train
 from agile.types import Advice, AdviceStatus, Reward, Session, SessionStatus, Trajectory
 from tests.doors import session
-from tests.runs import CONFIG, ROOT, SETTINGS, assert_same_run, metrics, run_config
+from tests.runs import assert_same_run, metrics, run_config
 
 
 @pytest.fixture(scope="module")
@@ -144,76 +141,6 @@ def test_a_mismatch_of_rollout_and_trainer_is_told(
     with pytest.raises(AgileError, match=r"expected at most 0\.01") if said == "stops" else nullcontext():
         check_mismatch(rollout, 4, found, exact=exact)
     assert ("Iteration 5: rollout and trainer drift apart" in caplog.text) == (said == "warns")
-
-
-# The process kills itself at a moment that no handler sees: in the middle of imitation, of writing a checkpoint, and of
-# collecting rollouts.
-KILLED = """
-import os, signal, sys
-from agile.cli import main
-from agile.engine import Engine
-from agile.executor import Executor
-
-moment = sys.argv.pop(1)
-count = 0
-
-def die_at(number):
-    global count
-    count += 1
-    if count == number:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-step, save, play = Engine.step, Engine.save, Executor.run
-
-def step_and_die(self):
-    norm = step(self)
-    die_at(17)
-    return norm
-
-def save_and_die(self, folder, tag):
-    save(self, folder, tag)
-    die_at(2)  # DeepSpeed's files are there, what says that the checkpoint is complete is not
-
-async def play_and_die(self, *args, stream_id, **kwargs):
-    session = await play(self, *args, stream_id=stream_id, **kwargs)
-    if "#" not in stream_id:  # those of imitation are numbered
-        die_at(2 * 4 + 5)
-    return session
-
-match moment:
-    case "imitation": Engine.step = step_and_die
-    case "checkpoint": Engine.save = save_and_die
-    case "collection": Executor.run = play_and_die
-main()
-"""
-
-
-def agile_train(out: Path, *arguments: str, moment: str | None = None) -> subprocess.CompletedProcess[str]:
-    program = ["-m", "agile.cli"] if moment is None else ["-c", KILLED, moment]
-    return subprocess.run(
-        [sys.executable, *program, "train", str(CONFIG), *SETTINGS, f"out={out}", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1200,
-    )
-
-
-@SLOW
-@pytest.mark.timeout(3600)
-def test_a_run_killed_three_times_is_the_same_run(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert agile_train(whole).returncode == 0
-    for moment, logged in (("imitation", 16), ("checkpoint", 30), ("collection", 31)):
-        arguments = [] if moment == "imitation" else ["--resume"]
-        ended = agile_train(killed, *arguments, moment=moment)
-        assert ended.returncode == -9, ended.stderr
-        assert len(metrics(killed)) == logged, moment
-    resumed = agile_train(killed, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert_same_run(killed, whole)
 
 
 # --------------------------------------------------------------------------------------------------------------------

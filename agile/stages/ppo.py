@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -15,7 +16,9 @@ import torch
 
 from agile import ranks
 from agile.build import Setup
-from agile.config import RolloutConfig, RunConfig
+from agile.config import PPOConfig, RolloutConfig, RunConfig
+from agile.copies import copies
+from agile.credit import Estimator
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.evaluate import outcomes, rates
@@ -33,6 +36,7 @@ from agile.stages.guard import VALIDATION_SCORE, Course, trouble
 from agile.stages.progress import advance, progress_bar
 from agile.stages.rewards import discounts, terminal_rewards
 from agile.stages.validation import is_validated, validate
+from agile.train.kl import KLControl
 from agile.train.ppo import train_ppo
 from agile.types import Stream, Trajectory
 
@@ -73,9 +77,15 @@ def check_mismatch(rollout: RolloutConfig, iteration: int, mismatch: Mapping[str
         )
 
 
+def lr_factor(ppo: PPOConfig, iteration: int) -> float:
+    """On the learning rates of an iteration, from 0: 1, or from 1 straight towards 0."""
+    return 1 - iteration / ppo.num_iterations if ppo.lr_schedule == "linear" else 1.0
+
+
 def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor) -> None:
     """Train the agent `sft` and a critic on its own sessions, from where the run stands; writes the agent `ppo`."""
     ppo, rollout, task = config.ppo, config.rollout, config.task
+    kl_control = KLControl(ppo.kl_coef, ppo.kl_target)
     tokenizer = executor.codec.tokenizer
     torch.manual_seed(config.seed)
     model = ActorCritic(setup.trained_model(tokenizer, run.path / "sft"), config.model.critic)
@@ -86,6 +96,8 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         groups=model.parameter_groups(ppo.value_lr),
         weight_decay=ppo.weight_decay,
         max_grad_norm=ppo.max_grad_norm,
+        skip_above=config.guard.max_grad_norm,
+        max_skipped=config.guard.max_skipped_steps,
     )
     reference = None
     if ppo.kl_coef and config.lora:
@@ -97,8 +109,9 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     if run.place and run.place.stage == "ppo":
         run.load(engine)
         done, course = run.place.step, Course(**run.state["course"])
+        kl_control.coef = run.state["kl_coef"]
     elif config.guard.action == "rollback":
-        run.save(Place("ppo", 0), engine, state={"course": asdict(course)})
+        run.save(Place("ppo", 0), engine, state={"course": asdict(course), "kl_coef": kl_control.coef})
     # the policy has weights of its own where the trainer's are in shards, or change while it plays
     shares_model = rollout.policy == "hf" and rollout.lag == 0 and config.engine.zero_stage < 3
     sampled = model.lm
@@ -110,7 +123,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
 
     def chosen(iteration: int) -> list[Stream]:
         rng = np.random.default_rng(derive_seed(config.seed, "streams", iteration))
-        return priced(
+        at_prices = priced(
             [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))],
             task.advice_price,
             first_price=task.first_price,
@@ -118,6 +131,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
             progress=iteration / max(1, ppo.num_iterations - 1),
             rng=rng,
         )
+        return copies(at_prices, ppo.rollouts_per_stream)
 
     async def play(iteration: int) -> list[Trajectory]:
         all_streams = chosen(iteration)
@@ -154,7 +168,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
 
         def save(iteration: int) -> None:
             kept = [Place("ppo", i) for i in (course.good_step, course.saved_step, course.best_step) if i is not None]
-            state = {"course": asdict(course)}
+            state = {"course": asdict(course), "kl_coef": kl_control.coef}
             run.save(Place("ppo", iteration), engine, collector.ahead(), state=state, keep=kept)
 
         def on_iteration(iteration: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
@@ -163,6 +177,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
                 **rates(outcomes(trajectories), [s.price for t in trajectories for s in t.sessions]),
                 **{f"status/{status}": n for status, n in status_counts(trajectories).items()},
                 "staleness": staleness(trajectories, iteration - 1),
+                "skipped_steps": engine.num_skipped,
                 **metrics,
             }
             if is_validated(config.validation.every, iteration, ppo.num_iterations):
@@ -209,6 +224,10 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
             num_epochs=ppo.num_epochs,
             temperature=rollout.temperature,
             seed=config.seed,
+            estimator=Estimator(ppo.estimator),
+            kl_control=kl_control,
+            max_epoch_kl=ppo.max_epoch_kl or math.inf,
+            lr_factor=partial(lr_factor, ppo),
             masked=rollout.masked,
             check=partial(check_mismatch, rollout, exact=exact),
         )

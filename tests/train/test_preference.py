@@ -64,7 +64,7 @@ def test_dpo_raises_the_margin_on_pairs_it_never_saw_and_the_reward_model_ranks_
 
 @pytest.mark.slow
 def test_a_run_of_all_stages_leaves_agents_that_play(tmp_path: Path) -> None:
-    from tests.test_training import CONFIG
+    from tests.runs import CONFIG
 
     data, out = tmp_path / "pairs.jsonl", tmp_path / "run"
     data.write_text("".join(json.dumps(pair) + "\n" for pair in colour_pairs(make_codec("word"), 12)))
