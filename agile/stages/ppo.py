@@ -116,7 +116,8 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     shares_model = rollout.policy == "hf" and rollout.lag == 0 and config.engine.zero_stage < 3
     sampled = model.lm
     if rollout.policy == "hf" and not shares_model:
-        sampled = setup.language_model(tokenizer, run.path / "sft").to(engine.device, model.lm.dtype)
+        sampled = setup.language_model(tokenizer, run.path / "sft")
+        torch.nn.Module.to(sampled, engine.device, model.lm.dtype)
     policy = setup.policy(sampled, tokenizer, run.path / "sft", temperature=rollout.temperature)
     streams = setup.train_streams
     count = min(ppo.streams_per_iteration, len(streams))
