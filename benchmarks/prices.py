@@ -3,9 +3,8 @@
     python -m benchmarks.prices runs/prices --jobs 2
 
 The shops hold facts that can be guessed more or less well (85, 75, 65 and 50 %), so that what is worth asking depends
-on the price. One agent is trained by imitation (that of `benchmarks.credit`, so both may use one folder); PPO then
-starts from it once with a price drawn for each stream, and once for each price alone. All are tested on unseen shops at
-every price.
+on the price. One agent is trained by imitation; PPO then starts from it once with a price drawn for each stream, and
+once for each price alone. All are tested on unseen shops, the first at every price.
 
 Whatever is done stands in the folder: started again, it goes on. Takes about 4 minutes of one core a run.
 """
@@ -23,19 +22,21 @@ from rich.console import Console
 from rich.table import Table
 
 from agile.evaluate import paired_difference, summarise
-from benchmarks.credit import GRADED, PRICES, bench, imitate, run, shops, tested
+from benchmarks.credit import GRADED, bench, imitate, run, shops, tested
 
+PRICES = (0.1, 0.2, 0.3, 0.4, 0.5)
+DRAWN = f"task.training_prices={list(PRICES)}"
 ALL = "every"
 
 
 def reinforce(out: Path, seed: int, name: str, overrides: Sequence[str]) -> None:
     """PPO for one price, or for every price."""
-    prices = [f"task.training_prices={list(PRICES)}"] if name == ALL else [f"task.advice_price={name}"]
+    prices = [DRAWN] if name == ALL else [f"task.advice_price={name}"]
     tests = [f"evaluate.prices={list(PRICES)}"] if name == ALL else []
     folder = out / f"price-{name}-{seed}"
     if not (folder / "ppo" / "config.json").exists():
         start = f"model.path={out / f'imitation-{seed}' / 'sft'}", "sft.num_steps=0"
-        run(folder, *shops(out, "graded", GRADED, seed), *prices, *start, *overrides)
+        run(folder, *shops(out, "graded", GRADED, seed), "agent.show_price=true", *prices, *start, *overrides)
     if not (folder.with_name(f"{folder.name}-test") / "report.json").exists():
         bench(folder, "ppo", *tests)
 
@@ -69,7 +70,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     todo = [(seed, name) for name in (ALL, *(f"{p:g}" for p in PRICES)) for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda seed: imitate(out, seed), args.seeds))
+        list(pool.map(lambda seed: imitate(out, seed, "agent.show_price=true", DRAWN), args.seeds))
         list(pool.map(lambda job: reinforce(out, job[0], job[1], args.overrides), todo))
     rows = compare(out, args.seeds)
     (out / "prices.json").write_text(json.dumps(rows, indent=2))
