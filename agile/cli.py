@@ -83,6 +83,7 @@ def agile(
     """
     # Libraries would print progress bars and advice of their own, and ask the network for models that are here.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -122,11 +123,15 @@ def demo(
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
-    """Train an agent by imitation, then by PPO.
+    """Train an agent by imitation, then by PPO, then on preferences if it is told to.
 
     The run folder (`runs/<name of the config>`) then holds `config.yaml`, every session token by token,
     `metrics.jsonl`, TensorBoard files, checkpoints, and the agents as Hugging Face folders `sft` and `ppo`. Killing it
     loses nothing: the same command with `--resume` gives the same run.
+
+    `stages=[sft,ppo,dpo,reward-model]` says what is trained (by default the first two). The last two run TRL's own
+    trainers (the extra `trl`) on what experts corrected, or on the file `preferences.data`, and write the agent `dpo`
+    and the sequence classifier `reward-model`. Killed in one of them, a run starts that stage anew.
 
     - `agile train configs/productqa-tiny.yaml task.data=DIR`
     - `agile train configs/demo.yaml ppo.lr=1e-4 evaluate.baselines=[router] out=runs/mine`
@@ -144,6 +149,40 @@ def train(config: Config, overrides: Overrides = None, resume: Resume = False) -
             f"Trained: {out}. Score it: agile bench {out / 'config.yaml'} evaluate.checkpoint={out} out={out}",
             soft_wrap=True,
         )
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="GPUs of the run, one process each.")] = 1,
+    gpu_memory: Annotated[float, typer.Option("--gpu-memory", min=1, help="Memory of one GPU in GiB.")] = 80.0,
+    action_share: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            max=1,
+            help="Share of the tokens that the LLM samples, where logits are computed; one in seven in the demo.",
+        ),
+    ] = 0.25,
+) -> None:
+    """Tell what a run takes of each GPU's memory, before any hour of it is paid for.
+
+    Weights, gradients and optimizer by DeepSpeed's estimators; activations by running the model's own code on tensors
+    without values; the critic, the reference policy, and what plays the sessions. Needs no GPU and no weights: of
+    `model.path` the `config.json` is enough, and the models of `configs/` are known.
+
+    If it does not fit, it says which changes of the config would make it fit, the cheapest first, and ends with code 1.
+
+    - `agile plan configs/productqa-qwen2.5-7b.yaml --gpus 4 --gpu-memory 80 task.data=DIR`
+    - `agile plan configs/productqa-vicuna-13b.yaml --gpus 8 --gpu-memory 40 engine.offload=optimizer task.data=DIR`
+    """
+    with _one_screen():
+        from agile.plan import run_plan
+
+        _, rest = _parse(overrides or [], "runs/plan")
+        if not run_plan(config, rest, gpus, gpu_memory, action_share, console):
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -101,7 +101,7 @@ class ModelConfig(_Config):
 
 
 class LoRAConfig(_Config):
-    """Adapters by peft in place of whole weights, see docs/training.md."""
+    """Adapters by peft in place of whole weights, see docs/models.md."""
 
     rank: Count = Field(16, description="Of the two factors of what is added to each weight.")
     alpha: float = Field(32, gt=0, description="Their product is scaled by alpha / rank.")
@@ -282,7 +282,19 @@ class PPOConfig(OptimizerConfig):
     batch_size: Count = 64
     num_iterations: int = Field(20, ge=0, description="Rounds of collecting and learning.")
     streams_per_iteration: Count = Field(48, description="Streams played in each.")
+    rollouts_per_stream: Count = Field(
+        1, description="Times each of these streams is played, with memories of their own; group compares them."
+    )
     num_epochs: Count = 2
+    max_epoch_kl: float | None = Field(
+        None, gt=0, description="KL to the old policy, nats a token, at which a minibatch ends the epochs; None: never."
+    )
+    lr_schedule: Literal["constant", "linear"] = Field(
+        "constant", description="Of all learning rates over the iterations; linear goes to 0."
+    )
+    estimator: Literal["gae", "group", "reinforce++"] = Field(
+        "gae", description="Of advantages: with a critic, over rollouts of the same question, or returns alone."
+    )
     gamma: Share = Field(1.0, description="Discount inside a session.")
     lam: Share = Field(1.0, description="GAE lambda inside a session.")
     gamma_session: Share = Field(0.0, description="Discount from a session to the next of its stream.")
@@ -294,6 +306,9 @@ class PPOConfig(OptimizerConfig):
     value_clip: float = Field(0.5, gt=0)
     value_coef: float = Field(0.5, ge=0)
     kl_coef: float = Field(0.01, ge=0)
+    kl_target: float | None = Field(
+        None, gt=0, description="KL to the reference, nats a token, that kl_coef is adapted to; None keeps kl_coef."
+    )
     reference: Literal["keep", "offload"] = Field(
         "keep",
         description="Where the reference policy lies: on the training device, or in the memory of the CPU but while it "
@@ -307,6 +322,39 @@ class PPOConfig(OptimizerConfig):
     checkpoint_every: Count = Field(5, description="Iterations between checkpoints.")
 
     @model_validator(mode="after")
+    def _kl_can_be_weighed(self) -> PPOConfig:
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("kl_target is set, but kl_coef is 0, from which nothing grows; set kl_coef above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _estimator_has_what_it_needs(self) -> PPOConfig:
+        if self.estimator == "gae":
+            return self
+        for name in ("value_coef", "value_warmup_epochs"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"estimator is {self.estimator}, which has no critic, but {name} is {getattr(self, name):g}; "
+                    f"set ppo.{name}=0"
+                )
+        if self.credit == "lineage":
+            raise ValueError(
+                f"credit is lineage, which asks the critic, but estimator is {self.estimator}, which has none; "
+                "set estimator to gae, or credit to utility or chain"
+            )
+        if self.estimator == "group" and self.rollouts_per_stream == 1:
+            raise ValueError(
+                "estimator is group, which compares rollouts of one stream, but rollouts_per_stream is 1; set it to 2 "
+                "or more"
+            )
+        if self.estimator == "group" and self.gamma != 1:
+            raise ValueError(
+                f"estimator is group, which gives all tokens of a session one advantage, but gamma is {self.gamma:g}; "
+                "set gamma to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _credit_reaches(self) -> PPOConfig:
         if self.credit == "chain" and self.gamma_session == 0:
             raise ValueError("credit is chain, which carries value from session to session; set gamma_session above 0")
@@ -318,6 +366,89 @@ class PPOConfig(OptimizerConfig):
                 "give the critic a start"
             )
         return self
+
+
+class PreferencesConfig(_Config):
+    """Pairs of a right and a wrong answer, for the stages dpo and reward-model."""
+
+    data: UserPath | None = Field(
+        None, description="File of `agile preferences`, or of the same format; by default the run's own sessions."
+    )
+    gold: bool = Field(False, description="Own sessions: take the task's answer where no expert was asked.")
+    held_out: Share = Field(0.1, description="Share of the pairs that is evaluated on and not trained on.")
+
+
+class PreferenceStageConfig(_Config):
+    """What TRL's trainers are told."""
+
+    lr: float = Field(gt=0)
+    batch_size: Count = Field(16, description="Pairs per optimizer step.")
+    micro_batch_size: Count = Field(16, description="Pairs per forward pass; divides batch_size.")
+    num_epochs: Count = 1
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _pairs_divide(self) -> PreferenceStageConfig:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; "
+                "choose one that does, they are accumulated"
+            )
+        return self
+
+
+class DPOConfig(PreferenceStageConfig):
+    lr: float = Field(1e-6, gt=0)
+    beta: float = Field(0.1, gt=0, description="How strongly the agent is held to the one it starts from.")
+
+
+class RewardModelConfig(PreferenceStageConfig):
+    lr: float = Field(1e-4, gt=0)
+
+
+class CheckpointsConfig(_Config):
+    """What stays of a run on its way, beside `sft.checkpoint_every` and `ppo.checkpoint_every`."""
+
+    every_minutes: float | None = Field(
+        None, gt=0, description="Minutes after which a step or iteration ends with a further checkpoint; null for none."
+    )
+    keep: Count = Field(2, description="Last checkpoints that stay; the best by validation stays too.")
+
+
+class ValidationConfig(_Config):
+    """Greedy play of train streams that nothing is learned from."""
+
+    every: int = Field(0, ge=0, description="Iterations of PPO between; 0 for none.")
+    num_streams: Count = Field(8, description="The last train streams, set aside for it.")
+    select_best: bool = Field(False, description="Whether ppo/ is the agent that scored best in it, not the last one.")
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> ValidationConfig:
+        if self.select_best and not self.every:
+            raise ValueError("select_best is true, but every is 0, so nothing is validated; set validation.every=1")
+        return self
+
+
+class GuardConfig(_Config):
+    """What PPO must not do, and what follows if it does; see docs/watching.md."""
+
+    max_kl: float | None = Field(None, gt=0, description="KL to the reference policy, nats per token; null for none.")
+    min_entropy: float | None = Field(None, gt=0, description="Entropy of the policy, nats per token; null for none.")
+    max_score_drop: float | None = Field(
+        None, gt=0, description="Fall of the validation score below its best so far; null for none."
+    )
+    action: Literal["stop", "rollback"] = Field(
+        "stop", description="End the run, or go on from the weights of the last checkpoint within the limits."
+    )
+    max_rollbacks: Count = Field(2, description="Rollbacks after which the run stops.")
+    max_grad_norm: float | None = Field(
+        None, gt=0, description="Gradient norm before clipping above which a step is skipped; null for none."
+    )
+    max_skipped_steps: Count = Field(
+        5, description="Steps in a row, of a gradient that is not finite or too large, after which the run stops."
+    )
 
 
 class TokenPrices(_Config):
@@ -354,7 +485,7 @@ class EvaluateConfig(_Config):
         "recall",
         "oracle",
     )
-    agents: tuple[Literal["sft", "ppo", "prompted"], ...] = ("sft", "ppo")
+    agents: tuple[Literal["sft", "ppo", "dpo", "prompted"], ...] = ("sft", "ppo", "dpo")
     checkpoint: UserPath | None = Field(None, description="Run folder whose agents `agile bench` scores.")
     prompted: PromptedConfig = PromptedConfig()
     prices: tuple[Price, ...] = Field(
@@ -390,6 +521,9 @@ class RunConfig(_Config):
 
     seed: int = Field(0, ge=0)
     threads: int | None = Field(None, ge=1, description="CPU threads of torch.")
+    stages: tuple[Literal["sft", "ppo", "dpo", "reward-model"], ...] = Field(
+        ("sft", "ppo"), description="What `agile train` does, in this order."
+    )
     task: TaskConfig = TaskConfig()
     agent: AgentConfig = AgentConfig()
     memory: MemoryConfig = MemoryConfig()
@@ -401,9 +535,48 @@ class RunConfig(_Config):
     engine: EngineConfig = EngineConfig()
     sft: SFTConfig = SFTConfig()
     ppo: PPOConfig = PPOConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
+    dpo: DPOConfig = DPOConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    validation: ValidationConfig = ValidationConfig()
+    guard: GuardConfig = GuardConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     demo: DemoConfig = DemoConfig()
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> RunConfig:
+        order = ("sft", "ppo", "dpo", "reward-model")
+        if not self.stages or list(self.stages) != sorted(set(self.stages), key=order.index):
+            raise ValueError(
+                f"stages are {list(self.stages)}, expected one or more of {list(order)}, each once and in this order"
+            )
+        if "ppo" in self.stages and "sft" not in self.stages:
+            raise ValueError("stages has ppo without sft, which PPO starts from; sft.num_steps=0 skips its training")
+        if {"dpo", "reward-model"} & set(self.stages):
+            if "sft" not in self.stages and self.model.path is None:
+                raise ValueError("stages trains on preferences alone, but model.path names no agent to start from")
+            if self.preferences.data is None and ("ppo" not in self.stages or not self.ppo.num_iterations):
+                raise ValueError(
+                    "stages trains on preferences, but there are no sessions of PPO to take them from; give a file of "
+                    "`agile preferences`: preferences.data=FILE"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _guard_sees_what_it_limits(self) -> RunConfig:
+        guard = self.guard
+        if guard.max_kl is not None and self.ppo.kl_coef == 0:
+            raise ValueError("guard.max_kl is set, but ppo.kl_coef is 0, so that no reference is kept; set it above 0")
+        if guard.max_score_drop is not None and not self.validation.every:
+            raise ValueError("guard.max_score_drop is set, but nothing is validated; set validation.every=1")
+        if guard.action == "rollback" and self.rollout.lag:
+            raise ValueError(
+                f"guard.action is rollback, but rollout.lag is {self.rollout.lag}: what was collected ahead is of "
+                "weights that a rollback drops; set rollout.lag=0 or guard.action=stop"
+            )
+        return self
 
     @model_validator(mode="after")
     def _adapters_share_the_trunk(self) -> RunConfig:

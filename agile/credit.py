@@ -6,7 +6,7 @@ All boundaries are data, per-token discounts and lambdas, so the recursion knows
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
@@ -253,6 +253,18 @@ def pad(trajectories: Sequence[Transitions]) -> tuple[Transitions, Bools]:
 # Advantages
 
 
+class Estimator(StrEnum):
+    """How advantages are found. Without a critic values are 0 and lambdas 1: returns are discounted sums of rewards."""
+
+    GAE = "gae"  # generalised advantage estimation with a critic, whitened
+    GROUP = "group"  # GRPO: returns of a session, normalised over the rollouts of the same question
+    REINFORCE = "reinforce++"  # returns of each token, whitened
+
+    @property
+    def has_critic(self) -> bool:
+        return self is Estimator.GAE
+
+
 def gae(
     rewards: Floats, values: Floats, next_values: Floats, discounts: Floats, lambdas: Floats, mask: Bools
 ) -> tuple[Floats, Floats]:
@@ -277,6 +289,29 @@ def gae(
         advantages[:, t] = following
     advantages = np.where(mask, advantages, 0.0)
     return advantages, advantages + v
+
+
+def group_relative(returns: ArrayLike, groups: Sequence[Hashable]) -> Floats:
+    """Advantages relative to the group that a rollout belongs to.
+
+        A_i = (R_i - mean of its group) / (population) standard deviation of its group
+
+    Args:
+        returns: (n,), one for each rollout.
+        groups: n names; rollouts of one name are compared with each other.
+
+    Returns:
+        (n,), 0 in groups of one and in those without spread up to rounding, as in `whiten`. Source: Shao et al., arXiv
+        2402.03300, section 4.1.2.
+    """
+    values = np.asarray(returns, dtype=np.float64)
+    names = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+    number_of = np.array([names[name] for name in groups], dtype=np.int64)
+    advantages = np.zeros_like(values)
+    for number in range(len(names)):
+        members = number_of == number
+        advantages += whiten(values, members)
+    return advantages
 
 
 def whiten(advantages: Floats, mask: Bools) -> Floats:

@@ -20,6 +20,8 @@ from agile import ranks
 from agile.errors import AgileError
 from agile.lora import adapter_weights, plain_parameters
 
+logger = logging.getLogger(__name__)
+
 # what torch and DeepSpeed raise for a checkpoint of another shape, torn, empty or gone
 _UNREADABLE = (RuntimeError, KeyError, ValueError, AssertionError, EOFError, OSError, pickle.UnpicklingError)
 
@@ -47,7 +49,6 @@ def _checkpointed_layers(module: nn.Module) -> list[nn.Module]:
     for part in module.modules():
         if isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
             part.gradient_checkpointing_enable({"use_reentrant": False})
-            break
     found = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not found:
         raise AgileError(
@@ -73,6 +74,9 @@ class Engine:
         dtype: What the module computes in; the optimizer keeps its weights in float32.
         gradient_checkpointing: Whether the layers of a transformers model are computed again for the gradient, in place
             of keeping what they computed.
+        skip_above: Gradient norm before clipping above which a step changes nothing; None for no such limit. A step
+            whose gradient is not finite never changes anything.
+        max_skipped: Such steps in a row that end the run.
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class Engine:
         offload: str = "none",
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
+        skip_above: float | None = None,
+        max_skipped: int = 5,
     ):
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         _join_processes()
@@ -112,10 +118,12 @@ class Engine:
             zero["offload_optimizer"] = on_cpu
         if offload == "all":
             zero["offload_param"] = on_cpu
+        self._factor = 1.0
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._factor * schedule(step))
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, schedule),
+            lr_scheduler=self._scheduler,
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
@@ -128,6 +136,11 @@ class Engine:
             },
         )
         self.lr = lr  # of the last step, in the first group
+        self.skip_above = float("inf") if skip_above is None else skip_above
+        self.max_skipped = max_skipped
+        self.num_skipped = 0
+        self._skipped_in_a_row = 0
+        self._norm = 0.0
         self.zero_stage = zero_stage
         self.dtype = dtype
 
@@ -149,6 +162,15 @@ class Engine:
             for layer in self._checkpointed:
                 layer.training = False
 
+    def scale_lr(self, factor: float) -> None:
+        """Take steps from now on at `factor` times every learning rate, whatever it was before."""
+        self._factor = factor
+        step = self._scheduler.last_epoch
+        for group, base, schedule in zip(
+            self.optimizer.param_groups, self._scheduler.base_lrs, self._scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * schedule(step)
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate gradients; `last` marks the last micro-batch before `step`.
 
@@ -160,24 +182,56 @@ class Engine:
     def step(self) -> float:
         """One optimizer step; returns the norm, before clipping, of the gradient of all processes' losses.
 
-        Parameter groups of which nothing requires a gradient stay as they are, their momentum too.
+        Parameter groups of which nothing requires a gradient stay as they are, their momentum too. So does everything
+        in a step that is skipped: `num_skipped` counts it, on every process alike, for the norm is that of all.
+
+        Raises:
+            AgileError: The last `max_skipped` steps were skipped.
         """
-        norm = 0.0
         if not self._sharded:
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
+            self._norm = float(torch.nn.utils.get_total_norm(gradients))
         self.lr = float(self.optimizer.param_groups[0]["lr"])
         self._engine.step()
-        return float(self._engine.get_global_grad_norm()) if self._sharded else norm  # ZeRO takes gradients away
+        if self._sharded:  # ZeRO takes gradients away; it too leaves out a step that is not finite
+            self._norm = float(self._engine.get_global_grad_norm())
+        self._count_skipped()
+        return self._norm
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step changed nothing. ZeRO says -1 for a norm that is not finite."""
+        return not 0 <= self._norm <= self.skip_above or self._norm == float("inf")
+
+    def _count_skipped(self) -> None:
+        if not self.skipped:
+            self._skipped_in_a_row = 0
+            return
+        self.num_skipped += 1
+        self._skipped_in_a_row += 1
+        found = f"{self._norm:.3g}" if 0 <= self._norm < float("inf") else "not finite"
+        logger.warning("An optimizer step was skipped, its gradient norm is %s (%d so far).", found, self.num_skipped)
+        if self._skipped_in_a_row >= self.max_skipped:
+            raise AgileError(
+                f"{self._skipped_in_a_row} optimizer steps in a row were skipped (guard.max_skipped_steps), the last "
+                f"with a gradient norm that is {found}; nothing was learned from them. Lower the learning rate, look "
+                "for rewards or texts that are out of bounds, or raise guard.max_grad_norm; --resume goes on from the "
+                "last checkpoint."
+            )
 
     @property
     def _sharded(self) -> bool:
         return self.zero_stage > 0
 
     def _hide_frozen(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Before AdamW steps: ZeRO would give parameters without a gradient one of zeros, and they would decay."""
+        """Before AdamW steps: ZeRO would give parameters without a gradient one of zeros, and they would decay.
+
+        In a step that is skipped all are hidden; ZeRO has the norm by then.
+        """
+        if self._sharded:
+            self._norm = float(self._engine.optimizer._global_grad_norm)
         for group in optimizer.param_groups:
-            if not any(p.requires_grad for p in self._groups[group["number"]]):
+            if self.skipped or not any(p.requires_grad for p in self._groups[group["number"]]):
                 self._hidden.append((group, group["params"]))
                 group["params"] = []
 
@@ -218,7 +272,8 @@ class Engine:
             OSError: It could not be written.
         """
         try:
-            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+            counts = {"num_skipped": self.num_skipped, "skipped_in_a_row": self._skipped_in_a_row}
+            self._engine.save_checkpoint(str(folder), tag=tag, client_state=counts, save_latest=False)
         except RuntimeError as error:  # so torch reports a full disk
             raise OSError(f"the checkpoint was not written ({error})") from error
         if ranks.is_main():
@@ -239,13 +294,14 @@ class Engine:
             raise AgileError(f"There is no checkpoint {tag} in {folder}. Name a folder that `agile train` wrote.")
         self._check_layout(folder / f"{tag}.json")
         try:
-            self._engine.load_checkpoint(str(folder), tag=tag)
+            _, counts = self._engine.load_checkpoint(str(folder), tag=tag)
         except _UNREADABLE as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise AgileError(
                 f"The checkpoint {folder / tag} is damaged or does not fit this model. Use the model and tokenizer "
                 f"sections it was made with (config.yaml of its run). {reason[:500]}"
             ) from None
+        self.num_skipped, self._skipped_in_a_row = counts["num_skipped"], counts["skipped_in_a_row"]
 
     def _check_layout(self, path: Path) -> None:
         saved = json.loads(path.read_text()) if path.exists() else {}

@@ -7,6 +7,7 @@ session ends with a status.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -299,6 +300,8 @@ class Executor:
         )
         try:
             reward = self.score(item, session)
+            if not math.isfinite(reward.total):
+                raise ValueError(f"the reward is {dict(reward.components)}, expected finite numbers")
         except Exception as reason:  # a task that cannot score an answer must not take the other sessions with it
             error = f"task: {type(reason).__name__}: {reason}"
             return replace(session, status=SessionStatus.FAILED, error=error, reward=Reward({"failed": 0.0}))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from agile import ranks
 from agile.engine import Engine
-from agile.lora import save_adapter
+from agile.lora import adapter_config, save_adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Trained:
     def gather(cls, engine: Engine, base: str) -> Trained:
         """From an engine whose module has the model as `lm`. All processes must call it."""
         lm = engine.module.lm
-        first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        first = ranks.is_main()
         # tied weights are saved once, under the name that transformers loads
         copies = set(getattr(lm, "all_tied_weights_keys", None) or ())
         weights, adapter = {}, {}
@@ -49,7 +49,7 @@ class Trained:
         """Write the model with its adapter merged, and the adapter alone to `<folder>/adapter`."""
         self.lm.save_pretrained(folder, state_dict=dict(self.weights))
         if self.adapter:
-            save_adapter(self.lm, folder / "adapter", self.adapter.items(), self.base)
+            save_adapter(folder / "adapter", adapter_config(self.lm, self.base), self.adapter.items())
 
 
 def _buffers(lm: PreTrainedModel) -> dict[str, Tensor]:

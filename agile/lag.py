@@ -6,13 +6,15 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from agile.protocols import TrainablePolicy
 from agile.rollout import run_loop
 from agile.types import Trajectory
 
-Play = Callable[[int], Awaitable[Sequence[Trajectory]]]
+Played = Awaitable[Sequence[Trajectory]]
+Play = Callable[[int], Played]
 Weights = Iterable[tuple[str, Any]]
 
 
@@ -64,27 +66,36 @@ class Collector:
             AgileError: Whatever playing it raised.
         """
         if self.lag == 0:
-            return self._play(self.weights(), iteration, iteration)
+            return self._play(self.weights(), iteration, partial(self.play, iteration))
         wanted = range(iteration, min(iteration + self.lag + 1, self.num_iterations))
         missing = [i for i in wanted if i not in self._ahead]
         if missing:
-            weights = [(name, self.copied(weight)) for name, weight in self.weights()]
+            weights = self._copies()
             for i in missing:
-                self._ahead[i] = self._threads.submit(self._play, weights, iteration, i)
+                self._ahead[i] = self._threads.submit(self._play, weights, iteration, partial(self.play, i))
         return self._ahead.pop(iteration).result()
 
-    def _play(self, weights: Weights, version: int, iteration: int) -> Sequence[Trajectory]:
-        self.policy.update_weights(weights, version)
-        return run_loop(self._playing(iteration))
+    def play_now(self, play: Callable[[], Played], version: int) -> Sequence[Trajectory]:
+        """Play something with the weights of this moment, after whatever is being collected ahead."""
+        if self.lag == 0:
+            return self._play(self.weights(), version, play)
+        return self._threads.submit(self._play, self._copies(), version, play).result()
 
-    async def _playing(self, iteration: int) -> Sequence[Trajectory]:
+    def _copies(self) -> Weights:
+        return [(name, self.copied(weight)) for name, weight in self.weights()]
+
+    def _play(self, weights: Weights, version: int, play: Callable[[], Played]) -> Sequence[Trajectory]:
+        self.policy.update_weights(weights, version)
+        return run_loop(self._playing(play))
+
+    async def _playing(self, play: Callable[[], Played]) -> Sequence[Trajectory]:
         task = asyncio.current_task()
         assert task is not None
         self._playing_now = asyncio.get_running_loop(), task
         try:
             if self._closed:
                 raise asyncio.CancelledError
-            return await self.play(iteration)
+            return await play()
         finally:
             self._playing_now = None
 

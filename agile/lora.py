@@ -6,7 +6,7 @@ An adapted model stays the object that it was, of its own class: peft replaces l
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -147,21 +147,27 @@ def adapter_weights(lm: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield name, parameter
 
 
-def save_adapter(lm: PreTrainedModel, folder: Path, weights: Iterable[tuple[str, Tensor]], base: str) -> None:
+def adapter_config(lm: PreTrainedModel, base: str) -> dict[str, Any]:
+    """What peft writes beside an adapter; `base` is the folder or name of the model that it belongs to."""
+    config = {**lm.peft_config[ADAPTER].to_dict(), "base_model_name_or_path": base, "inference_mode": True}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+
+
+def save_adapter(folder: Path, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]]) -> None:
     """Write an adapter as peft saves it; `PeftModel.from_pretrained(model, folder)` reads it.
 
     Args:
+        config: As `adapter_config` gives it.
         weights: All of `adapter_weights`, whole.
-        base: The folder or name of the model that it belongs to.
     """
-    from peft import get_peft_model_state_dict
-
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights}
-    kept = get_peft_model_state_dict(lm, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False)
+    saved = {
+        f"base_model.model.{name}".replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}"): tensor.detach().cpu()
+        for name, tensor in weights
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    named = {f"base_model.model.{name}": tensor for name, tensor in kept.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = lm.peft_config[ADAPTER]
-    config.save_pretrained(folder)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}, indent=2))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in saved.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))

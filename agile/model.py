@@ -124,17 +124,20 @@ def small_llama(
 MAX_UNUSED_IDS = 2048
 
 
-def load_lm(path: str, tokenizer: PreTrainedTokenizerFast, *, grow: bool = True) -> PreTrainedModel:
+def load_lm(
+    path: str, tokenizer: PreTrainedTokenizerFast, *, grow: bool = True, dtype: str = "auto"
+) -> PreTrainedModel:
     """A causal LM by Hugging Face path or name.
 
     Args:
+        dtype: `float32`, `bfloat16`, or `auto` for what it was saved in.
         grow: Whether the embeddings are resized if the tokenizer has more tokens (it was given action tokens).
 
     Raises:
         AgileError: It cannot be loaded, or has another vocabulary than the tokenizer.
     """
     try:
-        lm = AutoModelForCausalLM.from_pretrained(path)
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise AgileError(f"Cannot load a causal language model from {path!r}: {error}") from None
     num_ids, num_tokens = len(lm.get_output_embeddings().weight), len(tokenizer)

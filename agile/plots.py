@@ -73,6 +73,7 @@ class Look:
 KNOWN = {
     "ppo": ("#0072b2", "#58a9ec", "o", "●"),
     "sft": ("#d55e00", "#f5935a", "s", "■"),
+    "dpo": ("#785ef0", "#a696f7", "X", "✖"),
     "recall": ("#009e73", "#35c99b", "D", "◆"),
     "router": ("#c48a00", "#e6b84b", "^", "▲"),
     "always_ask": ("#cc79a7", "#e6a1c6", "v", "▼"),
@@ -80,7 +81,6 @@ KNOWN = {
     "oracle": ("#59636e", "#b6bec8", "*", "★"),
 }
 OTHERS = (
-    ("#785ef0", "#a696f7", "X", "✖"),
     ("#8c6d31", "#c9a969", "p", "⬟"),
     ("#a3224f", "#e27396", "h", "⬢"),
     ("#3c7a3c", "#8cc98c", "d", "♦"),
@@ -97,7 +97,7 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
         if look is None:
             look = OTHERS[num_others % len(OTHERS)]
             num_others += 1
-        label = name.upper() if name in ("ppo", "sft") else name.replace("_", " ")
+        label = name.upper() if name in ("dpo", "ppo", "sft") else name.replace("_", " ")
         label = label if len(label) <= 22 else label[:21] + "…"
         looks[name] = Look(label, *look, learned=not name.startswith((*BASELINES, "prompted")))
     return looks

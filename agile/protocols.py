@@ -32,7 +32,13 @@ class Policy(Protocol):
 
 
 class TrainablePolicy(Policy, Protocol):
-    """A policy whose weights the trainer replaces between collections."""
+    """A policy whose weights the trainer replaces between collections.
+
+    Attributes:
+        temperature: Of sampling from the next request on; 0 is greedy.
+    """
+
+    temperature: float
 
     def update_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
         """Take over the weights, forget whatever was cached under the old ones, and stamp `version` from now on.

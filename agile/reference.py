@@ -59,7 +59,13 @@ def frozen(model: nn.Module, engine: Engine, *, offload: bool) -> Reference:
         zero: dict[str, Any] = {"stage": 3}
         if offload:
             zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "steps_per_print": 10**9}
+        half = {"enabled": engine.dtype == "bfloat16"}
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": zero,
+            "bf16": half,
+            "steps_per_print": 10**9,
+        }
         sharded = deepspeed.initialize(model=model, config=config)[0]
         return Reference(sharded)
     model.to("cpu" if offload else engine.device)

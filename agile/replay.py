@@ -20,6 +20,7 @@ from rich.progress import Progress
 from agile.advice import AdviceDesk, DatasetAdvisor
 from agile.build import Setup
 from agile.config import load_config
+from agile.copies import original_id
 from agile.errors import AgileError
 from agile.executor import Executor
 from agile.session_log import Logged, logged_sessions, session_logs
@@ -300,7 +301,7 @@ class RunParts:
     @cached_property
     def _trained(self) -> Path:
         """Where the agents are: a bench may stand in a folder of its own."""
-        has_agents = any((self.run / name).is_dir() for name in ("sft", "ppo"))
+        has_agents = any((self.run / name).is_dir() for name in ("sft", "ppo", "dpo"))
         return self.run if has_agents else self.config.evaluate.checkpoint or self.run
 
     @cached_property
@@ -317,7 +318,7 @@ class RunParts:
             codec = ActionCodec(carrier, self.setup.agent.spec)
             self._executors[logged.path] = self.setup.executor(carrier, codec=codec)
         if logged.path not in self._executors:
-            names = [logged.agent] if logged.agent else ["ppo", "sft"]
+            names = [logged.agent] if logged.agent else ["ppo", "sft", "dpo"]
             folders = [self._trained / name for name in names if (self._trained / name).is_dir()]
             if not folders:
                 raise AgileError(
@@ -332,7 +333,8 @@ class RunParts:
         split = "test" if logged.step is None else "train"
         if split not in self._streams:
             self._streams[split] = {stream.id: stream for stream in self.setup.task.streams(split)}
-        return self._streams[split].get(logged.session.stream_id)
+        streams, stream_id = self._streams[split], logged.session.stream_id
+        return streams.get(stream_id) or streams.get(original_id(stream_id))
 
     def item(self, logged: Logged) -> Item | None:
         stream, index = self.stream(logged), logged.session.index

@@ -213,14 +213,14 @@ def _hero(agents: Mapping[str, Any]) -> str | None:
     """The agent that the report is about: PPO, else SFT, else the best that a user could deploy."""
     names = _scored(agents)
     usable = [name for name in names if name != "oracle"] or names
-    return next((name for name in ("ppo", "sft") if name in names), usable[0] if usable else None)
+    return next((name for name in ("dpo", "ppo", "sft") if name in names), usable[0] if usable else None)
 
 
 def _headline(agents: Mapping[str, Any], looks: Mapping[str, Look]) -> str:
     name = _hero(agents)
     if name is None:
         return "No agent was scored."
-    subject = {"ppo": "After PPO the agent", "sft": "After imitation the agent"}.get(name)
+    subject = {"dpo": "After DPO the agent", "ppo": "After PPO the agent", "sft": "After imitation the agent"}.get(name)
     subject = subject or f"The best of the agents, {looks[name].label},"
     if ends := _ends(agents[name]):
         asks = f"{_percent(ends[0], 0)} of questions at the start of a stream and {_percent(ends[1], 0)} at the end"

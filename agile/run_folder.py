@@ -6,7 +6,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +22,10 @@ from agile.session_log import JsonLines, append_sessions, read_lines, session_fr
 from agile.tracking import Tracking, check_installed
 from agile.types import Session, Trajectory
 
-KEPT_CHECKPOINTS = 2
-# What may change while a run is interrupted: where engines are, and how patient it is; no token depends on it.
+# What may change while a run is interrupted: where engines are, how patient it is, what it keeps and what stops it; no
+# token depends on it.
 FREE_KEYS = (
-    "tracking.",
+    *("tracking.", "checkpoints.", "guard."),
     *(f"vllm.{name} " for name in ("servers", "weights_dir", "timeout_s", "kv_cache_gib", "gpu_memory_utilization")),
     *("rollout.max_failed ", "rollout.max_stage_s "),
     *(f"evaluate.prompted.{name} " for name in ("api_key_env", "max_concurrent", "requests_per_minute", "timeout_s")),
@@ -123,10 +124,11 @@ class RunFolder:
         self._lock = claim(path, config)
         with writing(path):
             (path / "checkpoints").mkdir(exist_ok=True)
-            for unfinished in (path / "checkpoints").glob(".*"):
+            for unfinished in (*path.glob("checkpoints/.*"), *path.glob(".*.draft"), *path.glob(".minishop-*")):
                 shutil.rmtree(unfinished)
             self._sessions = JsonLines(path / "sessions-0.jsonl")
             self._metrics = JsonLines(path / "metrics.jsonl")
+            self.state: dict[str, Any] = {}
             num_sent = len(self._logged())
             self.place = self._rewind()
             logged = self._logged()
@@ -140,6 +142,8 @@ class RunFolder:
                 num_lines=len(logged),
                 num_sent=num_sent,
             )
+        self._checkpoints = config.checkpoints
+        self._saved_at = time.monotonic()
 
     def _rewind(self) -> Place | None:
         """Cut the logs back to the last checkpoint; returns where that was."""
@@ -148,6 +152,7 @@ class RunFolder:
         sizes = state["sizes"] if state else {"sessions": 0, "metrics": 0}
         for name, log in (("sessions", self._sessions), ("metrics", self._metrics)):
             log.truncate(min(sizes[name], log.size))  # shorter only if somebody removed it
+        self.state = state["state"] if state else {}
         return Place(**state["place"]) if state else None
 
     # ---------------------------------------------------------------------------------------------------------------
@@ -166,11 +171,26 @@ class RunFolder:
         with writing(self.path):
             append_sessions(self._sessions, sessions, **tags)
 
-    def save(self, place: Place, engine: Engine, ahead: Mapping[int, Sequence[Trajectory]] | None = None) -> None:
+    def is_late(self) -> bool:
+        """Whether `checkpoints.every_minutes` have passed since the last checkpoint."""
+        minutes = self._checkpoints.every_minutes
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def save(
+        self,
+        place: Place,
+        engine: Engine,
+        ahead: Mapping[int, Sequence[Trajectory]] | None = None,
+        *,
+        state: Mapping[str, Any] | None = None,
+        keep: Collection[Place] = (),
+    ) -> None:
         """Write a checkpoint: it is there whole or not at all. The last ones are kept.
 
         Args:
             ahead: What was collected for later iterations, by iteration; `ahead()` gives it back.
+            state: Whatever else the stage needs to go on, in JSON's types; `self.state` gives it back.
+            keep: Older ones that are kept too.
         """
         with _whole(self.path / "checkpoints" / place.name) as draft:
             engine.save(draft, "engine")
@@ -180,16 +200,19 @@ class RunFolder:
                     append_sessions(log, [s for t in trajectories for s in t.sessions], iteration=iteration)
                 log.close()
             sizes = {"sessions": self._sessions.size, "metrics": self._metrics.size}
-            (draft / "state.json").write_text(json.dumps({"place": asdict(place), "sizes": sizes}))
+            whole = {"place": asdict(place), "sizes": sizes, "state": dict(state or {})}
+            (draft / "state.json").write_text(json.dumps(whole))
         with writing(self.path):
-            for old in checkpoints(self.path)[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(old)
+            for old in checkpoints(self.path)[: -self._checkpoints.keep]:
+                if old.name not in {p.name for p in keep}:
+                    shutil.rmtree(old)
         self.place = place
+        self._saved_at = time.monotonic()
 
-    def load(self, engine: Engine) -> None:
-        """Restore the engine from the last checkpoint."""
-        if self.place is not None:
-            engine.load(self.path / "checkpoints" / self.place.name, "engine")
+    def load(self, engine: Engine, place: Place | None = None) -> None:
+        """Restore the engine from the last checkpoint, or from the one of `place`."""
+        if place := place or self.place:
+            engine.load(self.path / "checkpoints" / place.name, "engine")
 
     def ahead(self) -> dict[int, list[Trajectory]]:
         """What the last checkpoint holds of trajectories for later iterations."""
@@ -230,7 +253,7 @@ def _whole(target: Path) -> Iterator[Path]:
     Raises:
         AgileError: The draft could not be written; then nothing is left of it.
     """
-    draft = target.with_name(f".{target.name}")
+    draft, old = (target.with_name(f".{target.name}{end}") for end in (".draft", ".old.draft"))
     try:
         with writing(target):
             shutil.rmtree(draft, ignore_errors=True)
@@ -241,11 +264,16 @@ def _whole(target: Path) -> Iterator[Path]:
                 raise
             except Exception as error:  # torch, safetensors and tokenizers say in their own ways that a disk is full
                 raise OSError(str(error).partition("\n")[0]) from error
-            _sync_tree(draft)
-            shutil.rmtree(target, ignore_errors=True)
+            for path in (*draft.rglob("*"), draft):
+                _sync(path)
+            if target.exists():  # never there in part: it goes at once, and is removed where nobody looks for it
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(target, old)
             os.replace(draft, target)
+            _sync(target.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -257,12 +285,15 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
+        _sync(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+def _sync(path: Path) -> None:
+    """Bring a file, or a folder's list of files, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from agile.copies import original_id
+from agile.credit import Estimator
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.model import ActorCritic
@@ -22,7 +24,7 @@ from agile.session_log import Logged, last_step, logged_sessions
 from agile.show import View, describe, print_view, render_page
 from agile.stages.rewards import discounts, terminal_rewards
 from agile.train.ppo import advantages, lay_out, lineage_terms, score_rows
-from agile.types import Trajectory
+from agile.types import Session, Trajectory
 
 NUM_LISTED = 20
 
@@ -118,24 +120,28 @@ def critic_of(parts: RunParts, logged: Logged) -> tuple[list[float], list[float]
             + " Leave --values out."
         )
     played = (other.session for other in logged_sessions(parts.run, step=logged.step))
-    stream = sorted((s for s in played if s.stream_id == logged.session.stream_id), key=lambda s: s.index)
-    trajectory = Trajectory(logged.session.stream_id, tuple(stream))
+    stream_id = logged.session.stream_id
+    streams: dict[str, list[Session]] = {stream_id: []}
+    for session in played:
+        if original_id(session.stream_id) == original_id(stream_id):
+            streams.setdefault(session.stream_id, []).append(session)
+    trajectories = [Trajectory(name, tuple(sorted(s, key=lambda s: s.index))) for name, s in streams.items()]
     engine = _engine(parts, logged, found[-1])
     similarities = parts.setup.question_similarities()
-    rewards = terminal_rewards(config, similarities, [trajectory], np.random.default_rng(config.seed))
+    rewards = terminal_rewards(config, similarities, trajectories, np.random.default_rng(config.seed))
     ppo, flow = config.ppo, discounts(config.ppo)
     if flow.lineage:
         terms = lineage_terms(
             engine,
-            [trajectory],
+            trajectories,
             rewards,
             discount=flow.lineage,
             micro_batch_tokens=ppo.micro_batch_tokens,
             share_prefixes=ppo.share_prefixes,
             masked=config.rollout.masked,
         )
-        rewards = [np.add(rewards[0], terms[0]).tolist()]
-    rows, plan = lay_out([trajectory], rewards, config.rollout.masked)
+        rewards = [np.add(*pair).tolist() for pair in zip(rewards, terms, strict=True)]
+    rows, plan = lay_out(trajectories, rewards, config.rollout.masked)
     scored = score_rows(
         engine,
         None,
@@ -144,11 +150,10 @@ def critic_of(parts: RunParts, logged: Logged) -> tuple[list[float], list[float]
         share_prefixes=ppo.share_prefixes,
         temperature=config.rollout.temperature,
     )
-    gained, _, _ = advantages(plan, rows, scored, flow)
+    gained, _, _ = advantages(plan, rows, scored, flow, Estimator(ppo.estimator))
     engine.close()
-    learned = [s.id for s in trajectory.sessions if s.status not in config.rollout.masked]  # as `lay_out` does
-    (laid_out,) = plan
-    numbers, _ = dict(zip(learned, laid_out, strict=True)).get(logged.session.id, (range(0), 0.0))
+    index = logged.session.index
+    numbers = next((played.rows for played in plan[0] if played.question[1] == index), range(0))
     return (
         [float(v) for i in numbers for v in scored[i].values],
         [float(v) for i in numbers for v in gained[i]],

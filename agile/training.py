@@ -1,4 +1,4 @@
-"""`agile train`: imitation, then PPO, in a run folder that can be killed and resumed at any moment."""
+"""`agile train`: imitation, PPO, preferences, in a run folder that can be killed and resumed at any moment."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from agile.build import Setup
 from agile.config import RunConfig
 from agile.run_folder import RunFolder
 from agile.stages.ppo import reinforce
+from agile.stages.preference import train_on_preferences
 from agile.stages.sft import imitate
 
 
 def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
-    """Train by imitation and PPO; writes the agents `<out>/sft` and `<out>/ppo`.
+    """Run the stages of a config; writes the agents `<out>/sft`, `<out>/ppo` and `<out>/dpo`, and `<out>/reward-model`.
 
     Raises:
         AgileError: Whatever a user can mend: data, config, run folder, disk.
@@ -23,11 +24,12 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
         torch.set_num_threads(config.threads)
     run = RunFolder(out, config, resume=resume)
     setup = Setup(config, out)
-    setup.embed(setup.task.streams("train"))
-    tokenizer = setup.tokenizer(out / "sft" if (out / "sft").exists() else None)
+    setup.embed([*setup.train_streams, *setup.validation_streams])
+    tokenizer = setup.tokenizer()  # also on resume: what a save and a load add to its files is no part of the run
     executor = setup.executor(tokenizer, counterfactual=config.ppo.credit == "lineage")
-    if run.place is None or run.place.stage == "sft":
+    if "sft" in config.stages and (run.place is None or run.place.stage == "sft"):
         imitate(config, run, setup, executor)
-    if config.ppo.num_iterations:
+    if "ppo" in config.stages and config.ppo.num_iterations:
         reinforce(config, run, setup, executor)
+    train_on_preferences(config, run, setup)
     run.close()

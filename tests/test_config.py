@@ -59,8 +59,8 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         # unknown keys: the nearest right one
         ("ppo.clipp=1", ["Unknown key ppo.clipp", "Did you mean ppo.clip?"]),
         ("pp.lr=1", ["Unknown key pp.", "Did you mean ppo?"]),
-        ("lr=1", ["Unknown key lr.", "Did you mean sft.lr or ppo.lr?"]),
-        ("qqq=1", ["Unknown key qqq.", "There are seed, threads, task"]),
+        ("lr=1", ["Unknown key lr.", "Did you mean sft.lr or ppo.lr or dpo.lr or reward_model.lr?"]),
+        ("qqq=1", ["Unknown key qqq.", "There are seed, threads, stages, task"]),
         ("a..b=1", ["Unknown key a."]),
         # values: key, value, what was expected
         ("ppo.lr=-1", ["ppo.lr is -1", "expected greater than 0", "default is 0.0003"]),
@@ -91,6 +91,24 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         (
             "ppo={credit: lineage, gamma_session: 0.9, value_warmup_epochs: 0}",
             ["ppo: credit is lineage", "value_warmup_epochs is 0"],
+        ),
+        ("ppo={kl_target: 0.1, kl_coef: 0}", ["ppo: kl_target is set, but kl_coef is 0"]),
+        (
+            "ppo.estimator=group",
+            ["ppo: estimator is group, which has no critic, but value_coef is 0.5", "value_coef=0"],
+        ),
+        ("ppo={estimator: reinforce++, value_coef: 0}", ["value_warmup_epochs is 6", "ppo.value_warmup_epochs=0"]),
+        (
+            "ppo={estimator: group, value_coef: 0, value_warmup_epochs: 0}",
+            ["rollouts_per_stream is 1; set it to 2 or more"],
+        ),
+        (
+            "ppo={estimator: group, value_coef: 0, value_warmup_epochs: 0, rollouts_per_stream: 2, gamma: 0.9}",
+            ["gamma is 0.9; set gamma to 1"],
+        ),
+        (
+            "ppo={estimator: reinforce++, value_coef: 0, value_warmup_epochs: 0, credit: lineage, gamma_session: 0.9}",
+            ["credit is lineage, which asks the critic, but estimator is reinforce++"],
         ),
         ("task.name=productqa", ["task: data is missing", "task.data=DIR"]),
         # not an override at all

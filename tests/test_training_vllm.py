@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 from rich.console import Console
 
 from agile.errors import AgileError
+from agile.policies.serving import ServedModel, mean_difference
 from agile.policies.vllm import VLLMPolicy
 from agile.replay import replay_run
 from agile.training import train
-from tests.test_training import metrics, tiny
+from tests.runs import metrics, run_config
 
 VLLM = [
     *("rollout.policy=vllm", "vllm.kv_cache_gib=0.25", "vllm.enforce_eager=true"),
@@ -22,7 +24,7 @@ VLLM = [
 
 @pytest.mark.vllm
 def test_rollout_and_trainer_agree_before_and_after_five_updates(tmp_path: Path) -> None:
-    train(tiny(*VLLM), tmp_path / "run")
+    train(run_config(*VLLM), tmp_path / "run")
     steps = [row for row in metrics(tmp_path / "run") if row["stage"] == "ppo"]
     assert len(steps) == 6
     assert max(row["rollout_difference"] for row in steps) < 1e-4
@@ -38,5 +40,19 @@ def test_an_update_that_does_not_arrive_ends_the_run(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(VLLMPolicy, "update_weights", forget)
     with pytest.raises(AgileError, match=r"Iteration [3-6]: .*rollout.policy=vllm and of the trainer differ by"):
-        train(tiny(*VLLM, "ppo.lr=3e-3"), tmp_path / "run")
+        train(run_config(*VLLM, "ppo.lr=3e-3"), tmp_path / "run")
     assert max(row["rollout_difference"] for row in metrics(tmp_path / "run") if row["stage"] == "ppo") < 0.01
+
+
+@pytest.mark.vllm
+def test_adapters_reach_vllm_merged_and_what_is_exported_loads(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(run_config(*VLLM, "lora.rank=4", "ppo.lr=1e-2", "ppo.num_iterations=3"), run)
+    steps = [row for row in metrics(run) if row["stage"] == "ppo"]
+    assert max(row["rollout_difference"] for row in steps) < 1e-4
+    policy = VLLMPolicy(run / "ppo", dtype="float32", kv_cache_gib=0.25, enforce_eager=True)
+    with closing(policy):
+        found = policy._probe()
+    learned, start = (ServedModel.read(run / n, max_model_len=None, num_tokens=None) for n in ("ppo", "sft"))
+    assert mean_difference(found, learned.folder_logprobs()) < 1e-4
+    assert mean_difference(found, start.folder_logprobs()) > 1e-3, "the test needs an adapter that learned something"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,9 @@ import numpy as np
 import torch
 
 from agile.build import Setup
-from agile.config import RolloutConfig, RunConfig
+from agile.config import PPOConfig, RolloutConfig, RunConfig
+from agile.copies import copies
+from agile.credit import Estimator
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.evaluate import outcomes, rates
@@ -27,8 +31,11 @@ from agile.reference import adapter_free, frozen
 from agile.rollout import collect, status_counts
 from agile.run_folder import Place, RunFolder
 from agile.seeding import derive_seed
+from agile.stages.guard import VALIDATION_SCORE, Course, trouble
 from agile.stages.progress import advance, progress_bar
 from agile.stages.rewards import discounts, terminal_rewards
+from agile.stages.validation import is_validated, validate
+from agile.train.kl import KLControl
 from agile.train.ppo import train_ppo
 from agile.types import Trajectory
 
@@ -69,9 +76,15 @@ def check_mismatch(rollout: RolloutConfig, iteration: int, mismatch: Mapping[str
         )
 
 
+def lr_factor(ppo: PPOConfig, iteration: int) -> float:
+    """On the learning rates of an iteration, from 0: 1, or from 1 straight towards 0."""
+    return 1 - iteration / ppo.num_iterations if ppo.lr_schedule == "linear" else 1.0
+
+
 def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor) -> None:
     """Train the agent `sft` and a critic on its own sessions, from where the run stands; writes the agent `ppo`."""
     ppo, rollout, task = config.ppo, config.rollout, config.task
+    kl_control = KLControl(ppo.kl_coef, ppo.kl_target)
     tokenizer = executor.codec.tokenizer
     torch.manual_seed(config.seed)
     model = ActorCritic(setup.trained_model(tokenizer, run.path / "sft"), config.model.critic)
@@ -81,6 +94,8 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         groups=model.parameter_groups(ppo.value_lr),
         weight_decay=ppo.weight_decay,
         max_grad_norm=ppo.max_grad_norm,
+        skip_above=config.guard.max_grad_norm,
+        max_skipped=config.guard.max_skipped_steps,
     )
     reference = None
     if ppo.kl_coef and config.lora:
@@ -88,14 +103,17 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     elif ppo.kl_coef:
         start = ActorCritic(setup.language_model(tokenizer, run.path / "sft"))
         reference = frozen(start, engine, offload=ppo.reference == "offload")
-    done = 0
+    done, course = 0, Course()
     if run.place and run.place.stage == "ppo":
         run.load(engine)
-        done = run.place.step
+        done, course = run.place.step, Course(**run.state["course"])
+        kl_control.coef = run.state["kl_coef"]
+    elif config.guard.action == "rollback":
+        run.save(Place("ppo", 0), engine, state={"course": asdict(course), "kl_coef": kl_control.coef})
     lags = rollout.policy == "hf" and rollout.lag > 0  # then it has weights of its own
     sampled = setup.language_model(tokenizer, run.path / "sft") if lags else model.lm
     policy = setup.policy(sampled, tokenizer, run.path / "sft", temperature=rollout.temperature)
-    streams = setup.task.streams("train")
+    streams = setup.train_streams
     count = min(ppo.streams_per_iteration, len(streams))
 
     async def play(iteration: int) -> list[Trajectory]:
@@ -112,7 +130,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         return await collect(
             executor,
             policy,
-            at_prices,
+            copies(at_prices, ppo.rollouts_per_stream),
             setup.memory,
             seed=derive_seed(config.seed, "ppo", iteration),
             max_failed=rollout.max_failed,
@@ -141,20 +159,39 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         bar = progress.add_task("PPO", total=ppo.num_iterations, completed=done, note="")
         started = time.monotonic()
 
+        def save(iteration: int) -> None:
+            kept = [Place("ppo", i) for i in (course.good_step, course.saved_step, course.best_step) if i is not None]
+            state = {"course": asdict(course), "kl_coef": kl_control.coef}
+            run.save(Place("ppo", iteration), engine, collector.ahead(), state=state, keep=kept)
+
         def on_iteration(iteration: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
             nonlocal started
             figures: dict[str, Any] = {
                 **rates(outcomes(trajectories), [s.price for t in trajectories for s in t.sessions]),
                 **{f"status/{status}": n for status, n in status_counts(trajectories).items()},
                 "staleness": staleness(trajectories, iteration - 1),
-                "seconds": time.monotonic() - started,
+                "skipped_steps": engine.num_skipped,
                 **metrics,
             }
+            if is_validated(config.validation.every, iteration, ppo.num_iterations):
+                figures |= validate(setup, executor, policy, collector, iteration)
+            figures["seconds"] = time.monotonic() - started
             started = time.monotonic()
             run.log("ppo", iteration, figures)
             advance(progress, bar, iteration, f"score {figures['score']:.3f}")
-            if iteration % ppo.checkpoint_every == 0 or iteration == ppo.num_iterations:
-                run.save(Place("ppo", iteration), engine, collector.ahead())
+            if reason := trouble(config.guard, figures, course.best_score):
+                run.log("guard", iteration, {"reason": reason, "action": config.guard.action, "to": course.good_step})
+                course.respond(config.guard, iteration, reason)
+                run.load(engine, Place("ppo", course.good_step))
+                course.good_step = course.saved_step = iteration
+                save(iteration)
+                return
+            course.good_step = course.saved_step
+            is_best = VALIDATION_SCORE in figures and course.validated(iteration, figures[VALIDATION_SCORE])
+            if is_best or iteration % ppo.checkpoint_every == 0 or iteration == ppo.num_iterations:
+                course.saved_step = iteration
+            if course.saved_step == iteration or run.is_late():
+                save(iteration)
 
         train_ppo(
             engine,
@@ -180,7 +217,13 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
             num_epochs=ppo.num_epochs,
             temperature=rollout.temperature,
             seed=config.seed,
+            estimator=Estimator(ppo.estimator),
+            kl_control=kl_control,
+            max_epoch_kl=ppo.max_epoch_kl or math.inf,
+            lr_factor=partial(lr_factor, ppo),
             masked=rollout.masked,
             check=partial(check_mismatch, rollout, exact=exact),
         )
+    if config.validation.select_best and course.best_step is not None:
+        run.load(engine, Place("ppo", course.best_step))
     run.export("ppo", Trained.gather(engine, str(run.path / "sft")), tokenizer)

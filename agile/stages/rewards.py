@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agile.config import PPOConfig, RunConfig
+from agile.copies import original_id
 from agile.credit import Credit, session_rewards
 from agile.train.ppo import Discounts
 from agile.types import Session, Trajectory
@@ -22,10 +23,10 @@ def terminal_rewards(
     """What each session of each trajectory is worth: the task's reward and the credit term of `config.ppo`.
 
     Args:
-        similarities: The cosine of every pair of a stream's questions, (n, n), by the stream's id.
+        similarities: The cosine of every pair of a stream's questions, (n, n), by its id.
         rng: Shuffles the task's rewards where the config asks for that control.
     """
-    ppo = config.ppo
+    ppo, copied = config.ppo, config.ppo.rollouts_per_stream > 1
     totals = [[_reward(s, config.rollout.failed_reward) for s in t.sessions] for t in trajectories]
     if config.demo.shuffle_rewards:
         flat = rng.permutation([r for row in totals for r in row]).tolist()
@@ -34,7 +35,9 @@ def terminal_rewards(
         session_rewards(
             row,
             Credit(ppo.credit),
-            similarities=similarities(t.stream_id) if ppo.credit == "utility" else None,
+            similarities=similarities(original_id(t.stream_id) if copied else t.stream_id)
+            if ppo.credit == "utility"
+            else None,
             advised=[s.advised for s in t.sessions],
             beta=ppo.utility_beta,
             threshold=ppo.utility_similarity,

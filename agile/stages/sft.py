@@ -27,6 +27,8 @@ def imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor)
         groups=[{"params": [p for p in model.lm.parameters() if p.requires_grad]}],
         weight_decay=sft.weight_decay,
         max_grad_norm=sft.max_grad_norm,
+        skip_above=config.guard.max_grad_norm,
+        max_skipped=config.guard.max_skipped_steps,
         schedule=sft_schedule(sft.num_steps, sft.warmup_steps),
     )
     run.load(engine)
@@ -36,9 +38,9 @@ def imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor)
         bar = progress.add_task("imitation", total=sft.num_steps, completed=done, note="")
 
         def on_step(step: int, loss: float) -> None:
-            run.log("sft", step, {"loss": loss, "lr": engine.lr})
+            run.log("sft", step, {"loss": loss, "lr": engine.lr, "skipped_steps": engine.num_skipped})
             advance(progress, bar, step, f"loss {loss:.3f}")
-            if step % sft.checkpoint_every == 0 or step == sft.num_steps:
+            if step % sft.checkpoint_every == 0 or step == sft.num_steps or run.is_late():
                 run.save(Place("sft", step), engine)
 
         train_sft(

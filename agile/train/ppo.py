@@ -5,6 +5,7 @@ Reads from top to bottom. The mathematics is in `agile.credit` and `agile.losses
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,12 +17,24 @@ import torch
 from numpy.typing import NDArray
 
 from agile.batching import Row, make_batch, micro_batches, minibatches, session_rows
-from agile.credit import SegmentCredit, SessionCredit, explained_variance, gae, lineage, transitions, whiten
+from agile.copies import original_id
+from agile.credit import (
+    Estimator,
+    SegmentCredit,
+    SessionCredit,
+    explained_variance,
+    gae,
+    group_relative,
+    lineage,
+    transitions,
+    whiten,
+)
 from agile.credit import pad as stack
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.losses import PPOCoefficients, entropy, ppo_loss, token_logprobs
 from agile.reference import Reference
+from agile.train.kl import KLControl
 from agile.types import BLAMELESS, SegmentEnd, SessionStatus, Trajectory
 
 Floats = NDArray[np.float32]
@@ -50,6 +63,15 @@ class Scored:
     ref_logprobs: Floats
     values: Floats  # of the state before each token
     bootstrap: float  # value after the row's last token
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A session as it is laid out: which question it answered, the numbers of its rows, and its terminal reward."""
+
+    question: tuple[str, int]  # stream, place in it; the same for all rollouts of a stream
+    rows: range
+    reward: float
 
 
 @torch.no_grad()
@@ -124,8 +146,8 @@ def lay_out(
     trajectories: Sequence[Trajectory],
     rewards: Sequence[Sequence[float]],
     masked: Collection[SessionStatus] = BLAMELESS,
-) -> tuple[list[Row], list[list[tuple[range, float]]]]:
-    """The rows of all sessions in order, and for each trajectory its sessions: the numbers of their rows, the reward.
+) -> tuple[list[Row], list[list[Played]]]:
+    """The rows of all sessions in order, and the sessions of each trajectory.
 
     Args:
         masked: Sessions that ended so are left out of the loss, and of what flows from session to session.
@@ -134,14 +156,15 @@ def lay_out(
         AgileError: No session holds a sampled token.
     """
     rows: list[Row] = []
-    plan: list[list[tuple[range, float]]] = []
+    plan: list[list[Played]] = []
     for trajectory, trajectory_rewards in zip(trajectories, rewards, strict=True):
         sessions = []
         for session, reward in zip(trajectory.sessions, trajectory_rewards, strict=True):
             if session.status not in masked:
                 start = len(rows)
                 rows += session_rows(session)
-                sessions.append((range(start, len(rows)), reward))
+                question = original_id(trajectory.stream_id), session.index
+                sessions.append(Played(question, range(start, len(rows)), reward))
         plan.append(sessions)
     if not any(row.num_actions for row in rows):
         last = next((s for t in reversed(trajectories) for s in reversed(t.sessions)), None)
@@ -153,43 +176,65 @@ def lay_out(
 
 
 def advantages(
-    plan: Sequence[Sequence[tuple[range, float]]],
+    plan: Sequence[Sequence[Played]],
     rows: Sequence[Row],
     scored: Sequence[Scored],
     discounts: Discounts,
+    estimator: Estimator = Estimator.GAE,
 ) -> tuple[list[Floats], list[Floats], float]:
-    """One GAE over each trajectory's action tokens, laid back onto the rows.
+    """One recursion over each trajectory's action tokens, laid back onto the rows.
 
     Args:
         plan, rows: As `lay_out` gives them.
 
     Returns:
-        Whitened advantages and returns per row, arrays (A,), and the critic's explained variance.
+        Advantages, normalised as the estimator does, and returns per row, arrays (A,), and the critic's explained
+        variance.
     """
+    trust = float(estimator.has_critic)
     layouts = []
     for sessions in plan:
         credits = [
             SessionCredit(
-                tuple(SegmentCredit(rows[i].num_actions, rows[i].end, scored[i].bootstrap) for i in numbers), reward
+                tuple(
+                    SegmentCredit(rows[i].num_actions, rows[i].end, trust * scored[i].bootstrap) for i in played.rows
+                ),
+                played.reward,
             )
-            for numbers, reward in sessions
+            for played in sessions
         ]
-        values = [scored[i].values for numbers, _ in sessions for i in numbers]
+        values = [trust * scored[i].values for played in sessions for i in played.rows]
         layouts.append(
             transitions(
                 credits,
                 np.concatenate([np.zeros(0), *values]),
                 gamma=discounts.gamma,
-                lam=discounts.lam,
+                lam=discounts.lam if estimator.has_critic else 1.0,
                 gamma_session=discounts.gamma_session,
-                lam_session=discounts.lam_session,
+                lam_session=discounts.lam_session if estimator.has_critic else 1.0,
             )
         )
     t, mask = stack(layouts)
     raw, returns = gae(t.rewards, t.values, t.next_values, t.discounts, t.lambdas, mask)
+    flat = by_group(plan, rows, returns[mask]) if estimator is Estimator.GROUP else whiten(raw, mask)[mask]
     ends = np.cumsum([row.num_actions for row in rows])[:-1]  # rows are numbered in the order of the plan
-    row_advantages, row_returns = (np.split(x[mask].astype(np.float32), ends) for x in (whiten(raw, mask), returns))
+    row_advantages, row_returns = (np.split(x.astype(np.float32), ends) for x in (flat, returns[mask]))
     return row_advantages, row_returns, explained_variance(t.values, returns, mask)
+
+
+def by_group(
+    plan: Sequence[Sequence[Played]], rows: Sequence[Row], returns: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Advantages (T,) of all action tokens: each has its session's, from the return at its first one."""
+    acting = [
+        (played.question, num)
+        for sessions in plan
+        for played in sessions
+        if (num := sum(rows[i].num_actions for i in played.rows))
+    ]
+    lengths = np.array([num for _, num in acting])
+    firsts = np.cumsum(lengths) - lengths
+    return np.repeat(group_relative(returns[firsts], [question for question, _ in acting]), lengths)
 
 
 def mismatch(rows: Sequence[Row], scored: Sequence[Scored]) -> dict[str, float]:
@@ -222,6 +267,8 @@ def update(
     num_epochs: int,
     temperature: float,
     rng: np.random.Generator,
+    estimator: Estimator = Estimator.GAE,
+    max_epoch_kl: float = math.inf,
     masked: Collection[SessionStatus] = BLAMELESS,
     check: Callable[[Mapping[str, float]], None] = lambda mismatch: None,
 ) -> dict[str, float]:
@@ -229,11 +276,13 @@ def update(
 
     Args:
         rewards: Terminal reward of each session of each trajectory, credit `utility` included.
+        max_epoch_kl: After a minibatch whose `approx_kl` is above, the rest of the epochs is left out.
         masked: Sessions that ended so are left out.
         check: Called with `mismatch` of rollout and trainer before anything is learned; may raise.
 
     Returns:
-        Means over action tokens; `first_ratio` is the mean ratio at the first minibatch, which must be 1.
+        Means over action tokens; `first_ratio` is the mean ratio at the first minibatch, which must be 1; `epochs`, how
+        many were done.
     """
     credit: dict[str, float] = {}
     if discounts.lineage:
@@ -260,16 +309,19 @@ def update(
         )
     between = mismatch(rows, scored)
     check(between)
-    row_advantages, row_returns, variance = advantages(plan, rows, scored, discounts)
+    row_advantages, row_returns, variance = advantages(plan, rows, scored, discounts, estimator)
 
     def flat(arrays: Iterable[Floats]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(list(arrays))).to(engine.device)
 
     sums: dict[str, float] = defaultdict(float)
-    total_tokens, first_ratio, norms = 0, float("nan"), []
+    total_tokens, first_ratio, norms, moved_too_far = 0, float("nan"), [], False
+    epoch_tokens = sum(row.num_actions for row in rows)
     for _ in range(num_epochs):
         for batch in minibatches(rows, batch_size, rng):
-            num_tokens = sum(rows[i].num_actions for i in batch)
+            if moved_too_far:
+                break
+            num_tokens, kl_before = sum(rows[i].num_actions for i in batch), sums["approx_kl"]
             (micros,) = micro_batches(rows, batch, micro_batch_tokens, share_prefixes=share_prefixes)
             for micro in micros:
                 data = make_batch([rows[i] for i in micro], engine.device, share_prefixes=share_prefixes)
@@ -298,6 +350,7 @@ def update(
             if total_tokens == 0:
                 first_ratio = sums["ratio"] / num_tokens
             total_tokens += num_tokens
+            moved_too_far = sums["approx_kl"] - kl_before > max_epoch_kl * num_tokens
     return {
         "first_ratio": first_ratio,
         **between,
@@ -305,7 +358,8 @@ def update(
         "explained_variance": variance,
         "grad_norm": float(np.mean(norms)),
         "num_rows": float(len(rows)),
-        "num_action_tokens": float(total_tokens / num_epochs),
+        "num_action_tokens": float(epoch_tokens),
+        "epochs": total_tokens / epoch_tokens,
         **{name: value / total_tokens for name, value in sums.items()},
     }
 
@@ -328,6 +382,10 @@ def train_ppo(
     num_epochs: int,
     temperature: float,
     seed: int,
+    estimator: Estimator = Estimator.GAE,
+    kl_control: KLControl | None = None,
+    max_epoch_kl: float = math.inf,
+    lr_factor: Callable[[int], float] = lambda iteration: 1.0,
     masked: Collection[SessionStatus] = BLAMELESS,
     check: Callable[[int, Mapping[str, float]], None] = lambda iteration, mismatch: None,
 ) -> None:
@@ -342,6 +400,10 @@ def train_ppo(
         value_warmup_epochs: Epochs of the first iteration, which then trains the critic alone; 0 for none. A critic
             that is still far off pushes up whatever is done most, good or bad, and cannot tell what memory gains: the
             warm-up goes without lineage.
+        kl_control: Gives `kl_coef` in place of `coefficients`, and is told the KL of each iteration but the warm-up, in
+            which the policy stands still.
+        max_epoch_kl: As in `update`; not in the warm-up.
+        lr_factor: On every learning rate, by the number of the iteration, from 0.
         masked: Sessions that ended so are left out of the loss.
         check: Called in each iteration with its number (from 0) and the `mismatch` of rollout and trainer, before
             anything is learned; may raise.
@@ -350,6 +412,8 @@ def train_ppo(
         rng = np.random.default_rng([seed, iteration])
         trajectories = collect(iteration)
         warmup = iteration == 0 and value_warmup_epochs > 0
+        kl_coef = coefficients.kl_coef if kl_control is None else kl_control.coef
+        engine.scale_lr(lr_factor(iteration))
         with engine.module.policy_frozen() if warmup else nullcontext():
             metrics = update(
                 engine,
@@ -357,14 +421,18 @@ def train_ppo(
                 trajectories,
                 rewards(trajectories, rng),
                 discounts=replace(discounts, lineage=0.0) if warmup else discounts,
-                coefficients=coefficients,
+                coefficients=replace(coefficients, kl_coef=kl_coef),
                 batch_size=batch_size,
                 micro_batch_tokens=micro_batch_tokens,
                 share_prefixes=share_prefixes,
                 num_epochs=value_warmup_epochs if warmup else num_epochs,
                 temperature=temperature,
                 rng=rng,
+                estimator=estimator,
+                max_epoch_kl=max_epoch_kl,
                 masked=masked,
                 check=partial(check, iteration),
             )
-        on_iteration(iteration + 1, trajectories, metrics)
+        if kl_control is not None and not warmup:
+            kl_control.observe(metrics.get("kl", 0.0))
+        on_iteration(iteration + 1, trajectories, {**metrics, "kl_coef": kl_coef, "lr": engine.lr})

@@ -1,0 +1,52 @@
+"""How good the policy is in streams that it does not learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from agile.build import Setup
+from agile.evaluate import outcomes, rates
+from agile.executor import Executor
+from agile.lag import Collector
+from agile.protocols import TrainablePolicy
+from agile.rollout import collect
+from agile.seeding import derive_seed
+from agile.types import Trajectory
+
+
+@contextmanager
+def greedy(policy: TrainablePolicy) -> Iterator[None]:
+    """Within it the policy takes the most probable token."""
+    temperature, policy.temperature = policy.temperature, 0.0
+    try:
+        yield
+    finally:
+        policy.temperature = temperature
+
+
+def is_validated(every: int, iteration: int, num_iterations: int) -> bool:
+    """Whether validation follows an iteration (from 1): every so many, and the last."""
+    return every > 0 and (iteration % every == 0 or iteration == num_iterations)
+
+
+def validate(
+    setup: Setup, executor: Executor, policy: TrainablePolicy, collector: Collector, iteration: int
+) -> dict[str, float]:
+    """Play the validation streams greedily with the weights after this iteration; the same streams alike each time."""
+    rollout = setup.config.rollout
+
+    async def play() -> list[Trajectory]:
+        with greedy(policy):
+            return await collect(
+                executor,
+                policy,
+                setup.validation_streams,
+                setup.memory,
+                seed=derive_seed(setup.config.seed, "validation"),
+                max_failed=rollout.max_failed,
+                max_concurrent=rollout.concurrency,
+            )
+
+    found = rates(outcomes(collector.play_now(play, iteration)), setup.config.task.advice_price)
+    return {f"validation/{name}": float(found[name]) for name in ("score", "accuracy", "advice_rate")}
