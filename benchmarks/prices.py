@@ -3,8 +3,9 @@
     python -m benchmarks.prices runs/prices --jobs 2
 
 The shops hold facts that can be guessed more or less well (85, 75, 65 and 50 %), so that what is worth asking depends
-on the price. One agent is trained by imitation; PPO then starts from it once with a price drawn for each stream, and
-once for each price alone. All are tested on unseen shops, the first at every price.
+on the price. One agent is trained by imitation of a teacher who leans to what pays at each price; PPO then starts from it
+once with a price drawn for each stream, and once for each price alone. All are tested on unseen shops, the first at
+every price.
 
 Whatever is done stands in the folder: started again, it goes on. Takes about 4 minutes of one core a run.
 """
@@ -26,6 +27,7 @@ from benchmarks.credit import GRADED, bench, imitate, run, shops, tested
 
 PRICES = (0.1, 0.2, 0.3, 0.4, 0.5)
 DRAWN = f"task.training_prices={list(PRICES)}"
+IMITATION = ("agent.show_price=true", "sft.judge_yes=0.7", DRAWN)
 ALL = "every"
 
 
@@ -70,7 +72,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     todo = [(seed, name) for name in (ALL, *(f"{p:g}" for p in PRICES)) for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda seed: imitate(out, seed, "agent.show_price=true", DRAWN), args.seeds))
+        list(pool.map(lambda seed: imitate(out, seed, *IMITATION), args.seeds))
         list(pool.map(lambda job: reinforce(out, job[0], job[1], args.overrides), todo))
     rows = compare(out, args.seeds)
     (out / "prices.json").write_text(json.dumps(rows, indent=2))
