@@ -3,8 +3,8 @@
     python -m benchmarks.prices runs/prices --jobs 2
 
 The shops hold facts that can be guessed more or less well (85, 75, 65 and 50 %), so that what is worth asking depends
-on the price. One agent is trained by imitation of a teacher who leans to what pays at each price; PPO then starts from it
-once with a price drawn for each stream, and once for each price alone. All are tested on unseen shops, the first at
+on the price. One agent is trained by imitation of a teacher who leans to what pays at each price; PPO then starts from
+it once with a price drawn for each stream, and once for each price alone. All are tested on unseen shops, the first at
 every price.
 
 Whatever is done stands in the folder: started again, it goes on. Takes about 4 minutes of one core a run.
