@@ -254,7 +254,7 @@ class OptimizerConfig(_Config):
     )
     share_prefixes: bool = Field(
         True,
-        description="Whether what sequences of a forward pass begin with in common, 16 tokens or more, is computed once.",
+        description="Whether what sequences of a pass begin with in common, 16 tokens or more, is computed once.",
     )
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
