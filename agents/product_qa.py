@@ -183,7 +183,9 @@ class Teacher:
         agent: Tells what is in sight.
         judge_yes: How often the judge, who stands for the paper's LLM, calls a question answerable that nothing in
             sight settles. Where the item tells how predictable its answer is (`prior`), in proportion to that: such a
-            judge knows what is common sense. Without it imitation would leave RL nothing to explore.
+            judge knows what is common sense. Without it imitation would leave RL nothing to explore. Where the agent
+            sees the price, the judge does too: as often as this where a guess is worth more than advice, and as often
+            as not this where it is worth less, so that the price means something before RL begins.
     """
 
     def __init__(self, codec: ActionCodec, agent: ProductQAAgent, judge_yes: float):
@@ -191,11 +193,15 @@ class Teacher:
         self.agent = agent
         self.judge_yes = judge_yes
 
-    def policy(self, item: Item, memory: Memory, rng: np.random.Generator) -> ScriptedPolicy:
-        """A policy for one session about `item` with this memory."""
+    def policy(self, item: Item, memory: Memory, price: float, rng: np.random.Generator) -> ScriptedPolicy:
+        """A policy for one session about `item` with this memory, at this price of advice."""
         entries, _ = self.agent.recall(item, memory)
-        sureness = 2 * item.context.get("prior", 1.0) - 1  # of a yes or no
-        answerable = in_sight(item, entries) or bool(rng.random() < self.judge_yes * sureness)
+        prior = item.context.get("prior")
+        if self.agent.show_price and prior is not None:
+            passes = self.judge_yes if prior > 1 - price else 1 - self.judge_yes
+        else:
+            passes = self.judge_yes * (1.0 if prior is None else 2 * prior - 1)  # of a yes or no
+        answerable = in_sight(item, entries) or bool(rng.random() < passes)
 
         def decide(context: str) -> Action:
             if context.rstrip().endswith(f"[{Fn.REFLECTION}]"):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from agile import ranks
 from agile.advice import AdviceDesk, DatasetAdvisor
 from agile.agents.product_qa import ProductQAAgent, Teacher, random_memory
 from agile.baselines import BaselineRun, run_baselines
@@ -294,9 +295,12 @@ class Setup:
         """What imitation learns from: the teacher's sessions on the train streams."""
         sft = self.config.sft
         teacher = Teacher(executor.codec, self.agent, sft.judge_yes)
+        streams = self.train_streams
+        sizes = [len(stream.items) for stream in streams]
+        own = [streams[i] for i in ranks.own_share(sizes)]
         sessions = imitation_sessions(
             executor,
-            self.train_streams,
+            own,
             teach=teacher.policy,
             initial_memory=random_memory,
             new_memory=self.memory,
@@ -304,13 +308,17 @@ class Setup:
             prices=self.config.task.training_prices or (self.config.task.advice_price,),
             seed=self.config.seed,
         )
-        if not sessions:
+        rows: dict[str, list[Row]] = {stream.id: [] for stream in own}
+        for session in sessions:
+            rows[session.stream_id.rpartition("#")[0]] += session_rows(session)
+        shared = ranks.gather_shares(list(rows.values()), sizes)
+        if not any(shared):
             raise AgileError(
                 "No imitation session was completed; most likely none fits the limits. Raise "
                 f"rollout.max_context_tokens ({self.config.rollout.max_context_tokens}) or rollout.max_action_tokens "
                 f"({self.config.rollout.max_action_tokens}), or lower agent.product_k, group_k, knowledge_k."
             )
-        return [row for session in sessions for row in session_rows(session)]
+        return [row for rows_of_stream in shared for row in rows_of_stream]
 
     def baselines(self, price: float | None = None) -> dict[str, BaselineRun]:
         return run_baselines(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from agile import __version__
+from agile import __version__, ranks
 from agile.errors import AgileError
 
 # Nothing heavy is imported up here: `agile --help` and a mistyped config are answered at once.
@@ -49,11 +51,22 @@ def _one_screen() -> Iterator[None]:
     try:
         yield
     except AgileError as error:
-        errors.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
+        with ranks.failing() as first:
+            if first:
+                errors.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        errors.print("\nStopped. What was saved is complete; demo and train go on from there by --resume.")
+        with ranks.failing() as first:
+            if first:
+                errors.print("\nStopped. What was saved is complete; demo and train go on from there by --resume.")
         raise typer.Exit(130) from None
+    except Exception:
+        if ranks.world_size() == 1:
+            raise
+        with ranks.failing() as first:
+            if first:
+                traceback.print_exc()
+        raise typer.Exit(1) from None
 
 
 def _parse(words: Sequence[str], default_out: str) -> tuple[Path, list[str]]:
@@ -72,6 +85,7 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def agile(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
@@ -87,6 +101,15 @@ def agile(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if ranks.world_size() > 1 and context.invoked_subcommand != "train":
+        with _one_screen():
+            ranks.join()
+            raise AgileError(
+                f"agile {context.invoked_subcommand} runs in one process, but a launcher started {ranks.world_size()}. "
+                "Start it without torchrun or deepspeed; only agile train runs in many (docs/training.md)."
+            )
+    if not ranks.is_main():
+        logging.disable(logging.WARNING)  # the main process says it
 
 
 @app.command()
@@ -127,7 +150,8 @@ def train(config: Config, overrides: Overrides = None, resume: Resume = False) -
 
     The run folder (`runs/<name of the config>`) then holds `config.yaml`, every session token by token,
     `metrics.jsonl`, TensorBoard files, checkpoints, and the agents as Hugging Face folders `sft` and `ppo`. Killing it
-    loses nothing: the same command with `--resume` gives the same run.
+    loses nothing: the same command with `--resume` gives the same run. On several GPUs or machines a launcher starts
+    the same command, see docs/training.md.
 
     `stages=[sft,ppo,dpo,reward-model]` says what is trained (by default the first two). The last two run TRL's own
     trainers (the extra `trl`) on what experts corrected, or on the file `preferences.data`, and write the agent `dpo`
@@ -135,20 +159,23 @@ def train(config: Config, overrides: Overrides = None, resume: Resume = False) -
 
     - `agile train configs/productqa-tiny.yaml task.data=DIR`
     - `agile train configs/demo.yaml ppo.lr=1e-4 evaluate.baselines=[router] out=runs/mine`
+    - `torchrun --nproc-per-node 8 -m agile.cli train CONFIG engine.zero_stage=2`
     """
     with _one_screen():
         from agile.config import load_config
 
+        ranks.join()
         out, rest = _parse(overrides or [], f"runs/{config.stem}")
         loaded = load_config(config, rest)
 
         from agile.training import train as run
 
         run(loaded, out, resume=resume)
-        console.print(
-            f"Trained: {out}. Score it: agile bench {out / 'config.yaml'} evaluate.checkpoint={out} out={out}",
-            soft_wrap=True,
-        )
+        if ranks.is_main():
+            console.print(
+                f"Trained: {out}. Score it: agile bench {out / 'config.yaml'} evaluate.checkpoint={out} out={out}",
+                soft_wrap=True,
+            )
 
 
 @app.command()

@@ -258,7 +258,8 @@ class OptimizerConfig(_Config):
         4096, description="Most tokens of a forward pass, which holds no padding; a longer sequence is alone."
     )
     share_prefixes: bool = Field(
-        False, description="Whether what sequences of a forward pass begin with in common is computed once."
+        True,
+        description="Whether what sequences of a pass begin with in common, 16 tokens or more, is computed once.",
     )
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)

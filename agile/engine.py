@@ -104,7 +104,9 @@ class Engine:
         if not torch.cuda.is_available():
             # compiled at first start, needs a C++ compiler, and only speeds up what several processes say to each other
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        optimizer = torch.optim.AdamW(groups or module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(
+            groups or module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True
+        )
         self._groups: list[list[nn.Parameter]] = [list(g["params"]) for g in optimizer.param_groups]
         for number, group in enumerate(optimizer.param_groups):  # ZeRO replaces lists and puts other parameters in
             group["number"] = number
@@ -118,7 +120,7 @@ class Engine:
             zero["offload_optimizer"] = on_cpu
         if offload == "all":
             zero["offload_param"] = on_cpu
-        self._factor = 1.0
+        self._factor, self._max_grad_norm = 1.0, max_grad_norm
         self._scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._factor * schedule(step))
         self._engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module,
@@ -127,7 +129,7 @@ class Engine:
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
-                "gradient_clipping": max_grad_norm,
+                "gradient_clipping": max_grad_norm if zero_stage else 0.0,
                 "zero_optimization": zero,
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,  # it would be compiled at first start
@@ -189,8 +191,10 @@ class Engine:
             AgileError: The last `max_skipped` steps were skipped.
         """
         if not self._sharded:
-            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            self._norm = float(torch.nn.utils.get_total_norm(gradients))
+            trained = [p for p in self._engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(p.grad for p in trained)
+            torch.nn.utils.clip_grads_with_norm_(trained, self._max_grad_norm, norm)
+            self._norm = float(norm)
         self.lr = float(self.optimizer.param_groups[0]["lr"])
         self._engine.step()
         if self._sharded:  # ZeRO takes gradients away; it too leaves out a step that is not finite
@@ -317,17 +321,7 @@ class Engine:
                 )
 
     def close(self) -> None:
-        """Let go of the module, so that another engine can take it over and this one's memory is freed.
-
-        What ZeRO 3 cut into shards is whole again, on every process.
-        """
-        whole: dict[int, nn.Parameter] = {}
-        if self.zero_stage == 3:
-            for parameter in self._engine.module.parameters():
-                with self._gathered(parameter):
-                    whole[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        """Let go of the module, so that this engine's memory is freed and, but for ZeRO 3, another can take it over."""
         self._engine.module_forward_pre_hook.remove()
         self._engine.module_forward_post_hook.remove()
         self._engine.destroy()
-        for part in self._engine.module.modules() if whole else ():
-            part._parameters = {name: whole.get(id(p)) for name, p in part._parameters.items()}

@@ -8,12 +8,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from rich.progress import track
 
+from agile import ranks
 from agile.executor import Executor
 from agile.protocols import Memory, Policy
 from agile.seeding import derive_seed
 from agile.types import Item, MemoryItem, Session, Stream
 
-Teach = Callable[[Item, Memory, np.random.Generator], Policy]
+Teach = Callable[[Item, Memory, float, np.random.Generator], Policy]
 InitialMemory = Callable[[Item, Sequence[Item], np.random.Generator], list[MemoryItem]]
 
 
@@ -31,7 +32,7 @@ def imitation_sessions(
     """Sessions of a teacher about every question, each with an initial memory of its own.
 
     Args:
-        teach: Gives the teacher's policy for one session.
+        teach: Gives the teacher's policy for one session at a price of advice.
         initial_memory: What it may have learned before from the stream's other questions.
         sessions_per_item: How often each question is played.
         prices: Of advice; each session draws one.
@@ -42,23 +43,24 @@ def imitation_sessions(
 
     async def play() -> list[Session]:
         sessions = []
-        for stream in track(streams, description="imitation", transient=True):
+        for stream in track(streams, description="imitation", transient=True, disable=not ranks.is_main()):
             for index, item in enumerate(stream.items):
                 for repeat in range(sessions_per_item):
                     session_seed = derive_seed(seed, stream.id, index, repeat)
                     rng = np.random.default_rng(session_seed)
+                    price = prices[derive_seed(session_seed, "price") % len(prices)]
                     memory = new_memory()
                     memory.write(initial_memory(item, stream.items, rng))
                     sessions.append(
                         await executor.run(
-                            teach(item, memory, rng),
+                            teach(item, memory, price, rng),
                             item,
                             memory,
                             stream_id=f"{stream.id}#{repeat}",
                             index=index,
                             progress=index / len(stream.items),
                             seed=session_seed,
-                            price=prices[derive_seed(session_seed, "price") % len(prices)],
+                            price=price,
                         )
                     )
         return sessions

@@ -6,6 +6,7 @@ MASTER_PORT. Whoever fails says why, and the others end in silence, so that nobo
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -72,7 +73,7 @@ def join() -> None:
 
 
 def _group() -> Any:
-    return _groups["main" if threading.current_thread() is threading.main_thread() else "other"]
+    return _groups.get("main" if threading.current_thread() is threading.main_thread() else "other")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -172,20 +173,30 @@ def _key(name: str) -> str:
 def _watch() -> None:
     """End this process soon after another has failed, whatever it waits for."""
     global _store
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but not in __all__
 
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     _store = TCPStore(*address, is_master=False)
     own = TCPStore(*address, is_master=False)  # a client of its own: one waits while another asks
 
+    over = threading.Event()
+
     def look() -> None:
         with suppress(Exception):  # who keeps the store has ended: the run is over, or its launcher ends it
             while not own.check([_key("ended")]):
-                time.sleep(_LOOK_S)
+                if over.wait(_LOOK_S):
+                    return
             sys.stdout.flush()
             os._exit(_EXIT_CODE)
 
-    threading.Thread(target=look, daemon=True, name="agile-ranks").start()
+    thread = threading.Thread(target=look, daemon=True, name="agile-ranks")
+    thread.start()
+
+    def stop() -> None:  # a thread inside the store's C++ must not meet the end of the interpreter
+        over.set()
+        thread.join(10 * _LOOK_S)
+
+    atexit.register(stop)
 
 
 @contextmanager

@@ -89,6 +89,11 @@ async def collect(
             task.cancel()
 
 
+def lengths(streams: Iterable[Stream]) -> list[int]:
+    """How many items each stream has."""
+    return [len(stream.items) for stream in streams]
+
+
 class _DaemonThreads(ThreadPoolExecutor):
     """Threads of `asyncio.to_thread` that nobody waits for: a tool that never returns must not hold up the end."""
 

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import yaml
 
+from agile import ranks
 from agile.config import RunConfig, differences, flat, load_config
 from agile.engine import Engine
 from agile.errors import AgileError
@@ -27,6 +28,7 @@ from agile.types import Session, Trajectory
 FREE_KEYS = (
     *("tracking.", "checkpoints.", "guard."),
     *(f"vllm.{name} " for name in ("servers", "weights_dir", "timeout_s", "kv_cache_gib", "gpu_memory_utilization")),
+    "engine.gradient_checkpointing ",
     *("rollout.max_failed ", "rollout.max_stage_s "),
     *(f"evaluate.prompted.{name} " for name in ("api_key_env", "max_concurrent", "requests_per_minute", "timeout_s")),
 )
@@ -103,6 +105,15 @@ def _started(path: Path) -> bool:
     return any(f.stat().st_size for f in files)
 
 
+@dataclass(frozen=True, slots=True)
+class _Main:
+    """What the main process alone has open."""
+
+    lock: IO[str]
+    metrics: JsonLines
+    tracking: Tracking
+
+
 class RunFolder:
     """Opens a new run folder, or an existing one to go on with.
 
@@ -118,21 +129,31 @@ class RunFolder:
 
     def __init__(self, path: Path, config: RunConfig, *, resume: bool):
         self.path = path
+        self.place: Place | None = None
+        self.state: dict[str, Any] = {}
+        self._main = self._open(config, resume=resume) if ranks.is_main() else None
+        self.place, self.state = ranks.broadcast((self.place, self.state))
+        with writing(path):
+            self._sessions = JsonLines(path / f"sessions-{ranks.rank()}.jsonl")
+        self._checkpoints = config.checkpoints
+        self._saved_at = time.monotonic()
+
+    def _open(self, config: RunConfig, *, resume: bool) -> _Main:
+        """What the main process does for all."""
+        path = self.path
         check_installed(config.tracking.trackers)
         if (path / "config.yaml").exists() and _started(path) and not resume:
             raise AgileError(f"{path} holds a run already. Go on with it by --resume, or choose another out=DIR.")
-        self._lock = claim(path, config)
+        lock = claim(path, config)
         with writing(path):
             (path / "checkpoints").mkdir(exist_ok=True)
             for unfinished in (*path.glob("checkpoints/.*"), *path.glob(".*.draft"), *path.glob(".minishop-*")):
                 shutil.rmtree(unfinished)
-            self._sessions = JsonLines(path / "sessions-0.jsonl")
-            self._metrics = JsonLines(path / "metrics.jsonl")
-            self.state: dict[str, Any] = {}
+            metrics = JsonLines(path / "metrics.jsonl")
             num_sent = len(self._logged())
-            self.place = self._rewind()
+            self._rewind()
             logged = self._logged()
-            self._tracking = Tracking(
+            tracking = Tracking(
                 config.tracking.trackers,
                 path,
                 project=config.tracking.project,
@@ -142,39 +163,46 @@ class RunFolder:
                 num_lines=len(logged),
                 num_sent=num_sent,
             )
-        self._checkpoints = config.checkpoints
-        self._saved_at = time.monotonic()
+        return _Main(lock, metrics, tracking)
 
-    def _rewind(self) -> Place | None:
-        """Cut the logs back to the last checkpoint; returns where that was."""
+    def _rewind(self) -> None:
+        """Cut the logs of all processes back to the last checkpoint, and note where that was."""
         found = checkpoints(self.path)
-        state = json.loads((found[-1] / "state.json").read_text()) if found else None
-        sizes = state["sizes"] if state else {"sessions": 0, "metrics": 0}
-        for name, log in (("sessions", self._sessions), ("metrics", self._metrics)):
-            log.truncate(min(sizes[name], log.size))  # shorter only if somebody removed it
-        self.state = state["state"] if state else {}
-        return Place(**state["place"]) if state else None
+        saved = json.loads((found[-1] / "state.json").read_text()) if found else {"sizes": {}}
+        if found and (processes := saved.get("processes", 1)) != ranks.world_size():
+            how = "without a launcher" if processes == 1 else f"with torchrun --nproc-per-node={processes}"
+            raise AgileError(
+                f"The run in {self.path} was trained by {processes} process{'es' * (processes > 1)}, now there "
+                f"{'is' if ranks.world_size() == 1 else 'are'} {ranks.world_size()}: what each has saved cannot be cut "
+                f"anew. Resume it {how}, or start another run from its agents (docs/training.md)."
+            )
+        for log in (*self.path.glob("sessions-*.jsonl"), self.path / "metrics.jsonl"):
+            os.truncate(log, min(saved["sizes"].get(log.name, 0), log.stat().st_size))  # less if somebody cut it
+        if found:
+            self.place, self.state = Place(**saved["place"]), saved["state"]
 
     # ---------------------------------------------------------------------------------------------------------------
 
     def log(self, stage: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same numbers to the trackers."""
-        with writing(self.path):
-            self._metrics.append([{"stage": stage, "step": step, **metrics}])
-        self._tracking.log(stage, step, metrics)
+        """One line of metrics.jsonl, and the same numbers to the trackers; the main process alone writes."""
+        if self._main is not None:
+            with writing(self.path):
+                self._main.metrics.append([{"stage": stage, "step": step, **metrics}])
+            self._main.tracking.log(stage, step, metrics)
 
     def _logged(self) -> list[Any]:
         """The lines of metrics.jsonl."""
         return list(read_lines(self.path / "metrics.jsonl"))
 
     def log_sessions(self, sessions: Sequence[Session], **tags: Any) -> None:
+        """Each process logs what it played."""
         with writing(self.path):
             append_sessions(self._sessions, sessions, **tags)
 
     def is_late(self) -> bool:
-        """Whether `checkpoints.every_minutes` have passed since the last checkpoint."""
+        """Whether `checkpoints.every_minutes` have passed since the last checkpoint, by the main process's clock."""
         minutes = self._checkpoints.every_minutes
-        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        return minutes is not None and ranks.broadcast(time.monotonic() - self._saved_at >= 60 * minutes)
 
     def save(
         self,
@@ -185,27 +213,30 @@ class RunFolder:
         state: Mapping[str, Any] | None = None,
         keep: Collection[Place] = (),
     ) -> None:
-        """Write a checkpoint: it is there whole or not at all. The last ones are kept.
+        """Write a checkpoint: it is there whole or not at all. The last ones are kept. All processes call this.
 
         Args:
-            ahead: What was collected for later iterations, by iteration; `ahead()` gives it back.
+            ahead: What this process collected for later iterations, by iteration; `ahead()` gives it back.
             state: Whatever else the stage needs to go on, in JSON's types; `self.state` gives it back.
             keep: Older ones that are kept too.
         """
+        own = {log.path.name: log.size for log in (self._sessions, *([self._main.metrics] if self._main else []))}
+        sizes = {name: size for part in ranks.gather(own) for name, size in part.items()}
         with _whole(self.path / "checkpoints" / place.name) as draft:
             engine.save(draft, "engine")
             if ahead:
-                log = JsonLines(draft / "ahead.jsonl")
+                log = JsonLines(draft / f"ahead-{ranks.rank()}.jsonl")
                 for iteration, trajectories in ahead.items():
                     append_sessions(log, [s for t in trajectories for s in t.sessions], iteration=iteration)
                 log.close()
-            sizes = {"sessions": self._sessions.size, "metrics": self._metrics.size}
-            whole = {"place": asdict(place), "sizes": sizes, "state": dict(state or {})}
-            (draft / "state.json").write_text(json.dumps(whole))
-        with writing(self.path):
-            for old in checkpoints(self.path)[: -self._checkpoints.keep]:
-                if old.name not in {p.name for p in keep}:
-                    shutil.rmtree(old)
+            if self._main is not None:
+                whole = {"place": asdict(place), "sizes": sizes, "state": dict(state or {})}
+                (draft / "state.json").write_text(json.dumps({**whole, "processes": ranks.world_size()}))
+        if self._main is not None:
+            with writing(self.path):
+                for old in checkpoints(self.path)[: -self._checkpoints.keep]:
+                    if old.name not in {p.name for p in keep}:
+                        shutil.rmtree(old)
         self.place = place
         self._saved_at = time.monotonic()
 
@@ -215,10 +246,10 @@ class RunFolder:
             engine.load(self.path / "checkpoints" / place.name, "engine")
 
     def ahead(self) -> dict[int, list[Trajectory]]:
-        """What the last checkpoint holds of trajectories for later iterations."""
+        """What the last checkpoint holds of this process's trajectories for later iterations."""
         if self.place is None:
             return {}
-        path = self.path / "checkpoints" / self.place.name / "ahead.jsonl"
+        path = self.path / "checkpoints" / self.place.name / f"ahead-{ranks.rank()}.jsonl"
         streams: dict[int, dict[str, list[Session]]] = {}
         for record in read_lines(path) if path.exists() else ():
             session = session_from_json(record["session"])
@@ -226,17 +257,22 @@ class RunFolder:
         return {i: [Trajectory(name, tuple(found)) for name, found in s.items()] for i, s in streams.items()}
 
     def export(self, name: str, model: Any, tokenizer: Any) -> None:
-        """Write an agent's weights and tokenizer as a Hugging Face folder `<run>/<name>`."""
+        """Write an agent's weights and tokenizer as a Hugging Face folder `<run>/<name>`. All processes call this."""
         with _whole(self.path / name) as draft:
-            model.save_pretrained(draft)
-            tokenizer.save_pretrained(draft)
+            if self._main is not None:
+                model.save_pretrained(draft)
+                tokenizer.save_pretrained(draft)
 
     def close(self) -> None:
-        self._tracking.close()
+        """Wait for the other processes, and leave the folder to others."""
         with writing(self.path):
             self._sessions.close()
-            self._metrics.close()
-            self._lock.close()
+        ranks.barrier()
+        if self._main is not None:
+            self._main.tracking.close()
+            with writing(self.path):
+                self._main.metrics.close()
+                self._main.lock.close()
 
 
 def checkpoints(path: Path) -> list[Path]:
@@ -248,7 +284,7 @@ def checkpoints(path: Path) -> list[Path]:
 
 @contextmanager
 def _whole(target: Path) -> Iterator[Path]:
-    """A folder that is there whole or not at all: yields a draft, which becomes `target`.
+    """A folder that is there whole or not at all: yields a draft, in which all processes write; it becomes `target`.
 
     Raises:
         AgileError: The draft could not be written; then nothing is left of it.
@@ -256,24 +292,30 @@ def _whole(target: Path) -> Iterator[Path]:
     draft, old = (target.with_name(f".{target.name}{end}") for end in (".draft", ".old.draft"))
     try:
         with writing(target):
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir()
+            if ranks.is_main():
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir()
+            ranks.barrier()
             try:
                 yield draft
             except (OSError, AgileError):
                 raise
             except Exception as error:  # torch, safetensors and tokenizers say in their own ways that a disk is full
                 raise OSError(str(error).partition("\n")[0]) from error
-            for path in (*draft.rglob("*"), draft):
-                _sync(path)
-            if target.exists():  # never there in part: it goes at once, and is removed where nobody looks for it
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(target, old)
-            os.replace(draft, target)
-            _sync(target.parent)
+            ranks.barrier()
+            if ranks.is_main():
+                for path in (*draft.rglob("*"), draft):
+                    _sync(path)
+                if target.exists():  # never there in part: it goes at once, and is removed where nobody looks for it
+                    shutil.rmtree(old, ignore_errors=True)
+                    os.replace(target, old)
+                os.replace(draft, target)
+                _sync(target.parent)
+            ranks.barrier()
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if ranks.is_main():
+            shutil.rmtree(draft, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

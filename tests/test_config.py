@@ -63,6 +63,10 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         ("qqq=1", ["Unknown key qqq.", "There are seed, threads, stages, task"]),
         ("a..b=1", ["Unknown key a."]),
         # values: key, value, what was expected
+        ("engine.offload=all", ["offload is all, which ZeRO supports from stage 3", "engine.zero_stage=3"]),
+        ("engine.offload=optimizer", ["from stage 1", "zero_stage is 0"]),
+        ("engine.dtype=bfloat16", ["dtype is bfloat16", "engine.zero_stage=1"]),
+        ("engine.zero_stage=4", ["engine.zero_stage is 4", "0, 1, 2 or 3"]),
         ("ppo.lr=-1", ["ppo.lr is -1", "expected greater than 0", "default is 0.0003"]),
         ("ppo.lr=abc", ["ppo.lr is 'abc'", "expected a valid number"]),
         ("ppo.lr=inf", ["ppo.lr", "finite"]),

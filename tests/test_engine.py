@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import os
 import resource
 import subprocess
@@ -159,6 +160,23 @@ def test_a_checkpoint_of_another_shape_is_refused_and_named(tmp_path: Path) -> N
         Engine(module, lr=0.1, groups=groups(module)).load(tmp_path, "mine")
     with pytest.raises(AgileError, match=f"no checkpoint yours in {tmp_path}"):
         Engine(net(), lr=0.1).load(tmp_path, "yours")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("processes", 4, "nproc-per-node=4"),
+        ("zero_stage", 2, "engine.zero_stage=2"),
+        ("dtype", "bfloat16", "engine.dtype=bfloat16"),
+    ],
+)
+def test_a_checkpoint_of_another_layout_is_refused(tmp_path: Path, name: str, value: object, remedy: str) -> None:
+    engine = Engine(net(), lr=0.1)
+    engine.save(tmp_path, "mine")
+    layout = tmp_path / "mine.json"
+    layout.write_text(json.dumps({**json.loads(layout.read_text()), name: value}))
+    with pytest.raises(AgileError, match=f"written with {name} = {value}.*{remedy}"):
+        engine.load(tmp_path, "mine")
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])

@@ -339,4 +339,6 @@ def test_state_of_a_checkpoint_names_its_place(path: Path, engine: Engine) -> No
     run.close()
     state: dict[str, Any] = json.loads((path / "checkpoints" / "sft-000007" / "state.json").read_text())
     assert state["place"] == {"stage": "sft", "step": 7}
-    assert state["sizes"] == {"sessions": 0, "metrics": (path / "metrics.jsonl").stat().st_size}
+    size = (path / "metrics.jsonl").stat().st_size
+    assert state["sizes"] == {"sessions-0.jsonl": 0, "metrics.jsonl": size}
+    assert state["processes"] == 1

@@ -71,7 +71,7 @@ def make_run(path: Path) -> None:
                 setup.task.streams("train")[:2],
                 lambda stream: ListMemory(),
                 seed=step,
-                policy_for=(lambda question, memory: teacher.policy(question, memory, rng)) if step == 1 else None,
+                policy_for=(lambda question, memory: teacher.policy(question, memory, 0.3, rng)) if step == 1 else None,
                 max_failed=1.0,
             )
         )

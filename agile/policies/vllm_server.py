@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
-import torch
 from torch import Tensor
 
-from agile import threads
+from agile import ranks, threads
 from agile.errors import AgileError
 from agile.policies.serving import TOLERANCE, ServedModel, check_logprobs, mean_difference
 from agile.policies.vllm_http import REMEDY, Busy, Failed, LoadFailed, patience, read_answer, reading
@@ -32,19 +31,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 OUTDATED = "newer weights came while it was given the last ones"
 FRESH = "default"  # what vLLM calls the weights that a server was started with
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _from_first(value: Any) -> Any:
-    """The value that the first of the training processes has."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return value
-    values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 async def _aside(function: Callable[[], T]) -> T:
@@ -138,7 +124,8 @@ class VLLMServerPolicy:
         self.verify = verify
         self.version = 0
         self._servers = [_Server(url.rstrip("/")) for url in servers]
-        self._run: str = _from_first(os.urandom(4).hex())  # tells this run's weights from another's on the same server
+        # tells this run's weights from another's on the same server
+        self._run: str = ranks.broadcast(os.urandom(4).hex())
         self._pushed: _Pushed | None = None
         self._own: list[float] | None = None  # log-probabilities of the probe under the weights of the model folder
         self._own_lock = threading.Lock()
@@ -426,14 +413,14 @@ class VLLMServerPolicy:
             )
         error: AgileError | None = None
         weights = iter(weights)
-        if _rank() == 0:
+        if ranks.is_main():
             try:
                 self._take_over(weights, f"{version}-{self._run}")
             except AgileError as reason:
                 error = reason
         for _ in weights:  # they may be gathered from all processes: each must walk through all of them
             pass
-        error, self._pushed = _from_first((error, self._pushed))
+        error, self._pushed = ranks.broadcast((error, self._pushed))
         if error is not None:
             raise error
         self.version = version

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from agile import ranks
 from agile.build import Setup
 from agile.config import PPOConfig, RolloutConfig, RunConfig
 from agile.copies import copies
@@ -28,7 +29,7 @@ from agile.losses import PPOCoefficients
 from agile.model import ActorCritic
 from agile.prices import priced
 from agile.reference import adapter_free, frozen
-from agile.rollout import collect, status_counts
+from agile.rollout import collect, lengths, status_counts
 from agile.run_folder import Place, RunFolder
 from agile.seeding import derive_seed
 from agile.stages.guard import VALIDATION_SCORE, Course, trouble
@@ -37,7 +38,7 @@ from agile.stages.rewards import discounts, terminal_rewards
 from agile.stages.validation import is_validated, validate
 from agile.train.kl import KLControl
 from agile.train.ppo import train_ppo
-from agile.types import Trajectory
+from agile.types import Stream, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     model = ActorCritic(setup.trained_model(tokenizer, run.path / "sft"), config.model.critic)
     engine = Engine(
         model,
+        **config.engine.model_dump(),
         lr=ppo.lr,
         groups=model.parameter_groups(ppo.value_lr),
         weight_decay=ppo.weight_decay,
@@ -110,27 +112,34 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         kl_control.coef = run.state["kl_coef"]
     elif config.guard.action == "rollback":
         run.save(Place("ppo", 0), engine, state={"course": asdict(course), "kl_coef": kl_control.coef})
-    lags = rollout.policy == "hf" and rollout.lag > 0  # then it has weights of its own
-    sampled = setup.language_model(tokenizer, run.path / "sft") if lags else model.lm
+    # the policy has weights of its own where the trainer's are in shards, or change while it plays
+    shares_model = rollout.policy == "hf" and rollout.lag == 0 and config.engine.zero_stage < 3
+    sampled = model.lm
+    if rollout.policy == "hf" and not shares_model:
+        sampled = setup.language_model(tokenizer, run.path / "sft")
+        torch.nn.Module.to(sampled, engine.device, model.lm.dtype)
     policy = setup.policy(sampled, tokenizer, run.path / "sft", temperature=rollout.temperature)
     streams = setup.train_streams
     count = min(ppo.streams_per_iteration, len(streams))
 
-    async def play(iteration: int) -> list[Trajectory]:
+    def chosen(iteration: int) -> list[Stream]:
         rng = np.random.default_rng(derive_seed(config.seed, "streams", iteration))
-        chosen = [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))]
         at_prices = priced(
-            chosen,
+            [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))],
             task.advice_price,
             first_price=task.first_price,
             drawn_from=task.training_prices,
             progress=iteration / max(1, ppo.num_iterations - 1),
             rng=rng,
         )
+        return copies(at_prices, ppo.rollouts_per_stream)
+
+    async def play(iteration: int) -> list[Trajectory]:
+        all_streams = chosen(iteration)
         return await collect(
             executor,
             policy,
-            copies(at_prices, ppo.rollouts_per_stream),
+            [all_streams[i] for i in ranks.own_share(lengths(all_streams))],
             setup.memory,
             seed=derive_seed(config.seed, "ppo", iteration),
             max_failed=rollout.max_failed,
@@ -139,7 +148,6 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
 
     engine_dtype = "float32" if rollout.policy == "hf" or config.vllm.dtype == "auto" else config.vllm.dtype
     exact = model.lm.dtype == torch.float32 and engine_dtype == "float32"
-    shares_model = rollout.policy == "hf" and rollout.lag == 0
     collector = Collector(
         policy,
         play,
@@ -151,9 +159,9 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     )
 
     def collected(iteration: int) -> Sequence[Trajectory]:
-        trajectories = collector.collect(iteration)
-        run.log_sessions([s for t in trajectories for s in t.sessions], stage="ppo", step=iteration + 1)
-        return trajectories
+        own = collector.collect(iteration)
+        run.log_sessions([s for t in own for s in t.sessions], stage="ppo", step=iteration + 1)
+        return ranks.gather_shares(own, lengths(chosen(iteration)))
 
     with progress_bar() as progress, closing(policy), closing(collector):
         bar = progress.add_task("PPO", total=ppo.num_iterations, completed=done, note="")

@@ -23,6 +23,7 @@ def imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor)
     model = ActorCritic(setup.trained_model(tokenizer))
     engine = Engine(
         model,
+        **config.engine.model_dump(),
         lr=sft.lr,
         groups=[{"params": [p for p in model.lm.parameters() if p.requires_grad]}],
         weight_decay=sft.weight_decay,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from agile import ranks
 from agile.build import Setup
 from agile.evaluate import outcomes, rates
 from agile.executor import Executor
 from agile.lag import Collector
 from agile.protocols import TrainablePolicy
-from agile.rollout import collect
+from agile.rollout import collect, lengths
 from agile.seeding import derive_seed
 from agile.types import Trajectory
 
@@ -34,19 +35,22 @@ def validate(
     setup: Setup, executor: Executor, policy: TrainablePolicy, collector: Collector, iteration: int
 ) -> dict[str, float]:
     """Play the validation streams greedily with the weights after this iteration; the same streams alike each time."""
-    rollout = setup.config.rollout
+    rollout, streams = setup.config.rollout, setup.validation_streams
 
     async def play() -> list[Trajectory]:
         with greedy(policy):
             return await collect(
                 executor,
                 policy,
-                setup.validation_streams,
+                [streams[i] for i in ranks.own_share(lengths(streams))],
                 setup.memory,
                 seed=derive_seed(setup.config.seed, "validation"),
                 max_failed=rollout.max_failed,
                 max_concurrent=rollout.concurrency,
             )
 
-    found = rates(outcomes(collector.play_now(play, iteration)), setup.config.task.advice_price)
+    found = rates(
+        outcomes(ranks.gather_shares(collector.play_now(play, iteration), lengths(streams))),
+        setup.config.task.advice_price,
+    )
     return {f"validation/{name}": float(found[name]) for name in ("score", "accuracy", "advice_rate")}

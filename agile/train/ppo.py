@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from agile import ranks
 from agile.batching import Row, make_batch, micro_batches, minibatches, session_rows
 from agile.copies import original_id
 from agile.credit import (
@@ -85,9 +86,11 @@ def score_rows(
     temperature: float = 1.0,
 ) -> list[Scored]:
     """Recompute logprobs and values of every row, and those of the reference policy (zeros without one)."""
-    scored: list[Scored | None] = [None] * len(rows)
-    (micros,) = micro_batches(rows, np.arange(len(rows)), micro_batch_tokens, share_prefixes=share_prefixes)
-    for chosen in micros:
+    found: dict[int, Scored] = {}
+    parts_of_all = micro_batches(
+        rows, np.arange(len(rows)), micro_batch_tokens, share_prefixes=share_prefixes, num_ranks=ranks.world_size()
+    )
+    for chosen in parts_of_all[ranks.rank()]:
         data = make_batch([rows[i] for i in chosen], engine.device, share_prefixes=share_prefixes)
         logits, values, last = engine.forward(data)
         logprobs = token_logprobs(logits, data.action_ids, temperature)
@@ -95,11 +98,14 @@ def score_rows(
             ref = torch.zeros_like(logprobs)
         else:
             ref = token_logprobs(reference(data)[0], data.action_ids, temperature)
+        if not len(chosen):  # others have more rows
+            continue
         ends = np.cumsum([rows[i].num_actions for i in chosen])[:-1]
         parts = (np.split(x.cpu().numpy(), ends) for x in (logprobs, ref, values))
-        for i, own, other, value, after in zip(chosen, *parts, last.tolist(), strict=True):
-            scored[i] = Scored(own, other, value, after)
-    return [s for s in scored if s is not None]
+        for i, own, other, value, after in zip(chosen.tolist(), *parts, last.tolist(), strict=True):
+            found[i] = Scored(own, other, value, after)
+    scored = {i: s for part in ranks.gather(found) for i, s in part.items()}
+    return [scored[i] for i in range(len(rows))]
 
 
 def lineage_terms(
@@ -312,7 +318,7 @@ def update(
     row_advantages, row_returns, variance = advantages(plan, rows, scored, discounts, estimator)
 
     def flat(arrays: Iterable[Floats]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(list(arrays))).to(engine.device)
+        return torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *arrays])).to(engine.device)
 
     sums: dict[str, float] = defaultdict(float)
     total_tokens, first_ratio, norms, moved_too_far = 0, float("nan"), [], False
@@ -323,7 +329,9 @@ def update(
                 break
             num_tokens = sum(rows[i].num_actions for i in batch)
             batch_sums: dict[str, float] = defaultdict(float)
-            (micros,) = micro_batches(rows, batch, micro_batch_tokens, share_prefixes=share_prefixes)
+            micros = micro_batches(
+                rows, batch, micro_batch_tokens, share_prefixes=share_prefixes, num_ranks=ranks.world_size()
+            )[ranks.rank()]
             for micro in micros:
                 data = make_batch([rows[i] for i in micro], engine.device, share_prefixes=share_prefixes)
                 logits, values, _ = engine.forward(data)
@@ -347,16 +355,16 @@ def update(
                 engine.backward(loss, last=micro is micros[-1])
                 for name, value in metrics.items():
                     batch_sums[name] += value.item()
-            norm = engine.step()
-            for name, value in batch_sums.items():
+            norm, of_all = engine.step(), ranks.total(batch_sums)
+            for name, value in of_all.items():
                 sums[name] += 0.0 if engine.skipped else value
             if engine.skipped:
                 continue
             norms.append(norm)
             if total_tokens == 0:
-                first_ratio = batch_sums["ratio"] / num_tokens
+                first_ratio = of_all["ratio"] / num_tokens
             total_tokens += num_tokens
-            moved_too_far = batch_sums["approx_kl"] > max_epoch_kl * num_tokens
+            moved_too_far = of_all["approx_kl"] > max_epoch_kl * num_tokens
     return {
         "first_ratio": first_ratio,
         **between,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from agile import ranks
 from agile.batching import Row, make_batch, micro_batches, minibatches
 from agile.engine import Engine
 from agile.losses import sft_loss, token_logprobs
@@ -52,7 +53,9 @@ def train_sft(
         for batch in batches[done : done + num_steps - step]:
             num_tokens = sum(rows[i].num_actions for i in batch)
             total = 0.0
-            (micros,) = micro_batches(rows, batch, micro_batch_tokens, share_prefixes=share_prefixes)
+            micros = micro_batches(
+                rows, batch, micro_batch_tokens, share_prefixes=share_prefixes, num_ranks=ranks.world_size()
+            )[ranks.rank()]
             for micro in micros:
                 data = make_batch([rows[i] for i in micro], engine.device, share_prefixes=share_prefixes)
                 logits, _, _ = engine.forward(data)
@@ -62,4 +65,4 @@ def train_sft(
                 total += loss.item()
             engine.step()
             step += 1
-            on_step(step, total)
+            on_step(step, ranks.total({"loss": total})["loss"])

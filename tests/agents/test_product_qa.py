@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -162,11 +163,25 @@ def teach(
     agent = ProductQAAgent(show_schema=False)
     memory = SqliteMemory(HashingEncoder())
     memory.write(known)
-    policy = Teacher(codec, agent, judge_yes).policy(question, memory, np.random.default_rng(0))
+    policy = Teacher(codec, agent, judge_yes).policy(question, memory, 0.3, np.random.default_rng(0))
     executor = make_executor(
         agent, codec=codec, tools={"SearchProduct": shop.search}, score=shop.score, limits=Limits()
     )
     return play(executor, policy, question, memory)
+
+
+def test_the_judge_goes_by_the_price_where_the_agent_sees_it(codec: ActionCodec, items: Sequence[Item]) -> None:
+    question = next(item for item in items if item.kind == "skewed")
+    assert question.context["prior"] == 0.95
+
+    def asks(price: float, judge_yes: float) -> bool:
+        teacher = Teacher(codec, ProductQAAgent(show_price=True), judge_yes)
+        policy = teacher.policy(question, SqliteMemory(HashingEncoder()), price, np.random.default_rng(0))
+        decision = asyncio.run(policy.complete(codec.encode("question"), max_tokens=9, stop=(), seed=0))
+        return codec.decode(decision.token_ids).startswith(f"[{Fn.SEEK_ADVICE}]")
+
+    assert not asks(0.3, judge_yes=1.0) and asks(0.04, judge_yes=1.0)
+    assert asks(0.3, judge_yes=0.0) and not asks(0.04, judge_yes=0.0)
 
 
 def actions(session: Session) -> list[str]:
