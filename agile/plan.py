@@ -89,8 +89,10 @@ def architecture(config: RunConfig) -> PretrainedConfig:
     known = SHIPPED / f"{Path(model.path).name}.json"
     try:
         if known.exists() and not Path(model.path).exists():
-            return AutoConfig.for_model(**json.loads(known.read_text()))
-        return AutoConfig.from_pretrained(model.path, local_files_only=True)
+            shape: PretrainedConfig = AutoConfig.for_model(**json.loads(known.read_text()))
+        else:
+            shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
+        return shape
     except (OSError, ValueError) as error:
         shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
         raise AgileError(

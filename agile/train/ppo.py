@@ -356,8 +356,8 @@ def update(
                 for name, value in metrics.items():
                     batch_sums[name] += value.item()
             norm, of_all = engine.step(), ranks.total(batch_sums)
-            for name, value in of_all.items():
-                sums[name] += 0.0 if engine.skipped else value
+            for name, total in of_all.items():
+                sums[name] += 0.0 if engine.skipped else total
             if engine.skipped:
                 continue
             norms.append(norm)
