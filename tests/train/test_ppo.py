@@ -412,12 +412,13 @@ def test_an_iteration_of_skipped_steps_says_so_and_leaves_the_weight_of_the_kl()
         engine=engine,
         value_warmup_epochs=0,
         num_epochs=1,
-        batch_size=64,
+        batch_size=1000,
+        micro_batch_tokens=10**6,
         kl_control=control,
         on_iteration=lambda number, trajectories, figures: found.append(figures),
     )
     (figures,) = found
-    assert figures["epochs"] == 0 and engine.num_skipped == engine.num_passes
+    assert figures["epochs"] == 0 and engine.num_skipped == engine.num_passes == 1
     assert all(math.isnan(figures[name]) for name in ("grad_norm", "approx_kl", "entropy", "policy"))
     assert control.coef == 0.1
 
