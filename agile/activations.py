@@ -25,7 +25,7 @@ from agile.losses import entropy, token_logprobs
 ATTENTION = "agile-plan"
 
 
-class Peak(TorchDispatchMode):
+class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within it the bytes of all tensors that come into being and still live are counted; `peak` is their maximum.
 
     Args:
@@ -33,7 +33,7 @@ class Peak(TorchDispatchMode):
     """
 
     def __init__(self, *known: nn.Module):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._alive: dict[int, int] = {}
         for module in known:
@@ -148,12 +148,13 @@ def _peak(
     head = nn.Sequential(nn.Linear(size, size), nn.GELU(), nn.Linear(size, 1)).to("meta")
     model = nn.ModuleList([lm, head] if trunk is None else [lm, head, trunk])
     for parameter in model.parameters():  # gradients that stay are states; here only one at a time is there
-        parameter.register_post_accumulate_grad_hook(_forget)
+        parameter.register_post_accumulate_grad_hook(_forget)  # type: ignore[no-untyped-call]
     with torch.device("meta"):
         inputs: dict[str, Any] = {"input_ids": torch.zeros(1, num_tokens, dtype=torch.int64), "use_cache": False}
         inputs["attention_mask"] = torch.zeros(1, 1, 1, 1)  # any of four dimensions is taken as it is, and is not used
         action_ids = torch.zeros(num_actions, dtype=torch.int64)
-    with Peak(model) as seen, torch.set_grad_enabled(learning):
+    seen = Peak(model)
+    with seen, torch.set_grad_enabled(learning):
         hidden = lm.base_model(**inputs).last_hidden_state[0]
         other = hidden.detach() if trunk is None else trunk(**inputs).last_hidden_state[0]
         logits = lm.get_output_embeddings()(hidden[:num_actions])

@@ -163,7 +163,7 @@ class Setup:
             max_tokens=self.config.rollout.max_context_tokens,
             seed=self.config.seed,
         )
-        lm.to(dtype=getattr(torch, dtype))
+        torch.nn.Module.to(lm, dtype=getattr(torch, dtype))
         return lm
 
     def trained_model(self, tokenizer: PreTrainedTokenizerFast, saved: Path | None = None) -> PreTrainedModel:

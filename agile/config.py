@@ -151,7 +151,12 @@ class VLLMConfig(_Config):
     """
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="auto: the saved model's.")
-    kv_cache_gib: float | None = Field(None, gt=0, description="Size of the KV cache; vLLM's choice by default.")
+    kv_cache_gib: float | None = Field(
+        None,
+        gt=0,
+        description="Size of the KV cache; vLLM's choice by default. For servers it is their --kv-cache-gib where they "
+        "share the GPUs of training, and tells `agile plan` so.",
+    )
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="Share of the memory that vLLM may take.")
     enforce_eager: bool = Field(False, description="Compile nothing: starts in seconds; steps are slower on a GPU.")
     block_size: Count | None = Field(None, description="Tokens per block of the prefix cache; vLLM's choice.")

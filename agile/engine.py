@@ -49,7 +49,7 @@ def _checkpointed_layers(module: nn.Module) -> list[nn.Module]:
     for part in module.modules():
         if isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
             part.gradient_checkpointing_enable({"use_reentrant": False})
-    found = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    found: list[nn.Module] = [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not found:
         raise AgileError(
             "engine.gradient_checkpointing is set, but this model has no layers that transformers can compute again. "

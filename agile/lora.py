@@ -149,8 +149,9 @@ def adapter_weights(lm: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def adapter_config(lm: PreTrainedModel, base: str) -> dict[str, Any]:
     """What peft writes beside an adapter; `base` is the folder or name of the model that it belongs to."""
-    config = {**lm.peft_config[ADAPTER].to_dict(), "base_model_name_or_path": base, "inference_mode": True}
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    config: Any = lm.peft_config[ADAPTER]
+    found = {**config.to_dict(), "base_model_name_or_path": base, "inference_mode": True}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in found.items()}
 
 
 def save_adapter(folder: Path, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -89,8 +89,10 @@ def architecture(config: RunConfig) -> PretrainedConfig:
     known = SHIPPED / f"{Path(model.path).name}.json"
     try:
         if known.exists() and not Path(model.path).exists():
-            return AutoConfig.for_model(**json.loads(known.read_text()))
-        return AutoConfig.from_pretrained(model.path, local_files_only=True)
+            shape: PretrainedConfig = AutoConfig.for_model(**json.loads(known.read_text()))
+        else:
+            shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
+        return shape
     except (OSError, ValueError) as error:
         shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
         raise AgileError(
@@ -221,11 +223,16 @@ def memory(config: RunConfig, num_gpus: int, gpu_gib: float, action_share: float
 
 
 def check_gpus(config: RunConfig, num_gpus: int) -> None:
-    """Whether every process gets work.
+    """Whether there can be so many processes, and every one gets work.
 
     Raises:
         AgileError: Not with this number of GPUs.
     """
+    if num_gpus > 1 and config.rollout.policy == "vllm" and config.ppo.num_iterations:
+        raise AgileError(
+            f"rollout.policy is vllm, which runs inside one training process, but {num_gpus} GPUs have one each. Set "
+            "rollout.policy=vllm-server (docs/vllm.md), and vllm.kv_cache_gib if the servers share these GPUs."
+        )
     sizes = {"sft.batch_size": config.sft.batch_size} if config.sft.num_steps else {}
     if config.ppo.num_iterations:
         sizes |= {
@@ -285,13 +292,14 @@ def rollout(config: RunConfig, shape: PretrainedConfig, num_params: int, gpu_gib
             yield Item("rollout's copy of the weights", size * num_params, "rollout.lag above 0")
         slots = play.max_batch_size
         yield Item("keys and values", slots * context, f"{slots} sessions of {play.max_context_tokens} tokens at most")
-    elif play.policy == "vllm":
+    elif vllm.kv_cache_gib is not None:
+        cache = vllm.kv_cache_gib * GIB
+        note = f"weights, vllm.kv_cache_gib ({cache / context:.0f} whole contexts) and 1 GiB to work in"
+        yield Item("vLLM", size * num_params + cache + GIB, note)
+    elif play.policy == "vllm-server":
+        yield Item("vLLM servers", 0, "on other GPUs; were they on these, vllm.kv_cache_gib would be set")
+    else:
         weights = size * num_params
-        if vllm.kv_cache_gib is not None:
-            yield Item(
-                "vLLM", weights + vllm.kv_cache_gib * GIB + GIB, "weights, vllm.kv_cache_gib and 1 GiB to work in"
-            )
-            return
         taken = vllm.gpu_memory_utilization * gpu_gib * GIB
         room = taken - weights - GIB
         if room < context:
@@ -337,7 +345,9 @@ def changes(config: RunConfig, num_gpus: int) -> Iterator[Change]:
         yield Change(("ppo.reference=offload",), "the reference moves at each iteration")
     if play.policy == "hf":
         yield Change((f"rollout.max_batch_size={max(1, play.max_batch_size // 4)}",), "fewer sessions at a time")
-    elif play.policy == "vllm" and config.vllm.kv_cache_gib is None:
+    elif config.vllm.kv_cache_gib is not None:
+        yield Change((f"vllm.kv_cache_gib={config.vllm.kv_cache_gib / 2:g}",), "fewer sessions at a time")
+    elif play.policy == "vllm":
         share = round(config.vllm.gpu_memory_utilization - 0.1, 2)
         yield Change((f"vllm.gpu_memory_utilization={share}",), "fewer sessions at a time")
     if engine.dtype == "float32":

@@ -218,6 +218,10 @@ class Gradients(Engine):
         self.plain.zero_grad(set_to_none=True)
         return float(torch.nn.utils.get_total_norm(grads.values()))
 
+    @property
+    def skipped(self) -> bool:
+        return False
+
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}

@@ -7,6 +7,7 @@ expert, memory or task does, a session ends with a status, a reward and segments
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from agile.agents.product_qa import SPEC
 from agile.errors import AgileError
 from agile.executor import Limits
 from agile.protocols import Memory, Policy
+from agile.rollout import status_counts
+from agile.train.ppo import lay_out
 from agile.types import (
     Action,
     ActionSpec,
@@ -35,6 +38,7 @@ from agile.types import (
     SessionStatus,
     Source,
     ToolResult,
+    Trajectory,
 )
 from tests.worlds import (
     AGENT,
@@ -398,6 +402,20 @@ def test_a_task_that_cannot_score_fails_the_session_alone() -> None:
     session = play(make_executor(score=score), script(make_codec(), PREDICT))
     assert (session.status, session.error) == (SessionStatus.FAILED, "task: ZeroDivisionError: no gold")
     assert session.reward is not None and session.reward.total == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_that_is_no_number_fails_the_session_which_is_masked_and_counted(value: float) -> None:
+    codec = make_codec()
+    good = play(make_executor(), script(codec, PREDICT))
+    bad = play(make_executor(score=lambda item, session: Reward({"correct": value})), script(codec, PREDICT))
+    assert bad.status == SessionStatus.FAILED
+    assert bad.error == f"task: ValueError: the reward is {{'correct': {value}}}, expected finite numbers"
+    assert bad.reward == Reward({"failed": 0.0})
+    played = [Trajectory("s", (good, bad))]
+    rows, ((learned,),) = lay_out(played, [[1.0, 0.0]])
+    assert len(rows) == len(good.segments) and learned.reward == 1.0
+    assert status_counts(played)[SessionStatus.FAILED] == 1
 
 
 def test_a_tool_that_raises_is_an_error_observation() -> None:

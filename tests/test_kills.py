@@ -12,16 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from agile.training import train
 from tests.runs import assert_same_run, run_config
 
 NUM_KILLS = 20
 SETTINGS = (
-    "sft.num_steps=12",
-    "sft.checkpoint_every=4",
-    "ppo.num_iterations=5",
+    "task.num_questions=2",
+    "sft.num_steps=6",
+    "sft.batch_size=4",
+    "sft.checkpoint_every=3",
+    "ppo.num_iterations=4",
     "ppo.checkpoint_every=2",
     "ppo.lr=0.01",
+    "ppo.kl_target=0.01",
     "checkpoints.every_minutes=0.01",  # also between those of the schedule
     *("validation.every=2", "validation.num_streams=1", "validation.select_best=true"),
     *("guard.action=rollback", "guard.max_kl=0.05", "guard.max_rollbacks=9"),
@@ -31,6 +33,8 @@ FORKS = multiprocessing.get_context("forkserver")
 
 
 def resume(out: Path) -> None:
+    from agile.training import train  # imported where the copies are made, not here
+
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     train(run_config(*SETTINGS), out, resume=True)
 

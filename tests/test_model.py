@@ -189,6 +189,8 @@ def test_values_are_computed_in_float32() -> None:
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
 def test_a_model_is_loaded_in_the_dtype_that_is_wanted(dtype: str, tmp_path: Path) -> None:
-    llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    lm = llama()
+    torch.nn.Module.to(lm, torch.bfloat16)
+    lm.save_pretrained(tmp_path)
     loaded = load_lm(str(tmp_path), codec().tokenizer, dtype=dtype)
     assert loaded.dtype == (torch.float32 if dtype == "float32" else torch.bfloat16)

@@ -90,12 +90,16 @@ def test_activations_are_those_of_a_real_pass(checkpointing: bool) -> None:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
+
+    def forget(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        parameter.register_post_accumulate_grad_hook(forget)  # type: ignore[no-untyped-call]
     ids = torch.zeros(1, num_tokens, dtype=torch.int64)
     with Peak(model) as seen:
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :num_actions]
-        token_logprobs(model.lm_head(hidden), ids[0, :num_actions]).sum().backward()
+        token_logprobs(model.lm_head(hidden), ids[0, :num_actions]).sum().backward()  # type: ignore[no-untyped-call]
     planned = activation_bytes(
         SMALL,
         num_tokens=num_tokens,
@@ -161,6 +165,7 @@ def test_one_that_does_not_fit_ends_with_1_and_says_what_would() -> None:
     "words, problem",
     [
         (["--gpus", "7"], "7 GPUs do not divide"),
+        (["--gpus", "2", "rollout.policy=vllm"], "Set rollout.policy=vllm-server"),
         (["model.path=somebody/unknown"], "The shape of model.path=somebody/unknown is not known"),
         (["rollout.policy=vllm", "vllm.gpu_memory_utilization=0.001"], "vllm.gpu_memory_utilization"),
     ],
@@ -178,6 +183,15 @@ def test_a_folder_needs_no_weights(tmp_path: Path) -> None:
     assert architecture(config).hidden_size == SMALL.hidden_size
     with pytest.raises(AgileError, match="not known"):
         architecture(load_config(None, [f"model.path={tmp_path}/none"]))
+
+
+def test_servers_take_memory_where_they_share_the_gpus() -> None:
+    words = ["model.num_layers=2", "model.hidden_size=256", "rollout.policy=vllm-server", "vllm.weights_dir=DIR"]
+    words.append("vllm.servers=[http://127.0.0.1:8000]")
+    shape = architecture(load_config(None, words))
+    weights = 4 * count(load_config(None, words), shape).lm
+    apart, beside = (memory(load_config(None, [*words, *word]), 1, 24, 0.25) for word in ([], ["vllm.kv_cache_gib=2"]))
+    assert beside.total - apart.total == weights + 3 * GIB
 
 
 def test_a_reference_takes_turns_with_the_update_when_it_is_offloaded() -> None:

@@ -19,6 +19,7 @@ from agile.config import load_config
 from agile.errors import AgileError
 from agile.session_log import logged_sessions
 from agile.training import check_processes
+from tests.doors import actor_critic
 from tests.tiny import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +83,47 @@ def assert_same(found: Path, expected: Path, tolerance: float) -> None:
         assert mine.keys() == theirs.keys()
         for name, weight in mine.items():
             torch.testing.assert_close(weight, theirs[name], rtol=0, atol=tolerance, msg=f"{agent} {name}")
+
+
+def doors(out: Path, *, zero_stage: int, num: int) -> dict[str, Any]:
+    """What `tests/train_doors.py` learned."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num}", "-m"] if num > 1 else []
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "tests.train_doors", str(out), str(zero_stage)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = torch.load(out, weights_only=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def doors_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found = doors(tmp_path_factory.mktemp("doors") / "alone.pt", zero_stage=0, num=1)
+    assert len(found["norms"]) >= 20 and min(found["norms"]) > 1e-3
+    assert {r for _, rewards in found["sampled"] for of_stream in rewards for r in of_stream} == {0.0, 1.0}
+    moved = max(float((w.detach() - found["weights"][n]).abs().max()) for n, w in actor_critic().named_parameters())
+    assert moved > 1e-2, "far more than the tolerance"
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_two_processes_learn_from_rewards_what_one_does(
+    doors_alone: dict[str, Any], tmp_path: Path, zero_stage: int
+) -> None:
+    """Over more than 20 steps of PPO on sessions with different rewards: the same losses, gradients and weights."""
+    found = doors(tmp_path / "two.pt", zero_stage=zero_stage, num=2)
+    assert found["sampled"] == doors_alone["sampled"]
+    assert found["norms"] == pytest.approx(doors_alone["norms"], rel=1e-4, abs=1e-5)
+    for mine, theirs in zip(found["figures"], doors_alone["figures"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for name, weight in doors_alone["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.fixture(scope="module")

@@ -287,8 +287,8 @@ def update(
         check: Called with `mismatch` of rollout and trainer before anything is learned; may raise.
 
     Returns:
-        Means over action tokens; `first_ratio` is the mean ratio at the first minibatch, which must be 1; `epochs`, how
-        many were done.
+        Means over the action tokens of all steps that were not skipped, NaN if all were; `first_ratio` is the mean
+        ratio at the first minibatch, which must be 1; `epochs`, how many were done, skipped steps left out.
     """
     credit: dict[str, float] = {}
     if discounts.lineage:
@@ -327,7 +327,8 @@ def update(
         for batch in minibatches(rows, batch_size, rng):
             if moved_too_far:
                 break
-            num_tokens, kl_before = sum(rows[i].num_actions for i in batch), sums["approx_kl"]
+            num_tokens = sum(rows[i].num_actions for i in batch)
+            batch_sums: dict[str, float] = defaultdict(float)
             micros = micro_batches(
                 rows, batch, micro_batch_tokens, share_prefixes=share_prefixes, num_ranks=ranks.world_size()
             )[ranks.rank()]
@@ -353,23 +354,27 @@ def update(
                 )
                 engine.backward(loss, last=micro is micros[-1])
                 for name, value in metrics.items():
-                    sums[name] += value.item()
-            norms.append(engine.step())
+                    batch_sums[name] += value.item()
+            norm, of_all = engine.step(), ranks.total(batch_sums)
+            for name, total in of_all.items():
+                sums[name] += 0.0 if engine.skipped else total
+            if engine.skipped:
+                continue
+            norms.append(norm)
             if total_tokens == 0:
-                first_ratio = ranks.total(sums)["ratio"] / num_tokens
+                first_ratio = of_all["ratio"] / num_tokens
             total_tokens += num_tokens
-            kl = ranks.total({"kl": sums["approx_kl"] - kl_before})["kl"]
-            moved_too_far = kl > max_epoch_kl * num_tokens
+            moved_too_far = of_all["approx_kl"] > max_epoch_kl * num_tokens
     return {
         "first_ratio": first_ratio,
         **between,
         **credit,
         "explained_variance": variance,
-        "grad_norm": float(np.mean(norms)),
+        "grad_norm": float(np.mean(norms)) if norms else math.nan,
         "num_rows": float(len(rows)),
         "num_action_tokens": float(epoch_tokens),
         "epochs": total_tokens / epoch_tokens,
-        **{name: value / total_tokens for name, value in ranks.total(sums).items()},
+        **{name: value / total_tokens if total_tokens else math.nan for name, value in sums.items()},
     }
 
 
@@ -442,6 +447,6 @@ def train_ppo(
                 masked=masked,
                 check=partial(check, iteration),
             )
-        if kl_control is not None and not warmup:
+        if kl_control is not None and not warmup and metrics["epochs"] > 0:
             kl_control.observe(metrics.get("kl", 0.0))
         on_iteration(iteration + 1, trajectories, {**metrics, "kl_coef": kl_coef, "lr": engine.lr})

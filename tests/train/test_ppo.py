@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -21,6 +22,7 @@ from agile.losses import PPOCoefficients, token_logprobs
 from agile.model import ActorCritic
 from agile.policies import HFPolicy
 from agile.reference import Reference
+from agile.train.kl import KLControl
 from agile.train.ppo import Discounts, Scored, advantages, lay_out, lineage_terms, score_rows, train_ppo, update
 from agile.types import SegmentEnd, Session, SessionStatus, Trajectory
 from tests.doors import (
@@ -374,6 +376,51 @@ def test_zero_advantage_gives_zero_policy_gradient() -> None:
     assert max(norm for name, norm in equal.items() if name.startswith("lm.")) < 1e-12
     assert equal["value_head.2.bias"] > 0.1
     assert min(norm for name, norm in norms(totals(played())).items() if name.startswith("lm.")) > 1e-6
+
+
+class Faulty(Engine):
+    """Some of its passes for learning, by their number, end in NaN."""
+
+    faults: Sequence[int] = ()
+    num_passes = 0
+
+    def forward(self, *args: Any) -> Any:
+        logits, values, last = super().forward(*args)
+        if torch.is_grad_enabled():
+            self.num_passes += 1
+            if self.num_passes in self.faults:
+                logits = logits * math.nan
+        return logits, values, last
+
+
+def test_a_skipped_step_is_no_part_of_the_figures() -> None:
+    engine = Faulty(actor_critic(), lr=1e-3)
+    engine.faults = (1, 3)
+    figures = learn(engine, played(), batch_size=8, micro_batch_tokens=10**6)
+    assert engine.num_skipped == 2 < engine.num_passes
+    assert all(math.isfinite(value) for value in figures.values()), figures
+    assert figures["first_ratio"] == pytest.approx(1, abs=1e-5)
+    assert 0 < figures["epochs"] < 1
+
+
+def test_an_iteration_of_skipped_steps_says_so_and_leaves_the_weight_of_the_kl() -> None:
+    engine, control, found = Faulty(actor_critic(), lr=1e-3), KLControl(0.1, target=0.01), []
+    engine.faults = range(1, 100)
+    run(
+        engine.module,
+        num_iterations=1,
+        engine=engine,
+        value_warmup_epochs=0,
+        num_epochs=1,
+        batch_size=1000,
+        micro_batch_tokens=10**6,
+        kl_control=control,
+        on_iteration=lambda number, trajectories, figures: found.append(figures),
+    )
+    (figures,) = found
+    assert figures["epochs"] == 0 and engine.num_skipped == engine.num_passes == 1
+    assert all(math.isnan(figures[name]) for name in ("grad_norm", "approx_kl", "entropy", "policy"))
+    assert control.coef == 0.1
 
 
 def test_an_advantage_makes_what_was_done_likelier() -> None:
