@@ -16,6 +16,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 from agile.activations import activation_bytes, shaped
 from agile.config import RunConfig, load_config
 from agile.errors import AgileError
+from agile.training import check_processes
 
 GIB = 2**30
 SHIPPED = Path(__file__).parent / "configs" / "models"
@@ -159,16 +160,16 @@ def state_bytes(counts: Counts, *, zero_stage: int, offload: str, dtype: str, nu
 
 
 def step_bytes(num_trained: int, *, zero_stage: int, num_gpus: int) -> float:
-    """What AdamW's step takes beside its state: two copies of what ZeRO keeps as one tensor, a process's share.
+    """What AdamW's step takes beside its state: the gradient in float32 of what ZeRO keeps as one tensor, a share.
 
     Under ZeRO 3 that is of at most so many elements (DeepSpeed's sub_group_size).
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     if zero_stage == 0:
-        return 4 * num_trained
+        return 0.0
     share = num_trained / num_gpus
-    return 8 * (min(share, DeepSpeedZeroConfig().sub_group_size) if zero_stage == 3 else share)
+    return 4 * (min(share, DeepSpeedZeroConfig().sub_group_size) if zero_stage == 3 else share)
 
 
 def memory(config: RunConfig, num_gpus: int, gpu_gib: float, action_share: float) -> Plan:
@@ -179,9 +180,9 @@ def memory(config: RunConfig, num_gpus: int, gpu_gib: float, action_share: float
         action_share: Share of the tokens that the LLM samples: logits are computed for these alone.
 
     Raises:
-        AgileError: The number of GPUs does not divide the batches or the streams, or the model's shape is not known.
+        AgileError: There would not be work for so many GPUs, or the model's shape is not known.
     """
-    check_gpus(config, num_gpus)
+    check_processes(config, num_gpus)
     engine, ppo = config.engine, config.ppo
     shape = architecture(config)
     counts = count(config, shape)
@@ -220,33 +221,6 @@ def memory(config: RunConfig, num_gpus: int, gpu_gib: float, action_share: float
             items += reference(counts.lm, size, num_gpus, zero_stage=engine.zero_stage, offload=ppo.reference)
         items += rollout(config, shape, counts.lm, gpu_gib)
     return Plan(tuple(items), host, gpu_gib * GIB)
-
-
-def check_gpus(config: RunConfig, num_gpus: int) -> None:
-    """Whether there can be so many processes, and every one gets work.
-
-    Raises:
-        AgileError: Not with this number of GPUs.
-    """
-    if num_gpus > 1 and config.rollout.policy == "vllm" and config.ppo.num_iterations:
-        raise AgileError(
-            f"rollout.policy is vllm, which runs inside one training process, but {num_gpus} GPUs have one each. Set "
-            "rollout.policy=vllm-server (docs/vllm.md), and vllm.kv_cache_gib if the servers share these GPUs."
-        )
-    sizes = {"sft.batch_size": config.sft.batch_size} if config.sft.num_steps else {}
-    if config.ppo.num_iterations:
-        sizes |= {
-            "ppo.batch_size": config.ppo.batch_size,
-            "ppo.streams_per_iteration": config.ppo.streams_per_iteration,
-        }
-    for key, value in sizes.items():
-        if value % num_gpus:
-            fitting = [n for n in range(1, value + 1) if value % n == 0]
-            near = min(fitting, key=lambda n: (abs(n - num_gpus), n))
-            raise AgileError(
-                f"{num_gpus} GPUs do not divide {key}={value}, so some would wait for others at every step. Take "
-                f"{near} GPUs, or set {key}={max(1, round(value / num_gpus)) * num_gpus}."
-            )
 
 
 def buckets(counts: Counts, *, zero_stage: int, size: int) -> Iterator[Item]:

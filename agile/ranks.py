@@ -16,8 +16,6 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import numpy as np
-
 from agile.errors import AgileError
 
 T = TypeVar("T")
@@ -140,7 +138,7 @@ def shares(sizes: Sequence[float], num: int) -> list[list[int]]:
     parts: list[list[int]] = [[] for _ in range(num)]
     loads = [0.0] * num
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        least = int(np.argmin(loads))
+        least = loads.index(min(loads))
         parts[least].append(i)
         loads[least] += sizes[i]
     return [sorted(part) for part in parts]

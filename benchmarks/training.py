@@ -55,6 +55,7 @@ from agile.engine import Engine
 from agile.losses import PPOCoefficients
 from agile.model import ActorCritic, small_llama
 from agile.train.ppo import Discounts, update
+from agile.train.preference import import_trl
 from agile.train.sft import train_sft
 from agile.types import Segment, SegmentEnd, Session, SessionStatus, Source, Span, Trajectory
 
@@ -101,8 +102,9 @@ def flops(rows: Sequence[Row], model: PreTrainedModel, per_weight: int = 6) -> f
     trunk = sum(p.numel() for p in model.parameters() if id(p) not in outside)
     lengths = np.array([len(row) for row in rows], dtype=np.float64)
     actions = sum(row.num_actions for row in rows)
-    attention = config.num_hidden_layers * config.hidden_size * float(lengths @ lengths)
-    return per_weight * (trunk * float(lengths.sum()) + attention + config.hidden_size * config.vocab_size * actions)
+    attention = float(config.num_hidden_layers * config.hidden_size * (lengths @ lengths))
+    heads = float(config.hidden_size * config.vocab_size * actions)
+    return per_weight * (trunk * float(lengths.sum()) + attention + heads)
 
 
 def matmul_peak() -> float:
@@ -194,7 +196,8 @@ def trl_arguments(task: Task, folder: Path, num_steps: int, **options: Any) -> d
 def trl_sft(task: Task, folder: Path, **options: Any) -> Callable[[], Measured]:
     """TRL's SFTTrainer on the same ids and labels."""
     import datasets
-    import trl
+
+    trl = import_trl()
 
     labels = [np.where(row.action_mask, row.token_ids, -100).tolist() for row in task.rows]
     data = datasets.Dataset.from_dict({"input_ids": [row.token_ids.tolist() for row in task.rows], "labels": labels})
@@ -290,7 +293,8 @@ def trl_grpo(task: Task, folder: Path) -> Callable[[], Measured]:
     """GRPOTrainer on given completions: a cycle of scoring and epochs, after a first one that is not counted."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import datasets
-    import trl
+
+    trl = import_trl()
 
     first = [int(np.argmax(row.action_mask)) for row in task.rows]
 

@@ -164,7 +164,7 @@ def test_demo_leaves_a_whole_run(tiny_run: TinyRun) -> None:
     left = {p.name for p in tiny_run.path.iterdir() if not p.name.startswith(".")}
     assert left == {
         *("config.yaml", "minishop", "sessions-0.jsonl", "metrics.jsonl", "tensorboard", "checkpoints", "sft", "ppo"),
-        *("report.json", "report.html", "report.png", "test-sft.jsonl", "test-ppo.jsonl"),
+        *("tracking.json", "report.json", "report.html", "report.png", "test-sft.jsonl", "test-ppo.jsonl"),
     }
     assert not [p for p in tiny_run.path.rglob(".*") if p.name != ".lock"], "a draft was left"
 

@@ -18,7 +18,8 @@ from agile.config import load_config
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.losses import token_logprobs
-from agile.plan import GIB, Counts, architecture, check_gpus, count, memory, state_bytes, step_bytes
+from agile.plan import GIB, Counts, architecture, count, memory, state_bytes, step_bytes
+from agile.training import check_processes
 from tests.tiny import agile
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -135,7 +136,7 @@ def test_configs_for_gpus_have_the_papers_settings_and_the_command_of_their_gpus
     assert (sft.lr, sft.batch_size, ppo.lr, ppo.batch_size, ppo.num_epochs) == (1e-5, 64, 1e-6, 64, 1)
     assert (config.agent.product_k, config.agent.knowledge_k, config.memory.encoder) == (1, 1, "all-MiniLM-L6-v2")
     assert sft.num_steps == 2 * 73_864 // sft.batch_size
-    check_gpus(config, GPUS[name][0])
+    check_processes(config, GPUS[name][0])
     opening = path.read_text().partition("task:")[0]
     gpus, gib = GPUS[name]
     assert f"--gpus {gpus} --gpu-memory {gib} " in opening and f"--nproc-per-node {gpus} " in opening
@@ -164,8 +165,8 @@ def test_one_that_does_not_fit_ends_with_1_and_says_what_would() -> None:
 @pytest.mark.parametrize(
     "words, problem",
     [
-        (["--gpus", "7"], "7 GPUs do not divide"),
-        (["--gpus", "2", "rollout.policy=vllm"], "Set rollout.policy=vllm-server"),
+        (["--gpus", "7", "ppo.streams_per_iteration=3"], "fewer than the 7 processes"),
+        (["--gpus", "2", "rollout.policy=vllm"], "set rollout.policy=vllm-server"),
         (["model.path=somebody/unknown"], "The shape of model.path=somebody/unknown is not known"),
         (["rollout.policy=vllm", "vllm.gpu_memory_utilization=0.001"], "vllm.gpu_memory_utilization"),
     ],

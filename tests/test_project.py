@@ -176,7 +176,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.config": NOUNS,
     "agile.session_log": NOUNS,
     "agile.activations": (*NOUNS, "agile.losses"),
-    "agile.plan": (*NOUNS, "agile.activations", "agile.config", "agile.lora"),
+    "agile.plan": (*NOUNS, "agile.activations", "agile.config", "agile.lora", "agile.training"),
     "agile.tracking": NOUNS,
     "agile.run_folder": (
         *NOUNS,

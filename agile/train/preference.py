@@ -167,7 +167,7 @@ def _arguments(schedule: Schedule, model: PreTrainedModel, folder: str, seed: in
 
 
 def _parts(pairs: Sequence[Pair], held_out: Sequence[Pair], on_log: OnLog) -> dict[str, Any]:
-    from datasets import Dataset  # type: ignore[import-untyped]
+    from datasets import Dataset
 
     class Logged(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:

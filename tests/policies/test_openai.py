@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agile.errors import AgileError
@@ -170,6 +170,7 @@ CHOICES = st.one_of(
 
 
 @settings(max_examples=60)
+@example([(("", "0"), False)] * 2 + [(("SearchProduct", ""), False)] + [(("", "0"), False)] * 5)
 @given(st.lists(st.tuples(CHOICES, st.booleans()), min_size=8, max_size=8))
 def test_what_the_executor_wrote_is_read_back(answers: list[tuple[tuple[str, str], bool]]) -> None:
     """Whatever a model says, cut off or not: names, arguments and observations of every step, and what is legal."""
@@ -186,9 +187,12 @@ def test_what_the_executor_wrote_is_read_back(answers: list[tuple[tuple[str, str
 
     policy = OpenAIPolicy(CODEC, 0.3, Endpoint("http://127.0.0.1:9", "m", api_key_env=None))
     session = play(make_executor(), Say([]))
-    found = [step for context in contexts(session) for step in context.steps]
-    assert len(found) == len(session.steps)
-    for step, expected in zip(found, session.steps, strict=True):
+    read_back = contexts(session)
+    found = [step for context in read_back for step in context.steps]
+    # a name without an argument, which ended the session: in a context under way, its argument would be asked for
+    cut_off = read_back[-1].forced is not None
+    assert len(found) + cut_off == len(session.steps)
+    for step, expected in zip(found, session.steps, strict=not cut_off):
         if expected.text.startswith("error : expected one of"):
             assert step.name not in step.legal
         elif expected.ok:
