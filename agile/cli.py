@@ -89,6 +89,7 @@ def agile(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,  # deepspeed's launcher adds it
 ) -> None:
     """Train language-model agents that look up, remember, and ask people only when it is worth the price.
 

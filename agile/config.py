@@ -261,7 +261,6 @@ class OptimizerConfig(_Config):
         True,
         description="Whether what sequences of a pass begin with in common, 16 tokens or more, is computed once.",
     )
-    warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
 
@@ -309,7 +308,9 @@ class PPOConfig(OptimizerConfig):
     utility_beta: float = Field(0.1, ge=0)
     utility_similarity: float = Field(0.46, description="Cosine from which questions count as similar.")
     clip: float = Field(0.2, gt=0)
-    value_clip: float = Field(0.5, gt=0)
+    value_clip: float | None = Field(
+        None, gt=0, description="How far an iteration may move a value, in units of the return; null for any distance."
+    )
     value_coef: float = Field(0.5, ge=0)
     kl_coef: float = Field(0.01, ge=0)
     kl_target: float | None = Field(
@@ -364,8 +365,18 @@ class PPOConfig(OptimizerConfig):
     def _credit_reaches(self) -> PPOConfig:
         if self.credit == "chain" and self.gamma_session == 0:
             raise ValueError("credit is chain, which carries value from session to session; set gamma_session above 0")
+        if self.credit in ("none", "utility") and self.gamma_session:
+            raise ValueError(
+                f"credit is {self.credit}, which carries nothing from session to session, but gamma_session is "
+                f"{self.gamma_session:g}; set gamma_session to 0, or credit to chain or lineage"
+            )
         if self.credit == "lineage" and self.gamma_session == 0:
             raise ValueError("credit is lineage, which discounts by gamma_session per session; set it above 0")
+        if self.credit == "lineage" and self.gamma != 1:
+            raise ValueError(
+                f"credit is lineage, which compares rewards with the critic's values, but gamma is {self.gamma:g}, "
+                "which discounts the values alone; set gamma to 1"
+            )
         if self.credit == "lineage" and self.value_warmup_epochs == 0:
             raise ValueError(
                 "credit is lineage, which measures sessions against the critic, but value_warmup_epochs is 0; "
@@ -512,7 +523,7 @@ class TrackingConfig(_Config):
     """Where the numbers of metrics.jsonl go besides; what they mean says docs/metrics.md."""
 
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
-        ("tensorboard",), description="W&B and MLflow are extras, `pip install 'agile-agents[wandb]'`."
+        ("tensorboard",), description='W&B and MLflow are extras, `pip install -e ".[wandb]"`.'
     )
     project: str = Field("agile", description="W&B's project, MLflow's experiment.")
     name: str | None = Field(None, description="How the run is shown; by default as its folder is called.")
@@ -595,6 +606,12 @@ class RunConfig(_Config):
 
     @model_validator(mode="after")
     def _price_is_seen(self) -> RunConfig:
+        varies = self.task.first_price is not None or set(self.task.training_prices) - {self.task.advice_price}
+        if varies and self.prompt.instructions != "none" and not self.agent.show_price:
+            raise ValueError(
+                "the price of advice changes in training, but prompt.instructions tell one price, task.advice_price; "
+                "set agent.show_price=true"
+            )
         if len(set(self.task.training_prices)) > 1 and not self.agent.show_price:
             raise ValueError(
                 f"task.training_prices are {list(self.task.training_prices)}, but the agent does not see which of them "

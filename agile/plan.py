@@ -262,8 +262,8 @@ def rollout(config: RunConfig, shape: PretrainedConfig, num_params: int, gpu_gib
     token = 2 * text.num_hidden_layers * heads * width * size  # keys and values
     context = token * play.max_context_tokens
     if play.policy == "hf":
-        if play.lag:
-            yield Item("rollout's copy of the weights", size * num_params, "rollout.lag above 0")
+        if play.lag or config.engine.zero_stage == 3:
+            yield Item("rollout's copy of the weights", size * num_params, "rollout.lag above 0, or ZeRO 3")
         slots = play.max_batch_size
         yield Item("keys and values", slots * context, f"{slots} sessions of {play.max_context_tokens} tokens at most")
     elif vllm.kv_cache_gib is not None:

@@ -240,6 +240,10 @@ class RunFolder:
         self.place = place
         self._saved_at = time.monotonic()
 
+    def has(self, place: Place) -> bool:
+        """Whether the checkpoint of a place is there."""
+        return (self.path / "checkpoints" / place.name / "state.json").exists()
+
     def load(self, engine: Engine, place: Place | None = None) -> None:
         """Restore the engine from the last checkpoint, or from the one of `place`."""
         if place := place or self.place:

@@ -26,7 +26,7 @@ def check_installed(names: Sequence[str]) -> None:
         if importlib.util.find_spec(name) is None:
             raise AgileError(
                 f"tracking.trackers has {name}, but the package {name} is not installed. Install it with "
-                f"`pip install 'agile-agents[{name}]'`, or take it out of tracking.trackers."
+                f'`pip install -e ".[{name}]"`, or take it out of tracking.trackers.'
             )
 
 
@@ -67,6 +67,7 @@ class Tracking:
         self._trackers: dict[tuple[str, str], Any] = {}
         self._file = folder / "tracking.json"
         self._kept: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self._known = self._kept.keys() - {"tensorboard"}  # that have what was sent
         if self._kept:  # a second kill may come before the place of the first is reached
             self._keep(num_sent=max(num_sent, self._kept["num_sent"]))
 
@@ -84,7 +85,7 @@ class Tracking:
 
     def _send(self, name: str, stage: str, step: int, numbers: Mapping[str, float]) -> None:
         # what was sent and is done again; TensorBoard's own way (purge_step) also mends what a kill has torn
-        if name != "tensorboard" and self._num_lines <= self._kept.get("num_sent", 0):
+        if name in self._known and self._num_lines <= self._kept.get("num_sent", 0):
             return
         # TensorBoard has a folder for each stage: all count their steps from 1
         key = (name, stage if name == "tensorboard" else "")

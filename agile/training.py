@@ -30,12 +30,14 @@ def check_processes(config: RunConfig, num: int) -> None:
     if num > 1 and (one := [stage for stage in config.stages if stage in ("dpo", "reward-model")]):
         raise AgileError(
             f"stages has {', '.join(one)}, which run in one process, but a launcher started {num}. Leave them out, "
-            f"and run them afterwards without a launcher: stages=[{one[0]}] model.path=RUN/sft."
+            f"and run them afterwards without a launcher: agile preferences RUN, then stages=[{one[0]}] "
+            "model.path=RUN/ppo preferences.data=RUN/preferences.jsonl."
         )
     work = {"sft.batch_size": config.sft.batch_size}
     if config.ppo.num_iterations:
         work["ppo.batch_size"] = config.ppo.batch_size
-        work["ppo.streams_per_iteration"] = config.ppo.streams_per_iteration
+        if config.ppo.rollouts_per_stream == 1:
+            work["ppo.streams_per_iteration"] = config.ppo.streams_per_iteration
     for name, size in work.items():
         if size < num:
             raise AgileError(

@@ -48,6 +48,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
+from agile import ranks
 from agile.batching import Row, minibatches
 from agile.build import Setup
 from agile.config import load_config
@@ -419,32 +420,29 @@ def zero_stages(arguments: Sequence[str]) -> dict[str, dict[str, float]]:
 
 
 def one_stage(task: Task, stage: int) -> None:
-    """What a process of `zero_stages` does: its share of every batch; the first process says what all reached."""
-    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    """What a process of `zero_stages` does; `train_sft` shares each batch among them. The first one says how fast."""
     torch.manual_seed(0)
     model = ActorCritic(task.new_model())
     engine = Engine(model, lr=LR, groups=[{"params": list(model.lm.parameters())}], zero_stage=stage)
     ends: list[float] = []
-    own = task.rows[rank::processes]
 
     def run() -> Measured:
         train_sft(
             engine,
-            own,
-            batch_size=task.batch_size // processes,
+            task.rows,
+            batch_size=task.batch_size,
             micro_batch_tokens=task.micro_batch_tokens,
             num_steps=task.num_steps + 1,
             seed=0,
             on_step=lambda step, loss: ends.append(time.perf_counter()),
         )
-        batches = minibatches(own, task.batch_size // processes, np.random.default_rng([0, 0]))
-        tokens = [sum(len(own[i]) for i in batch) for batch in batches]
+        batches = minibatches(task.rows, task.batch_size, np.random.default_rng([0, 0]))
+        tokens = [sum(len(task.rows[i]) for i in batch) for batch in batches]
         return Measured(sum(tokens[1 : task.num_steps + 1]), ends[-1] - ends[0])
 
     measured, memory = peak_memory(run)
-    if rank == 0:
-        speed = processes * measured.tokens / measured.seconds  # the others' shares are of like size
-        print(json.dumps({"tokens_per_s": speed, "peak_mib": memory}), flush=True)
+    if ranks.is_main():
+        print(json.dumps({"tokens_per_s": measured.tokens / measured.seconds, "peak_mib": memory}), flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -128,5 +128,5 @@ def test_a_tracker_that_fails_is_named_once_and_the_others_go_on(
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(AgileError, match=r"pip install 'agile-agents\[wandb\]'"):
+    with pytest.raises(AgileError, match=r'pip install -e "\.\[wandb\]"'):
         check_installed(["wandb"])

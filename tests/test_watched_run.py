@@ -65,3 +65,21 @@ def test_a_rollback_goes_on_from_the_last_good_weights(tmp_path: Path) -> None:
 def test_more_streams_for_validation_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(AgileError, match=r"validation.num_streams is 3, but there are 3 train streams"):
         train(run_config("validation.every=1", "validation.num_streams=3"), tmp_path / "run")
+
+
+def test_a_rollback_before_the_first_checkpoint_keeps_the_warm_critic(tmp_path: Path) -> None:
+    config = ["sft.num_steps=10", "ppo.lr=0.05", "ppo.num_iterations=3", "ppo.checkpoint_every=50"]
+    train(run_config(*config, "guard.action=rollback", "guard.max_kl=1e-3"), tmp_path)
+    (guard,) = metrics(tmp_path, "guard")
+    assert (guard["step"], guard["to"]) == (3, 1)
+    after, warm = saved(tmp_path, 3), saved(tmp_path, 1)
+    assert all(torch.equal(after[name], warm[name]) for name in warm)
+
+
+def test_a_stopped_run_goes_on_with_rollbacks(tmp_path: Path) -> None:
+    """No checkpoint was kept for one: it takes that of where it stands."""
+    config = ["sft.num_steps=10", "ppo.lr=0.05", "ppo.num_iterations=3"]
+    with pytest.raises(AgileError, match=r"guard\.action=rollback"):
+        train(run_config(*config, "guard.max_kl=1e-3"), tmp_path)
+    train(run_config(*config, "guard.max_kl=1e-3", "guard.action=rollback"), tmp_path, resume=True)
+    assert [line["step"] for line in metrics(tmp_path, "ppo")][-1] == 3

@@ -66,8 +66,13 @@ class Course:
         """
         remedy = (
             f"The weights of iteration {self.good_step} were within the limits. Lower ppo.lr or ppo.num_epochs, raise "
-            "ppo.kl_coef in a new run, or set another limit and go on from the last checkpoint by --resume."
+            "ppo.kl_coef in a new run, or go on by --resume, with another limit or with guard.action=rollback."
         )
+        if iteration == 1:
+            raise AgileError(
+                f"The agent that PPO starts from is outside the limits: {reason}. Set another limit, or train it "
+                "longer by imitation."
+            )
         if guard.action == "stop":
             raise AgileError(f"Iteration {iteration} was stopped by the guard: {reason}. {remedy}")
         if self.num_rollbacks == guard.max_rollbacks:

@@ -38,7 +38,7 @@ from agile.stages.rewards import discounts, terminal_rewards
 from agile.stages.validation import is_validated, validate
 from agile.train.kl import KLControl
 from agile.train.ppo import train_ppo
-from agile.types import Stream, Trajectory
+from agile.types import Session, Stream, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,8 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         run.load(engine)
         done, course = run.place.step, Course(**run.state["course"])
         kl_control.coef = run.state["kl_coef"]
+        if config.guard.action == "rollback" and not run.has(Place("ppo", course.good_step)):
+            course.good_step = course.saved_step = done  # until now the run was to be stopped
     elif config.guard.action == "rollback":
         run.save(Place("ppo", 0), engine, state={"course": asdict(course), "kl_coef": kl_control.coef})
     # the policy has weights of its own where the trainer's are in shards, or change while it plays
@@ -134,6 +136,8 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         )
         return copies(at_prices, ppo.rollouts_per_stream)
 
+    ended: list[Session] = []
+
     async def play(iteration: int) -> list[Trajectory]:
         all_streams = chosen(iteration)
         return await collect(
@@ -144,6 +148,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
             seed=derive_seed(config.seed, "ppo", iteration),
             max_failed=rollout.max_failed,
             max_concurrent=rollout.concurrency,
+            on_session=ended.append,
         )
 
     engine_dtype = "float32" if rollout.policy == "hf" or config.vllm.dtype == "auto" else config.vllm.dtype
@@ -159,7 +164,12 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     )
 
     def collected(iteration: int) -> Sequence[Trajectory]:
-        own = collector.collect(iteration)
+        ended.clear()
+        try:
+            own = collector.collect(iteration)
+        except AgileError:  # too many failed: what they say of it is in the log
+            run.log_sessions(ended, stage="ppo", step=iteration + 1)
+            raise
         run.log_sessions([s for t in own for s in t.sessions], stage="ppo", step=iteration + 1)
         return ranks.gather_shares(own, lengths(chosen(iteration)))
 
@@ -195,6 +205,9 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
                 save(iteration)
                 return
             course.good_step = course.saved_step
+            # the policy stood still in the warm-up: a rollback goes back to a critic that is warm
+            if iteration == 1 and config.guard.action == "rollback" and ppo.value_warmup_epochs:
+                course.good_step = course.saved_step = iteration
             is_best = VALIDATION_SCORE in figures and course.validated(iteration, figures[VALIDATION_SCORE])
             if is_best or iteration % ppo.checkpoint_every == 0 or iteration == ppo.num_iterations:
                 course.saved_step = iteration
@@ -213,7 +226,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
             discounts=discounts(ppo),
             coefficients=PPOCoefficients(
                 clip=ppo.clip,
-                value_clip=ppo.value_clip,
+                value_clip=ppo.value_clip or math.inf,
                 value_coef=ppo.value_coef,
                 kl_coef=ppo.kl_coef,
                 entropy_coef=ppo.entropy_coef,
@@ -235,3 +248,4 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     if config.validation.select_best and course.best_step is not None:
         run.load(engine, Place("ppo", course.best_step))
     run.export("ppo", Trained.gather(engine, str(run.path / "sft")), tokenizer)
+    engine.close()

@@ -198,12 +198,17 @@ def advantages(
         variance.
     """
     trust = float(estimator.has_critic)
+
+    def end(row: Row) -> SegmentEnd:
+        """Without a critic nothing stands in for what a truncated session lost; the stream goes on behind it."""
+        return row.end if estimator.has_critic else SegmentEnd.TERMINATED
+
     layouts = []
     for sessions in plan:
         credits = [
             SessionCredit(
                 tuple(
-                    SegmentCredit(rows[i].num_actions, rows[i].end, trust * scored[i].bootstrap) for i in played.rows
+                    SegmentCredit(rows[i].num_actions, end(rows[i]), trust * scored[i].bootstrap) for i in played.rows
                 ),
                 played.reward,
             )
@@ -435,7 +440,11 @@ def train_ppo(
                 trajectories,
                 rewards(trajectories, rng),
                 discounts=replace(discounts, lineage=0.0) if warmup else discounts,
-                coefficients=replace(coefficients, kl_coef=kl_coef),
+                coefficients=replace(
+                    coefficients,
+                    kl_coef=kl_coef,
+                    value_clip=math.inf if warmup else coefficients.value_clip,  # it has a long way to go
+                ),
                 batch_size=batch_size,
                 micro_batch_tokens=micro_batch_tokens,
                 share_prefixes=share_prefixes,

@@ -38,12 +38,11 @@ def estimate(
 RETURNS = {
     "terminated": ([acting((3, TERMINATED))], [4], [1, 2, 4]),
     "cleared": ([acting((2, CLEARED), (1, TERMINATED))], [4], [1, 2, 4]),
-    # what would have come after the cut is unknown and counts nothing
     "truncated": ([acting((3, TRUNCATED))], [4], [1, 2, 4]),
     "truncated without action": ([acting((3, CLEARED), (0, TRUNCATED))], [4], [1, 2, 4]),
     # 4 + 8 / 4 = 6
     "next session": ([acting((2, TERMINATED)), acting((1, TERMINATED), index=1)], [4, 8], [3, 6, 8]),
-    "truncated before next": ([acting((2, TRUNCATED)), acting((1, TERMINATED), index=1)], [4, 8], [2, 4, 8]),
+    "truncated before next": ([acting((2, TRUNCATED)), acting((1, TERMINATED), index=1)], [4, 8], [3, 6, 8]),
     # the failed one is left out, the sessions around it are neighbours
     "failed between": (
         [
