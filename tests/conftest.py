@@ -22,6 +22,13 @@ settings.register_profile("agile", deadline=None)  # a busy machine is not a fai
 settings.load_profile("agile")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests start processes, each of which takes a while, and may be beside others."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real data that AGILE_DATA names; without it the test is skipped."""
