@@ -16,12 +16,12 @@ from agile.copies import original_id
 from agile.credit import Estimator
 from agile.engine import Engine
 from agile.errors import AgileError
-from agile.model import ActorCritic
 from agile.replay import RunParts
 from agile.report import write_page
 from agile.run_folder import checkpoints
 from agile.session_log import Logged, last_step, logged_sessions
 from agile.show import View, describe, print_view, render_page
+from agile.stages.ppo import ppo_engine
 from agile.stages.rewards import discounts, terminal_rewards
 from agile.train.ppo import advantages, lay_out, lineage_terms, score_rows
 from agile.types import Session, Trajectory
@@ -162,15 +162,6 @@ def critic_of(parts: RunParts, logged: Logged) -> tuple[list[float], list[float]
 
 
 def _engine(parts: RunParts, logged: Logged, checkpoint: Path) -> Engine:
-    ppo = parts.config.ppo
-    folder = next(parts.run / name for name in ("ppo", "sft") if (parts.run / name).is_dir())
-    model = ActorCritic(parts.setup.language_model(parts.executor(logged).codec.tokenizer, folder))
-    engine = Engine(
-        model,
-        lr=ppo.lr,
-        groups=model.parameter_groups(ppo.value_lr),
-        weight_decay=ppo.weight_decay,
-        max_grad_norm=ppo.max_grad_norm,
-    )
+    engine = ppo_engine(parts.config, parts.setup, parts.executor(logged).codec.tokenizer, parts.run / "sft")
     engine.load(checkpoint, "engine")
     return engine

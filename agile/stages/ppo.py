@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from agile import ranks
 from agile.build import Setup
@@ -82,14 +84,11 @@ def lr_factor(ppo: PPOConfig, iteration: int) -> float:
     return 1 - iteration / ppo.num_iterations if ppo.lr_schedule == "linear" else 1.0
 
 
-def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor) -> None:
-    """Train the agent `sft` and a critic on its own sessions, from where the run stands; writes the agent `ppo`."""
-    ppo, rollout, task = config.ppo, config.rollout, config.task
-    kl_control = KLControl(ppo.kl_coef, ppo.kl_target)
-    tokenizer = executor.codec.tokenizer
-    torch.manual_seed(config.seed)
-    model = ActorCritic(setup.trained_model(tokenizer, run.path / "sft"), config.model.critic)
-    engine = Engine(
+def ppo_engine(config: RunConfig, setup: Setup, tokenizer: PreTrainedTokenizerFast, start: Path) -> Engine:
+    """The policy and its critic as PPO trains them, from the agent in the folder `start`."""
+    ppo = config.ppo
+    model = ActorCritic(setup.trained_model(tokenizer, start), config.model.critic)
+    return Engine(
         model,
         **config.engine.model_dump(),
         lr=ppo.lr,
@@ -99,6 +98,16 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         skip_above=config.guard.max_grad_norm,
         max_skipped=config.guard.max_skipped_steps,
     )
+
+
+def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor) -> None:
+    """Train the agent `sft` and a critic on its own sessions, from where the run stands; writes the agent `ppo`."""
+    ppo, rollout, task = config.ppo, config.rollout, config.task
+    kl_control = KLControl(ppo.kl_coef, ppo.kl_target)
+    tokenizer = executor.codec.tokenizer
+    torch.manual_seed(config.seed)
+    engine = ppo_engine(config, setup, tokenizer, run.path / "sft")
+    lm = engine.module.lm
     reference = None
     if ppo.kl_coef and config.lora:
         reference = adapter_free(engine)
@@ -116,10 +125,10 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         run.save(Place("ppo", 0), engine, state={"course": asdict(course), "kl_coef": kl_control.coef})
     # the policy has weights of its own where the trainer's are in shards, or change while it plays
     shares_model = rollout.policy == "hf" and rollout.lag == 0 and config.engine.zero_stage < 3
-    sampled = model.lm
+    sampled = lm
     if rollout.policy == "hf" and not shares_model:
         sampled = setup.language_model(tokenizer, run.path / "sft")
-        torch.nn.Module.to(sampled, engine.device, model.lm.dtype)
+        torch.nn.Module.to(sampled, engine.device, lm.dtype)
     policy = setup.policy(sampled, tokenizer, run.path / "sft", temperature=rollout.temperature)
     streams = setup.train_streams
     count = min(ppo.streams_per_iteration, len(streams))
@@ -152,7 +161,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         )
 
     engine_dtype = "float32" if rollout.policy == "hf" or config.vllm.dtype == "auto" else config.vllm.dtype
-    exact = model.lm.dtype == torch.float32 and engine_dtype == "float32"
+    exact = lm.dtype == torch.float32 and engine_dtype == "float32"
     collector = Collector(
         policy,
         play,

@@ -20,7 +20,7 @@ STAGES = ("dpo", "reward-model")
 
 
 def train_on_preferences(config: RunConfig, run: RunFolder, setup: Setup) -> None:
-    """Run the stages of TRL's that the config names; each starts from the last agent that was trained before.
+    """Run the stages of TRL's that the config names; each starts from what `ppo` or `sft` trained last.
 
     Neither has checkpoints: a run that was killed in one starts that stage anew.
 
@@ -60,7 +60,6 @@ def train_on_preferences(config: RunConfig, run: RunFolder, setup: Setup) -> Non
                     on_log=on_log,
                 )
             else:
-                assert folder is not None
                 model = train_reward_model(
                     folder, tokenizer, kept, held_out, schedule=schedule, seed=config.seed, on_log=on_log
                 )

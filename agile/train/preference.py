@@ -138,19 +138,12 @@ def train_reward_model(
 
 def _arguments(schedule: Schedule, model: PreTrainedModel, folder: str, seed: int) -> dict[str, Any]:
     """What both trainers are told. TRL saves nothing: the caller exports the model."""
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    per_process, left = divmod(schedule.batch_size, schedule.micro_batch_size * processes)
-    if left or not per_process:
-        raise AgileError(
-            f"batch_size {schedule.batch_size} is not a multiple of micro_batch_size {schedule.micro_batch_size} times "
-            f"{processes} processes; change one of them in the section of this stage."
-        )
     return {
         "output_dir": folder,
         "learning_rate": schedule.lr,
         "per_device_train_batch_size": schedule.micro_batch_size,
         "per_device_eval_batch_size": schedule.micro_batch_size,
-        "gradient_accumulation_steps": per_process,
+        "gradient_accumulation_steps": schedule.batch_size // schedule.micro_batch_size,  # the config was checked
         "num_train_epochs": schedule.num_epochs,
         "warmup_steps": schedule.warmup_steps,
         "weight_decay": schedule.weight_decay,
