@@ -13,11 +13,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from agile.batching import make_batch
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.model import ActorCritic
 from agile.policies.vllm import VLLMPolicy
 from agile.types import Completion
+from tests.doors import random_rows
 from tests.policies.contract import PolicyContract
 from tests.policies.rollout_engines import MAX_LEN, PROMPTS, largest_error, make_model, perturb, sample, save, weights
 
@@ -238,9 +240,9 @@ def test_it_shares_the_process_with_the_trainer_and_tied_weights_are_taken_over(
     trainer = Engine(ActorCritic(tied), lr=0.01)
     other = start(save(tied, tmp_path / "tied"), num_tokens=tied.config.vocab_size)
     assert largest_error(tied, other) < 1e-4
-    ids = torch.arange(2, 12)[None]
+    batch = make_batch(random_rows(2), trainer.device)
     for version in (1, 2):
-        logits, _, _ = trainer.forward(ids, torch.ones_like(ids), ids > 2)
+        logits, _, _ = trainer.forward(batch)
         trainer.backward(logits.square().mean(), last=True)
         trainer.step()
         assert largest_error(tied, other) > 1e-3
