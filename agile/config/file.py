@@ -1,0 +1,125 @@
+"""YAML files and `a.b=value` overrides into a `RunConfig`, and errors that name the nearest right key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from agile.config.run import RunConfig
+from agile.errors import AgileError
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, apply `a.b=value` overrides and check the result.
+
+    Raises:
+        AgileError: The file is missing or not YAML, a key is unknown (with the nearest right one), a value is wrong.
+    """
+    values = {} if path is None else _read(path)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise AgileError(f"{override!r} is not of the form a.b=value, for example ppo.lr=1e-4.")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError:
+            raise AgileError(f"{override!r}: {text!r} is not YAML; write a list as [a, b], quote odd text.") from None
+        _set(values, key.split("."), value, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        source = "The config" if path is None else f"The config {path}"
+        changed = " with " + " ".join(overrides) if overrides else ""
+        problems = "\n".join(f"  {_explain(e)}" for e in error.errors())
+        raise AgileError(f"{source}{changed} cannot be used:\n{problems}") from None
+
+
+def differences(old: BaseModel, new: BaseModel) -> list[str]:
+    """`key was ..., is now ...` of every value that differs between two configs of one kind."""
+    before, after = (dict(flat(c.model_dump(mode="json"))) for c in (old, new))
+    keys = dict.fromkeys([*before, *after])  # a section that may be null has keys in one of them only
+    return [f"{k} was {before.get(k)!r}, is now {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`(a.b, value)` of every value of a config, as `model_dump` gives it."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, except that 1e-4 is a number."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "-+0123456789")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise AgileError(f"Cannot read the config {path}: {error.strerror}. Give a YAML file, see configs/.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise AgileError(f"{path} is not YAML: {error}. Expected sections of keys, see configs/.") from None
+    if not isinstance(loaded, dict | None):
+        raise AgileError(f"{path} holds a {type(loaded).__name__}, expected a mapping of sections (task:, ppo:, ...).")
+    # a section whose keys are all commented out is read as null
+    empty: dict[str, Any] = {k: {} for k, f in RunConfig.model_fields.items() if isinstance(f.default, BaseModel)}
+    return {k: empty.get(k) if v is None else v for k, v in (loaded or {}).items()}
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+        if not isinstance(values, dict):
+            raise AgileError(f"{override!r}: {key} is a value, not a section. See configs/ for what a config holds.")
+    values[keys[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    """One problem in a line: the key, its value, what was expected, and what to write instead."""
+    keys = [str(k) for k in error["loc"] if not isinstance(k, int)]
+    name = ".".join(keys) or "the file"
+    if error["type"] == "extra_forbidden":
+        return f"Unknown key {name}. {_nearest(keys)}"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if error["type"] == "value_error":  # of several keys; it says itself which
+        return f"{name}: {message}."
+    section = _section(keys[:-1])
+    default = section.model_fields[keys[-1]].default if keys else None
+    if isinstance(default, BaseModel):
+        return f"{name} is {error['input']!r}: expected a section of keys, {', '.join(type(default).model_fields)}."
+    if error["type"] == "tuple_type":
+        message = "expected a list, [a, b]"
+    message = message.partition(", unable to")[0]  # to parse or interpret: the value says so itself
+    default = list(default) if isinstance(default, tuple) else default
+    return f"{name} is {error['input']!r}: {message}." + ("" if default is None else f" The default is {default!r}.")
+
+
+def _section(keys: Sequence[str]) -> Any:
+    """The model of a section, one that may be null included."""
+    section: Any = RunConfig
+    for key in keys:
+        kind = section.model_fields[key].annotation
+        section = next((k for k in get_args(kind) if isinstance(k, type) and issubclass(k, BaseModel)), kind)
+    return section
+
+
+def _nearest(keys: Sequence[str]) -> str:
+    """Which key may have been meant: one of that name in another section, else a similar one in this section."""
+    section = _section(keys[:-1])
+    elsewhere = [key for key, _ in flat(RunConfig.model_construct().model_dump()) if key.split(".")[-1] == keys[-1]]
+    similar = difflib.get_close_matches(keys[-1], section.model_fields, n=1, cutoff=0.5)
+    near = elsewhere or [".".join([*keys[:-1], key]) for key in similar]
+    return f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(section.model_fields)}."

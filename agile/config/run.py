@@ -1,0 +1,123 @@
+"""The whole of a config, and what its sections must agree on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from agile.config.evaluate import EvaluateConfig
+from agile.config.rollout import LoRAConfig, ModelConfig, RolloutConfig, VLLMConfig
+from agile.config.section import Section
+from agile.config.task import AgentConfig, MemoryConfig, PromptConfig, TaskConfig
+from agile.config.training import (
+    CheckpointsConfig,
+    DPOConfig,
+    EngineConfig,
+    GuardConfig,
+    PPOConfig,
+    PreferencesConfig,
+    RewardModelConfig,
+    SFTConfig,
+    TrackingConfig,
+    ValidationConfig,
+)
+
+
+class DemoConfig(Section):
+    shuffle_rewards: bool = Field(False, description="Control: gives every session another session's reward.")
+
+
+class RunConfig(Section):
+    """Everything a run can be told."""
+
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch.")
+    stages: tuple[Literal["sft", "ppo", "dpo", "reward-model"], ...] = Field(
+        ("sft", "ppo"), description="What `agile train` does, in this order."
+    )
+    task: TaskConfig = TaskConfig()
+    agent: AgentConfig = AgentConfig()
+    memory: MemoryConfig = MemoryConfig()
+    model: ModelConfig = ModelConfig()
+    lora: LoRAConfig | None = Field(None, description="null trains all weights.")
+    prompt: PromptConfig = PromptConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    vllm: VLLMConfig = VLLMConfig()
+    engine: EngineConfig = EngineConfig()
+    sft: SFTConfig = SFTConfig()
+    ppo: PPOConfig = PPOConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
+    dpo: DPOConfig = DPOConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    validation: ValidationConfig = ValidationConfig()
+    guard: GuardConfig = GuardConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    demo: DemoConfig = DemoConfig()
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> RunConfig:
+        order = ("sft", "ppo", "dpo", "reward-model")
+        if not self.stages or list(self.stages) != sorted(set(self.stages), key=order.index):
+            raise ValueError(
+                f"stages are {list(self.stages)}, expected one or more of {list(order)}, each once and in this order"
+            )
+        if "ppo" in self.stages and "sft" not in self.stages:
+            raise ValueError("stages has ppo without sft, which PPO starts from; sft.num_steps=0 skips its training")
+        if {"dpo", "reward-model"} & set(self.stages):
+            if "sft" not in self.stages and self.model.path is None:
+                raise ValueError("stages trains on preferences alone, but model.path names no agent to start from")
+            if self.preferences.data is None and ("ppo" not in self.stages or not self.ppo.num_iterations):
+                raise ValueError(
+                    "stages trains on preferences, but there are no sessions of PPO to take them from; give a file of "
+                    "`agile preferences`: preferences.data=FILE"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _guard_sees_what_it_limits(self) -> RunConfig:
+        guard = self.guard
+        if guard.max_kl is not None and self.ppo.kl_coef == 0:
+            raise ValueError("guard.max_kl is set, but ppo.kl_coef is 0, so that no reference is kept; set it above 0")
+        if guard.max_score_drop is not None and not self.validation.every:
+            raise ValueError("guard.max_score_drop is set, but nothing is validated; set validation.every=1")
+        if guard.action == "rollback" and self.rollout.lag:
+            raise ValueError(
+                f"guard.action is rollback, but rollout.lag is {self.rollout.lag}: what was collected ahead is of "
+                "weights that a rollback drops; set rollout.lag=0 or guard.action=stop"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_share_the_trunk(self) -> RunConfig:
+        if self.lora is not None and self.model.critic == "separate":
+            raise ValueError(
+                "lora trains a few weights beside a frozen trunk, but model.critic is separate, which trains a second "
+                "trunk whole; set model.critic=shared, or leave lora out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _price_is_seen(self) -> RunConfig:
+        varies = self.task.first_price is not None or set(self.task.training_prices) - {self.task.advice_price}
+        if varies and self.prompt.instructions != "none" and not self.agent.show_price:
+            raise ValueError(
+                "the price of advice changes in training, but prompt.instructions tell one price, task.advice_price; "
+                "set agent.show_price=true"
+            )
+        if len(set(self.task.training_prices)) > 1 and not self.agent.show_price:
+            raise ValueError(
+                f"task.training_prices are {list(self.task.training_prices)}, but the agent does not see which of them "
+                "holds; set agent.show_price=true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _servers_are_given(self) -> RunConfig:
+        if self.rollout.policy == "vllm-server":
+            for name in ("servers", "weights_dir"):
+                if not getattr(self.vllm, name):
+                    raise ValueError(f"rollout.policy is vllm-server, but vllm.{name} is missing; see docs/vllm.md")
+        return self

@@ -1,0 +1,81 @@
+"""Sections about questions, prompts and memory."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from agile.config.section import Count, Price, Section, UserPath
+
+
+class TaskConfig(Section):
+    name: Literal["minishop", "productqa"] = Field("minishop", description="Generated worlds, or official files.")
+    data: UserPath | None = Field(None, description="Folder of the files; minishop writes its own without it.")
+    advice_price: Price = Field(0.3, description="What one piece of advice costs, in units of a right answer.")
+    training_prices: tuple[Price, ...] = Field(
+        (), description="In training each stream draws its price from these; by default advice_price."
+    )
+    first_price: Price | None = Field(
+        None,
+        description="Price in the first iteration of PPO, from where it goes straight to advice_price in the last.",
+    )
+    train_groups: tuple[str, ...] | None = Field(None, description="Train groups to use; all by default.")
+    test_groups: tuple[str, ...] | None = Field(None, description="Test groups to use; all by default.")
+    max_items: Count | None = Field(None, description="Questions to use of each group, from its start.")
+    num_train_worlds: Count = Field(64, description="MiniShop: worlds to train on.")
+    num_test_worlds: Count = Field(32, description="MiniShop: unseen worlds to test on.")
+    num_questions: Count = Field(40, description="MiniShop: questions of a world.")
+
+    @model_validator(mode="after")
+    def _one_way_to_price(self) -> TaskConfig:
+        if self.training_prices and self.first_price is not None:
+            raise ValueError(
+                "both training_prices (drawn per stream) and first_price (a schedule) are set; remove one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _data_is_given(self) -> TaskConfig:
+        if self.name == "productqa" and self.data is None:
+            raise ValueError("data is missing; give the folder of ProductQA's files: task.data=DIR")
+        return self
+
+
+class AgentConfig(Section):
+    product_k: int = Field(1, ge=0, description="Entries of the product's own history in the prompt.")
+    group_k: int = Field(0, ge=0, description="Entries of the whole group's history in the prompt.")
+    knowledge_k: int = Field(1, ge=0, description="Entries of the group's knowledge in the prompt.")
+    show_schema: bool = Field(False, description="Whether the prompt lists the table's columns.")
+    show_price: bool = Field(
+        False, description="Whether the prompt says what advice costs, so that one policy can serve every price."
+    )
+
+
+class MemoryConfig(Section):
+    encoder: str = Field("all-MiniLM-L6-v2", description="Sentence-transformers name or path, or `hashing`.")
+    cache: UserPath | None = Field(None, description="SQLite file that keeps embeddings; by default in the run folder.")
+
+
+class PromptConfig(Section):
+    """How prompts are written as tokens."""
+
+    format: Literal["plain", "chat"] = Field("plain", description="Text alone, or the model's own chat template.")
+    special_tokens: bool = Field(True, description="Whether an action's name is one special token, or plain text.")
+    instructions: Literal["none", "system", "user"] = Field(
+        "none",
+        description="Where the table of actions and prices is told: nowhere, in a system turn (chat), or before the "
+        "first text of each context.",
+    )
+    thinking: Literal["keep", "cut"] = Field(
+        "keep", description="Whether thinking blocks stay in the context; cut starts a new context window after each."
+    )
+    template_options: dict[str, Any] = Field({}, description="Variables of the chat template, as enable_thinking.")
+
+    @model_validator(mode="after")
+    def _fits_the_format(self) -> PromptConfig:
+        if self.format == "plain" and self.instructions == "system":
+            raise ValueError(
+                "instructions is system, but format is plain, which has no turns; set instructions to user"
+            )
+        return self
