@@ -146,6 +146,12 @@ class ProductQAAgent:
             return []
         return self.lesson(item, session_id, advice.answer, reflection, origin="advice")
 
+    def teacher(self, codec: ActionCodec, judge_yes: float) -> ProductQATeacher:
+        return ProductQATeacher(codec, self, judge_yes)
+
+    def initial_memory(self, item: Item, others: Sequence[Item], rng: np.random.Generator) -> list[MemoryItem]:
+        return random_memory(item, others, rng)
+
     @staticmethod
     def lesson(item: Item, session_id: str, answer: str, knowledge: str, origin: str) -> list[MemoryItem]:
         """The history entry of an answered question, and the knowledge entry unless there is none."""
@@ -174,7 +180,7 @@ class ProductQAAgent:
         ]
 
 
-class Teacher:
+class ProductQATeacher:
     """Labels sessions by the paper's rule: gold SQL on search; the gold answer if what is in sight settles the
     question or a judge calls it answerable; otherwise advice, and the gold knowledge as reflection.
 

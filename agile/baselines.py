@@ -6,7 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,21 +14,12 @@ from numpy.typing import NDArray
 from agile.errors import AgileError
 from agile.evaluate import Outcome, rates
 from agile.memory.encoders import Encoder
+from agile.protocols import AnswerKey
 from agile.types import Item, Stream
 
 NAMES = ("always_ask", "never_ask", "router", "recall", "oracle")
 SCOPES = ("product", "group")
 THRESHOLDS = tuple(i / 20 for i in range(10, 21))  # .5 to 1
-
-
-class BaselineTask(Protocol):
-    """What baselines need of a task."""
-
-    def tool_answer(self, item: Item) -> str | None:
-        """What the task's tool answers if it is called as it should be; None if no tool helps."""
-        ...
-
-    def is_correct(self, item: Item, answer: str | None, used_search: bool) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +36,7 @@ def run_baselines(
     test_streams: Sequence[Stream],
     price: float,
     encoder: Encoder,
-    task: BaselineTask,
+    task: AnswerKey,
 ) -> dict[str, BaselineRun]:
     """Run the named baselines on the test streams; only `never_ask` reads the train streams, only `recall` encodes.
 
@@ -71,7 +62,7 @@ def always_ask(streams: Sequence[Stream]) -> list[Outcome]:
     return [_outcome(stream, i, correct=True, advised=True) for stream in streams for i in range(len(stream.items))]
 
 
-def never_ask(train_streams: Sequence[Stream], streams: Sequence[Stream], task: BaselineTask) -> BaselineRun:
+def never_ask(train_streams: Sequence[Stream], streams: Sequence[Stream], task: AnswerKey) -> BaselineRun:
     """The tool where it helps, else the answer that the question's kind has most often in the train streams."""
     counts: dict[str, Counter[str]] = {}
     for item in (item for stream in train_streams for item in stream.items):
@@ -87,7 +78,7 @@ def never_ask(train_streams: Sequence[Stream], streams: Sequence[Stream], task: 
     return BaselineRun(results, {"answers": majority})
 
 
-def router(streams: Sequence[Stream], task: BaselineTask) -> list[Outcome]:
+def router(streams: Sequence[Stream], task: AnswerKey) -> list[Outcome]:
     """The tool where it helps, else ask."""
     results = []
     for stream in streams:
@@ -98,7 +89,7 @@ def router(streams: Sequence[Stream], task: BaselineTask) -> list[Outcome]:
     return results
 
 
-def recall(streams: Sequence[Stream], price: float, encoder: Encoder, task: BaselineTask) -> BaselineRun:
+def recall(streams: Sequence[Stream], price: float, encoder: Encoder, task: AnswerKey) -> BaselineRun:
     """The router, but it repeats the answer of the most similar question it asked about, if that is similar enough.
 
     It looks among the earlier questions of the stream about the same product, or of the same group. Scope and threshold
@@ -145,7 +136,7 @@ def _sources(similarity: NDArray[np.float32], items: Sequence[Item], scope: str)
     return sources
 
 
-def oracle(streams: Sequence[Stream], price: float, task: BaselineTask) -> list[Outcome]:
+def oracle(streams: Sequence[Stream], price: float, task: AnswerKey) -> list[Outcome]:
     """What one who knows a MiniShop world's priors, reads all that is shown and forgets nothing achieves myopically.
 
     Each item's context names the fact that settles it (`settled_by`, equal for all items that it settles, empty if what

@@ -48,8 +48,7 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
     if checkpoint is None or checkpoint.resolve() != out.resolve():
         _claim(out, config)
     setup = Setup(config, checkpoint if checkpoint is not None and config.task.data is None else out)
-    streams, price = setup.task.streams("test"), config.task.advice_price
-    macro = config.task.name == "productqa"  # the paper reports ProductQA as the mean over its groups
+    streams, price, macro = setup.task.streams("test"), config.task.advice_price, setup.task.macro
     if agents or prompted:
         setup.embed(streams)
     seconds = {"embedding": time.monotonic() - started}

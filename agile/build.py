@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from agile import ranks
 from agile.advice import AdviceDesk, DatasetAdvisor
-from agile.agents.product_qa import ProductQAAgent, Teacher, random_memory
+from agile.agents.product_qa import ProductQAAgent
 from agile.baselines import BaselineRun, run_baselines
 from agile.batching import Row, session_rows
 from agile.chat_template import bos_ids, chat_turns
@@ -29,7 +29,7 @@ from agile.policies import HFPolicy
 from agile.policies.vllm import VLLMPolicy
 from agile.policies.vllm_server import VLLMServerPolicy
 from agile.prompts import instructions
-from agile.protocols import Advisor, Memory, TrainablePolicy
+from agile.protocols import Advisor, Memory, Task, TeachableAgent, TrainablePolicy
 from agile.run_folder import writing
 from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
@@ -50,13 +50,14 @@ class Setup:
     folder: Path
 
     @cached_property
-    def task(self) -> ProductQA:
+    def task(self) -> Task:
         task = self.config.task
         data = task.data or self.folder / "minishop"
         if task.data is None and not data.exists():
             spec = MiniShopSpec(task.num_train_worlds, task.num_test_worlds, task.num_questions)
             write_minishop(data, spec, self.config.seed)
-        return ProductQA(data, task.train_groups, task.test_groups, task.max_items)
+        macro = task.name == "productqa"  # as the paper reports it
+        return ProductQA(data, task.train_groups, task.test_groups, task.max_items, macro=macro)
 
     @cached_property
     def train_streams(self) -> Sequence[Stream]:
@@ -82,7 +83,7 @@ class Setup:
         return streams[-validation.num_streams :]
 
     @cached_property
-    def agent(self) -> ProductQAAgent:
+    def agent(self) -> TeachableAgent:
         return ProductQAAgent(**self.config.agent.model_dump())
 
     @cached_property
@@ -277,7 +278,7 @@ class Setup:
         return Executor(
             self.agent,
             codec or self.codec(tokenizer),
-            {"SearchProduct": self.task.search},
+            self.task.tools,
             AdviceDesk(advisor or DatasetAdvisor(), self.config.task.advice_price),
             self.task.score,
             Limits(
@@ -294,7 +295,7 @@ class Setup:
     def imitation_rows(self, executor: Executor) -> list[Row]:
         """What imitation learns from: the teacher's sessions on the train streams."""
         sft = self.config.sft
-        teacher = Teacher(executor.codec, self.agent, sft.judge_yes)
+        teacher = self.agent.teacher(executor.codec, sft.judge_yes)
         streams = self.train_streams
         sizes = [len(stream.items) for stream in streams]
         own = [streams[i] for i in ranks.own_share(sizes)]
@@ -302,7 +303,7 @@ class Setup:
             executor,
             own,
             teach=teacher.policy,
-            initial_memory=random_memory,
+            initial_memory=self.agent.initial_memory,
             new_memory=self.memory,
             sessions_per_item=sft.sessions_per_item,
             prices=self.config.task.training_prices or (self.config.task.advice_price,),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
+from agile.tokens import ActionCodec
 from agile.types import (
     Advice,
     AdviceRequest,
@@ -85,8 +88,65 @@ class Agent(Protocol):
         ...
 
 
-class Task(Protocol):
-    """Where questions and rewards come from."""
+class Teacher(Protocol):
+    """Says what the agent should do: what imitation learns."""
+
+    def policy(self, item: Item, memory: Memory, price: float, rng: np.random.Generator) -> Policy:
+        """A policy for one session about `item` with this memory, at this price of advice."""
+        ...
+
+
+class TeachableAgent(Agent, Protocol):
+    """An agent that `agile train` can teach and `agile bench` can play.
+
+    Attributes:
+        show_price: Whether the opening text says what advice costs.
+    """
+
+    @property
+    def show_price(self) -> bool: ...
+
+    def embedded_texts(self, item: Item) -> list[str]:
+        """All texts that a session about `item` may embed, as far as they are known before it is played."""
+        ...
+
+    def corpus(self, items: Sequence[Item]) -> list[str]:
+        """Texts that hold every word that sessions about `items` can show or should say."""
+        ...
+
+    def teacher(self, codec: ActionCodec, judge_yes: float) -> Teacher: ...
+
+    def initial_memory(self, item: Item, others: Sequence[Item], rng: np.random.Generator) -> list[MemoryItem]:
+        """What an imitation session about `item` starts with.
+
+        Args:
+            others: The questions of its stream.
+        """
+        ...
+
+
+class AnswerKey(Protocol):
+    """What is right, and what a perfect use of tools reaches; baselines need no more of a task."""
+
+    def tool_answer(self, item: Item) -> str | None:
+        """What the task's tool answers if it is called as it should be; None if no tool helps."""
+        ...
+
+    def is_correct(self, item: Item, answer: str | None, used_search: bool) -> bool: ...
+
+
+class Task(AnswerKey, Protocol):
+    """Where questions and rewards come from.
+
+    Attributes:
+        tools: What the agent can call, by the names of its actions.
+        macro: Whether a report weighs every stream alike, not every question.
+    """
+
+    @property
+    def tools(self) -> Mapping[str, Tool]: ...
+    @property
+    def macro(self) -> bool: ...
 
     def streams(self, split: str) -> Sequence[Stream]: ...
 

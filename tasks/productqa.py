@@ -51,9 +51,11 @@ class ProductQA:
         data: Folder of the official layout.
         train_groups, test_groups: Groups to read of that split, in this order; none named means all, sorted by name.
         max_items: Read only the first so many questions of each group.
+        macro: Whether reports weigh every group alike.
 
     Attributes:
         search: The tool that the gold SQL is written for.
+        tools: It, by the name of its action.
 
     Raises:
         AgileError: A folder, file, line or field is missing or malformed; the message names it, what was expected
@@ -66,6 +68,8 @@ class ProductQA:
         train_groups: Sequence[str] | None = None,
         test_groups: Sequence[str] | None = None,
         max_items: int | None = None,
+        *,
+        macro: bool = False,
     ) -> None:
         if max_items is not None and max_items < 1:
             raise AgileError(f"ProductQA: max_items is {max_items}; expected at least 1, or nothing for all questions.")
@@ -74,6 +78,8 @@ class ProductQA:
         self._groups = {"train": train_groups, "test": test_groups}
         self._streams: dict[str, tuple[Stream, ...]] = {}
         self.search = SqlSearch(self.database)
+        self.tools = {SEARCH_ACTION: self.search}
+        self.macro = macro
         with closing(sqlite3.connect(f"{self.database.resolve().as_uri()}?mode=ro", uri=True)) as connection:
             self._tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
 

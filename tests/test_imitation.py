@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from agile.agents.product_qa import SPEC, ProductQAAgent, Teacher, random_memory
+from agile.agents.product_qa import SPEC, ProductQAAgent, ProductQATeacher, random_memory
 from agile.chat_template import chat_turns
 from agile.executor import Executor, Limits
 from agile.imitation import imitation_sessions
@@ -40,7 +40,7 @@ def teach(shop: ProductQA, executor: Executor, seed: int = 0, judge_yes: float =
     return imitation_sessions(
         executor,
         shop.streams("train"),
-        teach=Teacher(executor.codec, AGENT, judge_yes).policy,
+        teach=ProductQATeacher(executor.codec, AGENT, judge_yes).policy,
         initial_memory=random_memory,
         new_memory=partial(SqliteMemory, make_encoder("hashing")),
         sessions_per_item=2,

@@ -46,7 +46,6 @@ def make_run(path: Path) -> None:
     """A run folder without training: step 1 by the teacher, step 2 by a model of random weights, which is `sft`."""
     import numpy as np
 
-    from agile.agents.product_qa import Teacher
     from agile.build import Setup
     from agile.config import load_config
     from agile.policies import HFPolicy
@@ -60,7 +59,7 @@ def make_run(path: Path) -> None:
     setup = Setup(config, path)
     tokenizer = setup.tokenizer()
     executor, lm = setup.executor(tokenizer), setup.language_model(tokenizer)
-    teacher, rng = Teacher(executor.codec, setup.agent, 0.5), np.random.default_rng(0)
+    teacher, rng = setup.agent.teacher(executor.codec, 0.5), np.random.default_rng(0)
     model = HFPolicy(lm, temperature=config.rollout.temperature)
     log = JsonLines(path / "sessions-0.jsonl")
     for step in (1, 2):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agile.agents.product_qa import NO_KNOWLEDGE, SPEC, ProductQAAgent, Teacher, random_memory
+from agile.agents.product_qa import NO_KNOWLEDGE, SPEC, ProductQAAgent, ProductQATeacher, random_memory
 from agile.executor import Limits
 from agile.memory.encoders import HashingEncoder
 from agile.memory.store import SqliteMemory
@@ -163,7 +163,7 @@ def teach(
     agent = ProductQAAgent(show_schema=False)
     memory = SqliteMemory(HashingEncoder())
     memory.write(known)
-    policy = Teacher(codec, agent, judge_yes).policy(question, memory, 0.3, np.random.default_rng(0))
+    policy = ProductQATeacher(codec, agent, judge_yes).policy(question, memory, 0.3, np.random.default_rng(0))
     executor = make_executor(
         agent, codec=codec, tools={"SearchProduct": shop.search}, score=shop.score, limits=Limits()
     )
@@ -175,7 +175,7 @@ def test_the_judge_goes_by_the_price_where_the_agent_sees_it(codec: ActionCodec,
     assert question.context["prior"] == 0.95
 
     def asks(price: float, judge_yes: float) -> bool:
-        teacher = Teacher(codec, ProductQAAgent(show_price=True), judge_yes)
+        teacher = ProductQATeacher(codec, ProductQAAgent(show_price=True), judge_yes)
         policy = teacher.policy(question, SqliteMemory(HashingEncoder()), price, np.random.default_rng(0))
         decision = asyncio.run(policy.complete(codec.encode("question"), max_tokens=9, stop=(), seed=0))
         return codec.decode(decision.token_ids).startswith(f"[{Fn.SEEK_ADVICE}]")
