@@ -21,7 +21,7 @@ from agile.config import RunConfig
 from agile.errors import AgileError
 from agile.executor import Executor, Limits
 from agile.imitation import imitation_sessions
-from agile.lora import add_adapter
+from agile.lora import adapter_config, add_adapter, is_adapted
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
 from agile.model import check_context, load_lm, small_llama
@@ -75,12 +75,13 @@ class Setup:
         streams, validation = self.task.streams("train"), self.config.validation
         if not validation.every:
             return ()
-        if validation.num_streams >= len(streams):
+        num = validation.num_streams or min(8, max(1, len(streams) // 10))
+        if num >= len(streams):
             raise AgileError(
-                f"validation.num_streams is {validation.num_streams}, but there are {len(streams)} train streams, and "
-                "some must be left to learn from. Lower validation.num_streams, or take more train groups or worlds."
+                f"validation.num_streams is {num}, but there are {len(streams)} train streams, and some must be left "
+                "to learn from. Lower validation.num_streams, or take more train groups or worlds."
             )
-        return streams[-validation.num_streams :]
+        return streams[-num:]
 
     @cached_property
     def agent(self) -> TeachableAgent:
@@ -219,6 +220,7 @@ class Setup:
                 gpu_memory_utilization=vllm.gpu_memory_utilization,
                 enforce_eager=vllm.enforce_eager,
                 block_size=vllm.block_size,
+                adapter=adapter_config(lm, str(folder)) if self.config.swaps_adapters and is_adapted(lm) else None,
             )
         return VLLMServerPolicy(
             folder,

@@ -80,6 +80,9 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         ("evaluate.baselines=router", ["evaluate.baselines is 'router'", "expected a list, [a, b]"]),
         ("evaluate.baselines=[routr]", ["evaluate.baselines is 'routr'", "'router'"]),
         ("task=3", ["task is 3", "section of keys", "advice_price"]),
+        ("lora=16", ["lora is 16: expected a section of keys, rank, alpha", "lora.rank="]),
+        ("ppo.micro_batch_size=4", ["Did you mean ppo.micro_batch_tokens?"]),
+        ("ppo.learning_rate=1", ["Did you mean ppo.lr?"]),
         ("rollout.top_p=0.9", ["top_p is 0.9", "bias every importance ratio", "rollout.temperature"]),
         ("rollout.min_p=0.1", ["min_p is 0.1", "remove it"]),
         ("rollout.policy=vllm-server", ["vllm.servers is missing", "docs/vllm.md"]),
@@ -114,6 +117,9 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
             "ppo={estimator: reinforce++, value_coef: 0, value_warmup_epochs: 0, credit: lineage, gamma_session: 0.9}",
             ["credit is lineage, which asks the critic, but estimator is reinforce++"],
         ),
+        ("ppo.value_coef=0", ["ppo: estimator is gae", "value_coef is 0", "ppo.estimator=reinforce++"]),
+        ("ppo.num_iterations=1", ["trains the critic alone", "ppo.num_iterations=2", "ppo.value_warmup_epochs=0"]),
+        ("lora.rank=16", ["without model.path", "set model.path=MODEL, or leave lora out"]),
         ("task.name=productqa", ["task: data is missing", "task.data=DIR"]),
         # not an override at all
         ("foo", ["'foo'", "a.b=value"]),
@@ -127,6 +133,24 @@ def test_wrong_override_names_key_value_and_remedy(override: str, parts: list[st
     for part in parts:
         assert part in str(caught.value)
     assert "pydantic" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.critic=separate", "ppo={estimator: reinforce++, value_coef: 0, value_warmup_epochs: 0}"],
+            "model.critic is separate, .* ppo.estimator is reinforce.*set model.critic=shared",
+        ),
+        (["stages=[sft]", "validation.every=1"], "validation.every watch over PPO, but stages has no ppo"),
+        (["stages=[sft]", "guard.min_entropy=0.1"], "guard.min_entropy"),
+        (["stages=[sft]", "guard.action=rollback"], "guard.action"),
+    ],
+)
+def test_sections_that_do_not_go_together(overrides: list[str], message: str) -> None:
+    with pytest.raises(AgileError, match=message):
+        load_config(None, overrides)
+    load_config(None, ["stages=[sft]", "guard.max_grad_norm=1"])
 
 
 def test_a_value_is_no_section(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.policies": (
         *NOUNS,
         "agile.attention",
+        "agile.lora",
         "agile.ranks",
         "agile.threads",
         "agile.tokens",

@@ -165,7 +165,7 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     collector = Collector(
         policy,
         play,
-        (lambda: ()) if shares_model else engine.weights,
+        (lambda: ()) if shares_model else engine.adapter_weights if config.swaps_adapters else engine.weights,
         copied=lambda weight: weight.detach().cpu().clone(),
         num_iterations=ppo.num_iterations,
         lag=rollout.lag,
