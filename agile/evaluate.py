@@ -15,7 +15,6 @@ from agile.types import Trajectory
 Floats = NDArray[np.float64]
 
 MIN_STREAMS = 10  # fewer streams than this are too few to resample; blocks of questions are resampled instead
-BIN = 200  # questions of a part in `over_stream`
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +114,7 @@ def summarise(
     Returns:
         `accuracy`, `advice_rate`, `score`, `n`, `score_ci` (95 %), `failed` (a number of sessions), `by_type`
         (a dict of the first four per kind) and `by_position` (a list of them with `from` and `to`, shares of the
-        stream; parts without a question are left out). Where a stream has at least 400 questions also `over_stream`,
-        such a list for each 200 questions; `from` and `to` then count questions. Plain JSON values.
+        stream; parts without a question are left out). Plain JSON values.
 
     Raises:
         ValueError: There are no outcomes.
@@ -138,18 +136,7 @@ def summarise(
         "by_position": [
             {"from": part / bins, "to": (part + 1) / bins, **rates(parts[part], price, macro)} for part in sorted(parts)
         ],
-        **_over_stream(results, price, macro),
     }
-
-
-def _over_stream(results: Sequence[Outcome], price: float, macro: bool) -> dict[str, list[dict[str, Any]]]:
-    if max(o.length for o in results) < 2 * BIN:
-        return {}
-    parts: dict[int, list[Outcome]] = {}
-    for outcome in results:
-        parts.setdefault(outcome.position // BIN, []).append(outcome)
-    rows = [{"from": part * BIN, "to": (part + 1) * BIN, **rates(parts[part], price, macro)} for part in sorted(parts)]
-    return {"over_stream": rows}
 
 
 def paired_difference(
@@ -202,9 +189,7 @@ def _weights(results: Sequence[Outcome], macro: bool) -> Floats:
     return np.asarray(1.0 / counts[stream], dtype=np.float64)
 
 
-def _deviations(
-    results: Sequence[Outcome], values: Floats, weights: Floats, seed: int, num_resamples: int
-) -> Floats:
+def _deviations(results: Sequence[Outcome], values: Floats, weights: Floats, seed: int, num_resamples: int) -> Floats:
     """How far weighted means of resamples are from the mean, (num_resamples,), stretched as `summarise` says."""
     streams, stream = np.unique([o.stream_id for o in results], return_inverse=True)
     blocks = np.zeros(len(results), np.int64)

@@ -20,9 +20,10 @@ def test_published_scores_follow_from_their_figures(task: str) -> None:
             score = row["accuracy"] - (row["price"] or 0.0) * row["advice_rate"]
             if abs(score - row["score"]) > 0.0015:
                 odd[row["agent"]] = (round(score, 3), row["score"])
-    assert odd == {"medmcqa": {"agile-gpt4-prompt": (0.716, 0.721)}, "hotpotqa": {"agile-gpt4-prompt": (0.606, 0.567)}}.get(
-        task, {}
-    )
+    assert odd == {
+        "medmcqa": {"agile-gpt4-prompt": (0.716, 0.721)},
+        "hotpotqa": {"agile-gpt4-prompt": (0.606, 0.567)},
+    }.get(task, {})
 
 
 def test_group_scores_have_the_mean_of_the_main_table() -> None:
