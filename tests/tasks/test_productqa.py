@@ -120,6 +120,22 @@ def question(answer: str | list[str]) -> Item:
         ("none", "None", False, True),
         ("ja , nein", "ja,nein", False, False),
         ("Größe M", "GRÖSSE M", False, False),
+        # a list where text is expected, and text where a list is
+        (["B1", "B2"], "['B1', 'B2']", True, False),
+        (["B1", "B2"], "[B1]", True, False),
+        (["yes"], "yes", True, True),
+        (["yes"], "yes", False, True),
+        ("B1", "B1", True, False),
+        ("['yes']", "yes", False, False),
+        ("yes", "yes, no", False, False),
+        # ties: an id twice, all of the gold set, one of it beside itself in another case
+        (["B1"], "B1, B1, B1", True, True),
+        (["B1", "B2", "B3"], "B3 B2 B1", True, True),
+        (["B1"], "B1, b1", True, False),
+        ([], "none none", True, False),
+        ([], "", False, True),
+        ("", "", False, True),
+        ("yes\n", "\u00a0YES", False, True),
     ],
 )
 def test_official_scoring(gold: str | list[str], answer: str | None, used_search: bool, right: bool) -> None:
@@ -237,7 +253,7 @@ def without(index: int, name: str) -> list[dict[str, Any]]:
         (changed(1, extra_data="x"), "line 2, field 'extra_data': expected an object or null, found 'x'"),
         (changed(1, type="trivia_qa"), "line 2, field 'type': expected one of search_qa, fact_qa, reasoning_qa, found"),
         (changed(1, asin="B9"), "line 2, field 'asin': expected a product of metadata.json .*, found 'B9'"),
-        (changed(2, id="fact_qa_0"), "line 3, field 'id': expected an id that is not yet used .line 2"),
+        (changed(2, id="fact_qa_0"), "line 3, field 'id': expected an id that is not yet used .line 2 has it"),
         ([ROWS[0], "x"], "line 2: expected a JSON object, found 'x'"),
         ([], "found an empty file"),
     ],
