@@ -193,7 +193,7 @@ ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
-    *("agile.stages.guard", "agile.stages.preference", "agile.stages.validation"),
+    *("agile.stages.collection", "agile.stages.guard", "agile.stages.preference", "agile.stages.validation"),
 }
 
 
