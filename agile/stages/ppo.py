@@ -81,6 +81,18 @@ def lr_factor(ppo: PPOConfig, iteration: int) -> float:
     return 1 - iteration / ppo.num_iterations if ppo.lr_schedule == "linear" else 1.0
 
 
+def coefficients(ppo: PPOConfig) -> PPOCoefficients:
+    """Those of the loss."""
+    return PPOCoefficients(
+        clip=ppo.clip,
+        value_clip=ppo.value_clip or math.inf,
+        value_coef=ppo.value_coef,
+        kl_coef=ppo.kl_coef,
+        entropy_coef=ppo.entropy_coef,
+        max_importance_weight=ppo.max_importance_weight,
+    )
+
+
 def ppo_engine(config: RunConfig, setup: Setup, tokenizer: PreTrainedTokenizerFast, start: Path) -> Engine:
     """The policy and its critic as PPO trains them, from the agent in the folder `start`."""
     ppo = config.ppo
@@ -129,7 +141,6 @@ def restore(config: RunConfig, run: RunFolder, engine: Engine, kl_control: KLCon
 class Aftermath:
     """What follows an iteration: its figures are logged and validated, the guard looks at them, and it is saved."""
 
-    config: RunConfig
     run: RunFolder
     setup: Setup
     engine: Engine
@@ -148,7 +159,8 @@ class Aftermath:
         self.run.save(Place("ppo", iteration), self.engine, self.collector.ahead(), state=state, keep=kept)
 
     def __call__(self, iteration: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
-        ppo, guard, course = self.config.ppo, self.config.guard, self.course
+        config, course = self.setup.config, self.course
+        ppo, guard = config.ppo, config.guard
         figures: dict[str, Any] = {
             **rates(outcomes(trajectories), [s.price for t in trajectories for s in t.sessions]),
             **{f"status/{status}": n for status, n in status_counts(trajectories).items()},
@@ -156,7 +168,7 @@ class Aftermath:
             "skipped_steps": self.engine.num_skipped,
             **metrics,
         }
-        if is_validated(self.config.validation.every, iteration, ppo.num_iterations):
+        if is_validated(config.validation.every, iteration, ppo.num_iterations):
             figures |= validate(self.setup, self.executor, self.policy, self.collector, iteration)
         now = time.monotonic()
         figures["seconds"], self.started = now - self.started, now
@@ -202,35 +214,28 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     collection = Collection(run, setup, executor, policy, (lambda: ()) if shares_model else weights, resumed=done > 0)
     with progress_bar() as progress, closing(policy), closing(collection):
         bar = progress.add_task("PPO", total=ppo.num_iterations, completed=done, note="")
+        follow = Aftermath(
+            run,
+            setup,
+            engine,
+            executor,
+            policy,
+            collection.collector,
+            course,
+            kl_control,
+            partial(advance, progress, bar),
+        )
         train_ppo(
             engine,
             reference,
             collect=collection.collect,
             rewards=partial(terminal_rewards, config, setup.question_similarities()),
-            on_iteration=Aftermath(
-                config,
-                run,
-                setup,
-                engine,
-                executor,
-                policy,
-                collection.collector,
-                course,
-                kl_control,
-                partial(advance, progress, bar),
-            ),
+            on_iteration=follow,
             first_iteration=done,
             num_iterations=ppo.num_iterations,
             value_warmup_epochs=ppo.value_warmup_epochs,
             discounts=discounts(ppo),
-            coefficients=PPOCoefficients(
-                clip=ppo.clip,
-                value_clip=ppo.value_clip or math.inf,
-                value_coef=ppo.value_coef,
-                kl_coef=ppo.kl_coef,
-                entropy_coef=ppo.entropy_coef,
-                max_importance_weight=ppo.max_importance_weight,
-            ),
+            coefficients=coefficients(ppo),
             batch_size=ppo.batch_size,
             micro_batch_tokens=ppo.micro_batch_tokens,
             share_prefixes=ppo.share_prefixes,
