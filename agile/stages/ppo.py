@@ -214,17 +214,8 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     collection = Collection(run, setup, executor, policy, (lambda: ()) if shares_model else weights, resumed=done > 0)
     with progress_bar() as progress, closing(policy), closing(collection):
         bar = progress.add_task("PPO", total=ppo.num_iterations, completed=done, note="")
-        follow = Aftermath(
-            run,
-            setup,
-            engine,
-            executor,
-            policy,
-            collection.collector,
-            course,
-            kl_control,
-            partial(advance, progress, bar),
-        )
+        show = partial(advance, progress, bar)
+        follow = Aftermath(run, setup, engine, executor, policy, collection.collector, course, kl_control, show)
         train_ppo(
             engine,
             reference,
