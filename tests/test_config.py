@@ -217,3 +217,13 @@ def test_differences_name_key_and_both_values() -> None:
     new = load_config(None, ["ppo.lr=1e-3", "task.data=x"])
     assert differences(old, new) == ["task.data was None, is now 'x'", "ppo.lr was 0.0001, is now 0.001"]
     assert differences(old, old) == []
+
+
+def test_adapters_are_swapped_where_vllm_can_hold_all_that_learns() -> None:
+    lora = ["model.path=x", "lora.rank=4", "rollout.policy=vllm"]
+    servers = ["rollout.policy=vllm-server", "vllm.servers=[http://h:1]", "vllm.weights_dir=d"]
+    assert load_config(None, [*lora, "prompt.special_tokens=false"]).swaps_adapters
+    assert not load_config(None, lora).swaps_adapters, "rows of action tokens learn"
+    assert not load_config(None, [*lora, "prompt.special_tokens=false", "vllm.adapters=merge"]).swaps_adapters
+    assert not load_config(None, [*lora, "prompt.special_tokens=false", *servers]).swaps_adapters
+    assert not load_config(None, ["rollout.policy=vllm", "prompt.special_tokens=false"]).swaps_adapters

@@ -127,7 +127,7 @@ OTHER_NAMES = {"micro_batch_size": "micro_batch_tokens", "learning_rate": "lr", 
 def _nearest(keys: Sequence[str]) -> str:
     """Which key may have been meant: one of that name in another section, else a similar one in this section."""
     section = _section(keys[:-1])
-    here = [n for n in (OTHER_NAMES.get(keys[-1]),) if n in section.model_fields]
+    here = [name for name in [OTHER_NAMES.get(keys[-1], "")] if name in section.model_fields]
     elsewhere = [key for key, _ in flat(RunConfig.model_construct().model_dump()) if key.split(".")[-1] == keys[-1]]
     similar = here or difflib.get_close_matches(keys[-1], section.model_fields, n=1, cutoff=0.5)
     near = elsewhere if elsewhere and not here else [".".join([*keys[:-1], key]) for key in similar]
