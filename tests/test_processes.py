@@ -20,7 +20,6 @@ from agile.errors import AgileError
 from agile.session_log import logged_sessions
 from agile.training import check_processes, check_streams
 from tests.doors import actor_critic
-from tests.runs import saved_model
 from tests.tiny import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +48,7 @@ def run(out: Path, *words: str, num: int = 1) -> subprocess.CompletedProcess[str
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=2300,
+        timeout=900,
     )
 
 
@@ -95,7 +94,7 @@ def doors(out: Path, *, zero_stage: int, num: int) -> dict[str, Any]:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=2300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = torch.load(out, weights_only=False)
@@ -208,25 +207,3 @@ def test_other_commands_refuse_a_launcher(tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     assert done.stderr.count("agile bench runs in one process") == 1
-
-
-@pytest.mark.slow
-def test_adapters_validation_and_rollbacks_are_the_same_on_two_processes(tmp_path: Path) -> None:
-    """An adapter on a given model, greedy validation, and a guard that rolls back; ZeRO 0 on one process, 2 on two."""
-    model = saved_model(tmp_path / "model", *TINY, "task.num_train_worlds=5")
-    words = (
-        *(f"model.path={model}", "lora.rank=4", "lora.target_modules=[q_proj,v_proj]", "ppo.lr=3e-3"),
-        *("validation.every=1", "validation.num_streams=2", "ppo.num_iterations=3", "ppo.streams_per_iteration=3"),
-        *("guard.action=rollback", "guard.max_kl=1e-8", "guard.max_rollbacks=3", "ppo.value_warmup_epochs=1"),
-    )
-    alone = trained(tmp_path / "alone", *words)
-    two = trained(tmp_path / "two", *words, "engine.zero_stage=2", num=2)
-    assert [line["stage"] for line in lines(alone)].count("guard") > 0, "the test needs a rollback"
-    assert any("validation/score" in line for line in lines(alone))
-    assert_same(two, alone, 1e-5)
-    for agent in ("sft", "ppo"):
-        mine, theirs = (load_file(path / agent / "adapter" / "adapter_model.safetensors") for path in (two, alone))
-        assert mine.keys() == theirs.keys()
-        assert agent == "ppo" or max(w.abs().max() for name, w in mine.items() if "lora_B" in name) > 1e-3
-        for name, weight in mine.items():
-            torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-5, msg=f"{agent} {name}")
