@@ -1,4 +1,4 @@
-"""The agent that answers questions of several hops (paper, HotPotQA): a thought, then a search, advice or the answer."""
+"""The agent that answers questions of several hops (HotPotQA): a thought, then a search, advice or the answer."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SPEC = AgentSpec(
         ),
         ActionSpec(
             SEARCH,
-            "Find one more paragraph, `Title : text`, by a name or by words that it should hold; it is the best one that "
-            f"is not yet shown. At most {MAX_SEARCHES} searches.",
+            "Find one more paragraph, `Title : text`, by a name or by words that it should hold; it is the best one "
+            f"that is not yet shown. At most {MAX_SEARCHES} searches.",
             (Fn.REFLECTION,),
             takes_argument=True,
         ),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agile.advice import gold_answer
 from agile.policies.scripted import ScriptedPolicy
 from agile.protocols import Memory
 from agile.tokens import ActionCodec
@@ -222,7 +223,7 @@ class ProductQATeacher:
                     return Action(SEARCH, item.context["sql"])
                 return Action(Fn.PREDICT_ANSWER, context.rsplit(self.codec.end, 1)[-1].strip())
             if answerable or f"[{Fn.SEEK_ADVICE}]" in context:
-                return Action(Fn.PREDICT_ANSWER, str(item.answer))
+                return Action(Fn.PREDICT_ANSWER, gold_answer(item))
             return Action(Fn.SEEK_ADVICE)
 
         return ScriptedPolicy(self.codec, decide)
@@ -256,7 +257,7 @@ def random_memory(item: Item, others: Sequence[Item], rng: np.random.Generator) 
     items: list[MemoryItem] = []
     known: set[str] = set()
     for other in others:
-        if other is item or other.context["sql"] or _shown(other):
+        if other is item or isinstance(other.answer, list) or _shown(other):
             continue
         same = other.product == item.product and other.question == item.question
         matching = same or (bool(knowledge) and other.context.get("knowledge") == knowledge)

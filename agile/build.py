@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from agile import ranks
 from agile.advice import AdviceDesk, DatasetAdvisor
+from agile.agents.hotpot_qa import HotPotQAAgent
+from agile.agents.own_qa import own_spec
 from agile.agents.product_qa import ProductQAAgent
 from agile.baselines import BaselineRun, run_baselines
 from agile.batching import Row, session_rows
@@ -31,10 +34,15 @@ from agile.policies.vllm_server import VLLMServerPolicy
 from agile.prompts import instructions
 from agile.protocols import Advisor, Memory, Task, TeachableAgent, TrainablePolicy
 from agile.run_folder import writing
+from agile.tasks.hotpotqa import HotPotQA
+from agile.tasks.jsonl import JsonlTask
 from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
 from agile.tokens import ActionCodec, Turns, add_action_tokens, build_tokenizer
+from agile.tools.passages import bm25, dense
 from agile.types import Stream
+
+HOTPOT_STREAM = 10  # its questions share nothing, so short streams play more of them at once
 
 
 @dataclass
@@ -61,6 +69,18 @@ class Setup:
                 return self._product_qa(data, macro=False)
             case "productqa":
                 return self._product_qa(self._data, macro=True)  # as the paper reports it
+            case "hotpotqa":
+                rank = bm25 if task.search == "bm25" else dense(self.encoder)
+                length = task.stream_length or HOTPOT_STREAM
+                return HotPotQA(self._data, task.test_data, rank=rank, stream_length=length, **self._reading)
+            case "jsonl":
+                return JsonlTask(
+                    self._data,
+                    task.test_data,
+                    database=task.database,
+                    stream_length=task.stream_length,
+                    **self._reading,
+                )
 
     @property
     def _data(self) -> Path:
@@ -68,17 +88,14 @@ class Setup:
         assert data is not None  # TaskConfig checks it
         return data
 
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """What every loader of official files is told."""
+        return self.config.task.model_dump(include={"max_items", "advice_counts", "skip_bad_rows"})
+
     def _product_qa(self, data: Path, *, macro: bool) -> Task:
         task = self.config.task
-        return ProductQA(
-            data,
-            task.train_groups,
-            task.test_groups,
-            task.max_items,
-            macro=macro,
-            advice_counts=task.advice_counts,
-            skip_bad_rows=task.skip_bad_rows,
-        )
+        return ProductQA(data, task.train_groups, task.test_groups, macro=macro, **self._reading)
 
     @cached_property
     def train_streams(self) -> Sequence[Stream]:
@@ -108,6 +125,12 @@ class Setup:
         match self.config.task.name:
             case "minishop" | "productqa":
                 return ProductQAAgent(**self.config.agent.model_dump())
+            case "hotpotqa":
+                return HotPotQAAgent(show_price=self.config.agent.show_price)
+            case "jsonl":
+                table = self.config.task.database is not None
+                shown = {**self.config.agent.model_dump(), "show_schema": table}
+                return ProductQAAgent(**shown, spec=own_spec(table=table))
 
     @cached_property
     def encoder(self) -> CachedEncoder:

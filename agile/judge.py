@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # the client takes a second to import, and most runs need non
 
 PROMPT = (
     "Question: {question}\nTrue answer: {gold}\nGiven answer: {answer}\n\n"
-    "Does the given answer say the same as the true one, as an answer to the question? It may be worded otherwise or be "
-    "more or less detailed, but it must not contradict it. Reply with one word, yes or no."
+    "Does the given answer say the same as the true one, as an answer to the question? It may be worded otherwise or "
+    "be more or less detailed, but it must not contradict it. Reply with one word, yes or no."
 )
 _VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 

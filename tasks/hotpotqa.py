@@ -12,13 +12,13 @@ from typing import Any
 from agile.errors import AgileError
 from agile.tasks.rows import cut, entries, field, read_items, show, wrong
 from agile.tasks.scoring import AdviceCounts, question_reward
+from agile.tasks.split import held_out
 from agile.tools.passages import PASSAGES, SEPARATOR, PassageSearch, Rank
 from agile.types import Item, Reward, Session, Stream
 
 CLOSED = ("yes", "no", "noanswer")  # answers that share words with no other
 TYPES = ("bridge", "comparison")
 FILES = "the distractor files are hotpot_train_v1.1.json and hotpot_dev_distractor_v1.json"
-TEST_SHARE = 5  # without a file of its own the test is the last fifth
 
 
 def normalise(answer: str) -> str:
@@ -128,18 +128,6 @@ class HotPotQA:
         return None
 
 
-def held_out(items: Sequence[Item], path: Path) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    """Questions to train on, and the last fifth of them, at least one, to test on.
-
-    Raises:
-        AgileError: There is only one.
-    """
-    if len(items) < 2:
-        raise AgileError(f"{path}: one question cannot be parted into train and test; give task.test_data=FILE.")
-    start = len(items) - max(1, len(items) // TEST_SHARE)
-    return tuple(items[:start]), tuple(items[start:])
-
-
 def _parse(row: Any, where: str) -> Item:
     """One entry; supporting facts are kept as titles, each once."""
     row_id, question, answer, kind = (field(row, name, str, where) for name in ("_id", "question", "answer", "type"))
@@ -173,7 +161,12 @@ def _parse(row: Any, where: str) -> Item:
 
 def _pair(value: Any, kind: type, where: str) -> tuple[str, Any]:
     """A title and what comes with it, as JSON lists of two hold them."""
-    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str) or not isinstance(value[1], kind):
+    if (
+        not isinstance(value, list)
+        or len(value) != 2
+        or not isinstance(value[0], str)
+        or not isinstance(value[1], kind)
+    ):
         expected = "[title, [sentence, ...]]" if kind is list else "[title, number of the sentence]"
         raise AgileError(f"{where}: expected {expected}, found {show(value)}.")
     return value[0], value[1]

@@ -59,8 +59,8 @@ def open_table(path: Path) -> Table:
             connection.executemany(f"INSERT INTO {_TABLE} VALUES ({places})", values)
     except sqlite3.Error as error:
         raise AgileError(
-            f"{path}: cannot be made a table ({error}). Expected column names that differ in more than letter case, and "
-            "one text, number or nothing in each cell, no lists or objects."
+            f"{path}: cannot be made a table ({error}). Expected column names that differ in more than letter case, "
+            "and one text, number or nothing in each cell, no lists or objects."
         ) from None
     return Table(database, _TABLE, columns, rows, folder)
 
@@ -101,10 +101,8 @@ def _cell(value: Any) -> Any:
 def _read_database(path: Path) -> tuple[str, tuple[str, ...], list[tuple[Any, ...]]]:
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-            found = connection.execute(
-                "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%' ORDER BY name"
-            ).fetchall()
-            names = [name for (name,) in found]
+            tables = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') ORDER BY name"
+            names = [name for (name,) in connection.execute(tables) if not name.startswith("sqlite_")]
             chosen = names if len(names) == 1 else [name for name in names if name.lower() == _TABLE]
             if not chosen:
                 raise AgileError(

@@ -6,12 +6,32 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from agile.config.evaluate import PromptedConfig
 from agile.config.section import Count, Price, Section, UserPath
 
 
 class TaskConfig(Section):
-    name: Literal["minishop", "productqa"] = Field("minishop", description="Generated worlds, or official files.")
-    data: UserPath | None = Field(None, description="Folder of the files; minishop writes its own without it.")
+    name: Literal["minishop", "productqa", "hotpotqa", "jsonl"] = Field(
+        "minishop", description="Generated worlds, official files, or your own questions (docs/your-own-data.md)."
+    )
+    data: UserPath | None = Field(
+        None, description="The file (hotpotqa, jsonl) or folder of files; minishop writes its own without it."
+    )
+    test_data: UserPath | None = Field(
+        None, description="hotpotqa, jsonl: file of the test questions; by default the last fifth of data."
+    )
+    database: UserPath | None = Field(
+        None, description="jsonl: table to search, a file of CSV, JSON or Parquet or a SQLite database."
+    )
+    stream_length: Count | None = Field(
+        None, description="hotpotqa, jsonl: questions of a stream; by default 10 (hotpotqa), or all (jsonl)."
+    )
+    search: Literal["dense", "bm25"] = Field(
+        "dense", description="hotpotqa: what ranks paragraphs, embeddings of memory.encoder or BM25."
+    )
+    judge: PromptedConfig | None = Field(
+        None, description="hotpotqa: a model that judges answers in reports beside exact match; null for none."
+    )
     advice_price: Price = Field(0.3, description="What one piece of advice costs, in units of a right answer.")
     training_prices: tuple[Price, ...] = Field(
         (), description="In training each stream draws its price from these; by default advice_price."
@@ -42,8 +62,16 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _data_is_given(self) -> TaskConfig:
-        if self.name == "productqa" and self.data is None:
-            raise ValueError("data is missing; give the folder of ProductQA's files: task.data=DIR")
+        files = {"productqa": "the folder of ProductQA's files: task.data=DIR"}
+        files |= dict.fromkeys(("hotpotqa", "jsonl"), "the file of questions: task.data=FILE")
+        if self.data is None and self.name in files:
+            raise ValueError(f"data is missing; give {files[self.name]}")
+        return self
+
+    @model_validator(mode="after")
+    def _judge_is_named(self) -> TaskConfig:
+        if self.judge is not None and not self.judge.model:
+            raise ValueError("judge has no model; name one: task.judge.model=NAME")
         return self
 
 

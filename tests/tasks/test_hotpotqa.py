@@ -163,7 +163,7 @@ def test_the_test_is_a_file_of_its_own_or_the_last_fifth(tmp_path: Path) -> None
     other = write(tmp_path / "g.json", [row(30)])
     two = HotPotQA(task.data, other, rank=bm25, max_items=3)
     assert [i.id for s in (*two.streams("train"), *two.streams("test")) for i in s.items] == ["q0", "q1", "q2", "q30"]
-    with pytest.raises(AgileError, match="give task.test_data"):
+    with pytest.raises(AgileError, match="give task.test_data=FILE"):
         HotPotQA(other, rank=bm25).streams("test")
 
 
@@ -173,7 +173,10 @@ LONG = "x" * 1_000_001
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({k: v for k, v in row(1).items() if k != "question"}, "entry 2, field 'question': expected text, found no such"),
+        (
+            {k: v for k, v in row(1).items() if k != "question"},
+            "entry 2, field 'question': expected text, found no such",
+        ),
         (row(1, answer=7), "entry 2, field 'answer': expected text, found 7"),
         (row(1, answer=" the "), "entry 2, field 'answer': expected text with at least one word, found ' the '"),
         (row(1, type="trivia"), "entry 2, field 'type': expected one of bridge, comparison, found 'trivia'"),
@@ -205,7 +208,7 @@ def test_bad_entries_are_named_or_left_out_and_listed(tmp_path: Path, bad: Any, 
         (b"[]", "found an empty file"),
         (b"{}", "expected a JSON list, found {}"),
         (b'[{"_id": "\xff"}]', "expected JSON in UTF-8"),
-        (None, "no such file; the distractor files are"),
+        (None, "no such file; the distractor files are hotpot"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -287,7 +290,9 @@ def test_a_session_that_runs_out_of_searches_is_wrong_and_not_advised(tmp_path: 
     assert [s.text for s in session.steps if not s.ok] == ["error : all 5 searches are used up\n"] * 5
 
 
-@pytest.mark.parametrize(("judge", "answer", "asks"), [(0.0, "the Seine", False), (0.0, "no", True), (1.0, "no", False)])
+@pytest.mark.parametrize(
+    ("judge", "answer", "asks"), [(0.0, "the Seine", False), (0.0, "no", True), (1.0, "no", False)]
+)
 def test_the_teacher_finds_the_paragraphs_and_answers_what_they_spell_out(
     tmp_path: Path, judge: float, answer: str, asks: bool
 ) -> None:
