@@ -10,7 +10,7 @@ from agile.types import ActionSpec, AgentSpec, Fn
 _TEXTS = {
     Fn.GET_QUESTION: "Read the question, and what is known about its subject.",
     Fn.RETRIEVE_MEMORY: "Look up similar questions and knowledge. `history 0.85 same Q -> A` is an earlier question "
-    "with its true answer, about the same subject or an other one; `knowledge 0.70 TEXT` holds for all; the numbers are "
+    "with its true answer, about the same subject or another; `knowledge 0.70 TEXT` holds for all; the numbers are "
     "similarities, at most 1. `similar 3` counts earlier questions that are alike.",
     SEARCH: "Look into the table `products` by one SQLite SELECT, such as SELECT name FROM products WHERE price < 20; "
     "its columns stand above the question.",

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import Progress
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from agile import ranks
 from agile.advice import AdviceDesk, DatasetAdvisor
-from agile.agents.hotpot_qa import HotPotQAAgent
+from agile.agents.hotpot_qa import SEARCH, HotPotQAAgent
 from agile.agents.own_qa import own_spec
 from agile.agents.product_qa import ProductQAAgent
 from agile.baselines import BaselineRun, run_baselines
@@ -23,7 +25,7 @@ from agile.chat_template import bos_ids, chat_turns
 from agile.config import RunConfig
 from agile.errors import AgileError
 from agile.executor import Executor, Limits
-from agile.imitation import imitation_sessions
+from agile.imitation import Imitation, jobs
 from agile.lora import add_adapter
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
@@ -31,6 +33,7 @@ from agile.model import check_context, load_lm, small_llama
 from agile.policies import HFPolicy
 from agile.policies.vllm import VLLMPolicy
 from agile.policies.vllm_server import VLLMServerPolicy
+from agile.prompted import prompted_policy
 from agile.prompts import instructions
 from agile.protocols import Advisor, Memory, Task, TeachableAgent, TrainablePolicy
 from agile.run_folder import writing
@@ -39,7 +42,7 @@ from agile.tasks.jsonl import JsonlTask
 from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
 from agile.tokens import ActionCodec, Turns, add_action_tokens, build_tokenizer
-from agile.tools.passages import bm25, dense
+from agile.tools.passages import MAX_SEARCHES, bm25, dense
 from agile.types import Stream
 
 HOTPOT_STREAM = 10  # its questions share nothing, so short streams play more of them at once
@@ -338,33 +341,47 @@ class Setup:
             counterfactual=counterfactual,
         )
 
+    def imitation(self, executor: Executor) -> Imitation:
+        """How sessions to imitate are made: by the agent's teacher, or a model behind an endpoint."""
+        sft, task = self.config.sft, self.config.task
+        model, close = None, None
+        if sft.teacher is not None:
+            carrier = self.carrier()
+            writer = self.executor(carrier, codec=ActionCodec(carrier, self.agent.spec))
+            writer.limits = replace(writer.limits, max_stage_s=None)  # the endpoint has a patience of its own
+            policy = prompted_policy(sft.teacher, writer.codec, task.advice_price, self.folder)
+            model, close = (writer, policy), policy.endpoint.close
+        return Imitation(
+            executor,
+            self.agent.teacher(executor.codec, sft.judge_yes).policy,
+            self.agent.initial_memory,
+            self.memory,
+            prices=task.training_prices or (task.advice_price,),
+            seed=self.config.seed,
+            model=model,
+            close=close,
+            max_calls={SEARCH: MAX_SEARCHES} if task.name == "hotpotqa" else {},
+        )
+
     def imitation_rows(self, executor: Executor) -> list[Row]:
         """What imitation learns from: the teacher's sessions on the train streams."""
-        sft = self.config.sft
-        teacher = self.agent.teacher(executor.codec, sft.judge_yes)
+        if self.config.sft.teacher is not None:
+            raise AgileError(
+                "sft.teacher is a model behind an endpoint, whose sessions are built beforehand: agile sft-data CONFIG "
+                "out=DIR, then agile train CONFIG sft.data=DIR."
+            )
         streams = self.train_streams
         sizes = [len(stream.items) for stream in streams]
         own = [streams[i] for i in ranks.own_share(sizes)]
-        sessions = imitation_sessions(
-            executor,
-            own,
-            teach=teacher.policy,
-            initial_memory=self.agent.initial_memory,
-            new_memory=self.memory,
-            sessions_per_item=sft.sessions_per_item,
-            prices=self.config.task.training_prices or (self.config.task.advice_price,),
-            seed=self.config.seed,
-        )
+        todo = list(jobs(own, self.config.sft.sessions_per_item))
+        with Progress(transient=True, disable=not ranks.is_main()) as progress:
+            bar = progress.add_task("imitation", total=len(todo))
+            played = self.imitation(executor).sessions(todo, on_session=lambda: progress.advance(bar))
+            sessions = asyncio.run(played)
         rows: dict[str, list[Row]] = {stream.id: [] for stream in own}
         for session in sessions:
             rows[session.stream_id.rpartition("#")[0]] += session_rows(session)
         shared = ranks.gather_shares(list(rows.values()), sizes)
-        if not any(shared):
-            raise AgileError(
-                "No imitation session was completed; most likely none fits the limits. Raise "
-                f"rollout.max_context_tokens ({self.config.rollout.max_context_tokens}) or rollout.max_action_tokens "
-                f"({self.config.rollout.max_action_tokens}), or lower agent.product_k, group_k, knowledge_k."
-            )
         return [row for rows_of_stream in shared for row in rows_of_stream]
 
     def baselines(self, price: float | None = None) -> dict[str, BaselineRun]:

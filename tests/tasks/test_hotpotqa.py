@@ -163,7 +163,7 @@ def test_the_test_is_a_file_of_its_own_or_the_last_fifth(tmp_path: Path) -> None
     other = write(tmp_path / "g.json", [row(30)])
     two = HotPotQA(task.data, other, rank=bm25, max_items=3)
     assert [i.id for s in (*two.streams("train"), *two.streams("test")) for i in s.items] == ["q0", "q1", "q2", "q30"]
-    with pytest.raises(AgileError, match="give task.test_data=FILE"):
+    with pytest.raises(AgileError, match=r"give task\.test_data=FILE"):
         HotPotQA(other, rank=bm25).streams("test")
 
 
