@@ -26,6 +26,7 @@ from agile.config import RunConfig
 from agile.errors import AgileError
 from agile.executor import Executor, Limits
 from agile.imitation import Imitation, jobs
+from agile.judge import judged
 from agile.lora import add_adapter
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
@@ -43,7 +44,7 @@ from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
 from agile.tokens import ActionCodec, Turns, add_action_tokens, build_tokenizer
 from agile.tools.passages import MAX_SEARCHES, bm25, dense
-from agile.types import Stream
+from agile.types import Stream, Trajectory
 
 HOTPOT_STREAM = 10  # its questions share nothing, so short streams play more of them at once
 
@@ -349,7 +350,7 @@ class Setup:
             carrier = self.carrier()
             writer = self.executor(carrier, codec=ActionCodec(carrier, self.agent.spec))
             writer.limits = replace(writer.limits, max_stage_s=None)  # the endpoint has a patience of its own
-            policy = prompted_policy(sft.teacher, writer.codec, task.advice_price, self.folder)
+            policy = prompted_policy(sft.teacher, writer.codec, task.advice_price, self.folder, "sft.teacher")
             model, close = (writer, policy), policy.endpoint.close
         return Imitation(
             executor,
@@ -383,6 +384,17 @@ class Setup:
             rows[session.stream_id.rpartition("#")[0]] += session_rows(session)
         shared = ranks.gather_shares(list(rows.values()), sizes)
         return [row for rows_of_stream in shared for row in rows_of_stream]
+
+    def figures(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+        """What a report says of an agent's sessions on test questions beyond right and wrong; empty for most tasks."""
+        if not isinstance(self.task, HotPotQA):
+            return {}
+        items = {(stream.id, item.id): item for stream in self.task.streams("test") for item in stream.items}
+        played = [(items[t.stream_id, s.item_id], s) for t in trajectories for s in t.sessions]
+        found = self.task.figures(played)
+        if (judge := self.config.task.judge) is not None:
+            found |= judged(judge, self.folder, played)
+        return found
 
     def baselines(self, price: float | None = None) -> dict[str, BaselineRun]:
         return run_baselines(

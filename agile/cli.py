@@ -381,10 +381,10 @@ def sft_data(
     overrides: Overrides = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes that play (default: one per processor).", show_default=False),
+        typer.Option(min=1, help="Processes (default: one per processor).", show_default=False),
     ] = None,
 ) -> None:
-    """Build imitation sessions beforehand: played by the task's teacher, or by a stronger model, on all train questions.
+    """Build imitation sessions beforehand, of the task's teacher or of a stronger model, on all train questions.
 
     The teacher knows the gold answers (SQL, supporting facts, reflections) and has a judge of what can be answered
     without an expert. `sft.teacher` names a model behind an OpenAI-compatible endpoint instead, told the rules; what it

@@ -126,7 +126,8 @@ def _check(path: Path, header: Any, expected: dict[str, Any]) -> None:
     settings, now = header["settings"], expected["settings"]
     keys = [key for key in {**settings, **now} if settings.get(key) != now.get(key)]
     changed = [f"{key} was {settings.get(key)!r}, is {now.get(key)!r}" for key in keys]
-    changed += [f"the {name} differ" for name in ("questions", "tokenizer") if header[name] != expected[name]]
+    others = {"questions": "other questions", "tokenizer": "another tokenizer"}
+    changed += [text for name, text in others.items() if header[name] != expected[name]]
     if changed:
         raise AgileError(
             f"{path} was built of something else: {'; '.join(changed)}. Build it again with this config (agile "

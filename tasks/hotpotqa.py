@@ -123,6 +123,16 @@ class HotPotQA:
         return answer is not None and exact_match(item.answer, answer)
 
     @staticmethod
+    def figures(played: Sequence[tuple[Item, Session]]) -> dict[str, float]:
+        """Means over sessions of exact match and F1: both 1 where advice counts as right, 0 where a session failed."""
+        exact = [float(s.reward is not None and s.reward.components["correct"] > 0.5) for _, s in played]
+        overlap = [
+            right if s.advised or s.failed or s.answer is None else f1(item.answer, s.answer)
+            for right, (item, s) in zip(exact, played, strict=True)
+        ]
+        return {"exact match": sum(exact) / len(exact), "f1": sum(overlap) / len(overlap)}
+
+    @staticmethod
     def tool_answer(item: Item) -> str | None:
         """None: a search finds paragraphs, not answers."""
         return None

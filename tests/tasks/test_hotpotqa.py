@@ -1,5 +1,4 @@
 import asyncio
-import json
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from agile.tasks.hotpotqa import HotPotQA, exact_match, f1, normalise
 from agile.tokens import ActionCodec, build_tokenizer
 from agile.tools.passages import MAX_SEARCHES, PassageSearch, Rank, bm25, dense
 from agile.types import Action, Advice, AdviceStatus, Fn, Item, Observation, Session, SessionStatus, Source
+from tests.hotpot import row, write
 from tests.worlds import ListMemory, make_executor, play, script
 
 # gold, answer, EM, F1 by the official rules, worked out by hand
@@ -120,28 +120,6 @@ def test_both_implementations_agree_on_texts_of_all_kinds() -> None:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Files
-
-
-def row(number: int = 0, **fields: Any) -> dict[str, Any]:
-    made: dict[str, Any] = {
-        "_id": f"q{number}",
-        "question": "Which river runs through the capital of France?",
-        "answer": "the Seine",
-        "type": "bridge",
-        "level": "easy",
-        "supporting_facts": [["France", 0], ["Paris", 1], ["Paris", 0]],
-        "context": [
-            ["Berlin", ["Berlin is the capital of Germany.", " The Spree runs through it."]],
-            ["France", ["France is a country.", " Its capital is Paris."]],
-            ["Paris", ["Paris is a city.", " The Seine runs  through it."]],
-        ],
-    }
-    return made | fields
-
-
-def write(path: Path, rows: Sequence[Any]) -> Path:
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return path
 
 
 def make(path: Path, rows: Sequence[Any], **options: Any) -> HotPotQA:
