@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import bm25s
@@ -15,6 +16,8 @@ PASSAGES = "passages"  # the key in an item's context
 MAX_SEARCHES = 5
 NOTHING = "none"
 SEPARATOR = " : "  # between a title and its text
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index
 
 Rank = Callable[[str, Sequence[str]], NDArray[np.float64]]
 """Scores of passages for a query, the higher the better, shape (number of passages,)."""
@@ -64,11 +67,17 @@ def dense(encoder: Encoder) -> Rank:
 
 
 def bm25(query: str, passages: Sequence[str]) -> NDArray[np.float64]:
-    """BM25 of the library bm25s (Lucene's variant, English stop words), indexed over these passages alone."""
-    words = bm25s.tokenize([query, *passages], stopwords="en", return_ids=False, show_progress=False)
+    """BM25 of passages and of their titles, added up: a title finds its passage. Indexed over these passages alone."""
+    titles = [passage.partition(SEPARATOR)[0] for passage in passages]
+    return _bm25(query, passages) + _bm25(query, titles)
+
+
+def _bm25(query: str, texts: Sequence[str]) -> NDArray[np.float64]:
+    """By the library bm25s, Lucene's variant with English stop words."""
+    words = bm25s.tokenize([query, *texts], stopwords="en", return_ids=False, show_progress=False)
     if not any(words[1:]):
-        return np.zeros(len(passages))
+        return np.zeros(len(texts))
     index = bm25s.BM25()
     index.index(words[1:], show_progress=False)
     known = [word for word in words[0] if word in index.vocab_dict]
-    return np.asarray(index.get_scores(known), np.float64) if known else np.zeros(len(passages))
+    return np.asarray(index.get_scores(known), np.float64) if known else np.zeros(len(texts))

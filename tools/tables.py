@@ -36,7 +36,7 @@ class Table:
 
 
 def open_table(path: Path) -> Table:
-    """Read a table file; one that is no database is copied into one, in a temporary folder.
+    """Read a table file; one that is no database, or a view, is copied into a database in a temporary folder.
 
     Raises:
         AgileError: The file is missing, of another kind or cannot be read; a database has several tables; a name of a
@@ -45,9 +45,11 @@ def open_table(path: Path) -> Table:
     if not path.is_file():
         raise AgileError(f"{path}: no such file; task.database takes a table, {FILES}.")
     if path.suffix.lower() in _SQLITE:
-        name, columns, values = _read_database(path)
-        return Table(path, name, columns, _by_name(path, columns, values))
-    columns, values = _read_file(path)
+        name, is_view, columns, values = _read_database(path)
+        if not is_view:  # the search tool admits one table and nothing that a view reads
+            return Table(path, name, columns, _by_name(path, columns, values))
+    else:
+        columns, values = _read_file(path)
     folder = TemporaryDirectory(prefix="agile-table-")
     database = Path(folder.name) / "table.sqlite"
     quoted = ['"' + name.replace('"', '""') + '"' for name in columns]
@@ -76,7 +78,7 @@ def _read_file(path: Path) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
             case ".tsv":
                 frame = pandas.read_csv(path, sep="\t")
             case ".json" | ".jsonl":
-                frame = pandas.read_json(path, lines=path.suffix.lower() == ".jsonl", convert_dates=False)
+                frame = pandas.read_json(path, lines=path.suffix.lower() == ".jsonl", dtype=False)
             case ".parquet":
                 frame = pandas.read_parquet(path)
             case other:
@@ -98,11 +100,13 @@ def _cell(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _read_database(path: Path) -> tuple[str, tuple[str, ...], list[tuple[Any, ...]]]:
+def _read_database(path: Path) -> tuple[str, bool, tuple[str, ...], list[tuple[Any, ...]]]:
+    """The name of the table, whether it is a view, its columns and rows."""
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-            tables = "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') ORDER BY name"
-            names = [name for (name,) in connection.execute(tables) if not name.startswith("sqlite_")]
+            found = connection.execute("SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view')")
+            types = {name: kind for name, kind in sorted(found) if not name.startswith("sqlite_")}
+            names = list(types)
             chosen = names if len(names) == 1 else [name for name in names if name.lower() == _TABLE]
             if not chosen:
                 raise AgileError(
@@ -111,7 +115,8 @@ def _read_database(path: Path) -> tuple[str, tuple[str, ...], list[tuple[Any, ..
                 )
             quoted = '"' + chosen[0].replace('"', '""') + '"'
             cursor = connection.execute(f"SELECT * FROM {quoted}")
-            return chosen[0], tuple(column[0] for column in cursor.description), cursor.fetchall()
+            columns = tuple(column[0] for column in cursor.description)
+            return chosen[0], types[chosen[0]] == "view", columns, cursor.fetchall()
     except sqlite3.Error as error:
         raise AgileError(f"{path}: cannot be read as a SQLite database ({error}). Expected {FILES}.") from None
 
