@@ -55,9 +55,11 @@ class HotPotQAAgent:
 
     Attributes:
         show_price: Whether the price of advice stands above the question.
+        dense: Whether the search embeds paragraphs.
     """
 
     show_price: bool = False
+    dense: bool = True
     spec: AgentSpec = SPEC
 
     def question(self, item: Item, progress: float, price: float) -> str:
@@ -66,7 +68,7 @@ class HotPotQAAgent:
 
     def embedded_texts(self, item: Item) -> list[str]:
         """Paragraphs and titles, for the dense search, and the question, for the baseline `recall`."""
-        return [item.question, *embedded_texts(item.context[PASSAGES])]
+        return [item.question, *(embedded_texts(item.context[PASSAGES]) if self.dense else ())]
 
     def corpus(self, items: Sequence[Item]) -> list[str]:
         """Texts that hold every word that sessions about `items` can show or should say, to train a tokenizer on."""

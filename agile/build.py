@@ -130,7 +130,7 @@ class Setup:
             case "minishop" | "productqa":
                 return ProductQAAgent(**self.config.agent.model_dump())
             case "hotpotqa":
-                return HotPotQAAgent(show_price=self.config.agent.show_price)
+                return HotPotQAAgent(show_price=self.config.agent.show_price, dense=self.config.task.search == "dense")
             case "jsonl":
                 table = self.config.task.database is not None
                 shown = {**self.config.agent.model_dump(), "show_schema": table}
