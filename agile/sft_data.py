@@ -38,10 +38,12 @@ DATA, SUMMARY = "sft-data.jsonl", "sft-data.json"
 CHUNK = 64  # sessions that a process plays between two reports
 
 # What sessions are made of, beside questions and tokenizer; paths may differ from machine to machine.
-_KEYS = ("seed", "task.advice_price", "task.training_prices", "task.advice_counts", "task.search", "agent.", "prompt.")
-_KEYS += ("memory.encoder", "rollout.max_turns", "rollout.max_session_tokens", "rollout.max_context_tokens")
-_KEYS += ("rollout.max_action_tokens", "rollout.max_invalid_actions", "sft.sessions_per_item", "sft.judge_yes")
-_KEYS += ("sft.teacher.model", "sft.teacher.base_url")
+_KEYS = (
+    *("seed", "task.advice_price", "task.training_prices", "task.advice_counts", "task.search", "agent.", "prompt."),
+    *("memory.encoder", "rollout.max_turns", "rollout.max_session_tokens", "rollout.max_context_tokens"),
+    *("rollout.max_action_tokens", "rollout.max_invalid_actions", "sft.sessions_per_item", "sft.judge_yes"),
+    *("sft.teacher.model", "sft.teacher.base_url"),
+)
 
 
 def build_sft_data(config: RunConfig, out: Path, console: Console, *, workers: int | None = None) -> dict[str, Any]:

@@ -143,26 +143,24 @@ def _parse(row: Any, where: str) -> Item:
     row_id, question, answer, kind = (field(row, name, str, where) for name in ("_id", "question", "answer", "type"))
     if kind not in TYPES:
         raise wrong(where, "type", f"one of {', '.join(TYPES)}", kind)
-    if not normalise(answer):
-        raise wrong(where, "answer", "text with at least one word", answer)
-    passages: dict[str, str] = {}
+    if not answer.strip():
+        raise wrong(where, "answer", "text that is not empty", answer)
+    passages: list[str] = []
+    by_title: dict[str, str] = {}
     for number, paragraph in enumerate(field(row, "context", list, where), 1):
         title, sentences = _pair(paragraph, list, f"{where}, context {number}")
         if not all(isinstance(sentence, str) for sentence in sentences):
             raise AgileError(f"{where}, context {number}: expected sentences of text, found {show(sentences)}.")
-        if title in passages:
-            raise wrong(f"{where}, context {number}", "title", "a title that is not yet used", title)
-        text = " ".join("".join(sentences).split())
-        passages[title] = f"{title}{SEPARATOR}{text}"
+        passages.append(f"{title}{SEPARATOR}{' '.join(''.join(sentences).split())}")
+        by_title.setdefault(title, passages[-1])
     facts = field(row, "supporting_facts", list, where)
     titles = [_pair(fact, int, f"{where}, supporting_facts {n}")[0] for n, fact in enumerate(facts, 1)]
     for title in titles:
-        if title not in passages:
-            raise wrong(where, "supporting_facts", f"a title of the context ({sorted(passages)})", title)
-    supporting = tuple(dict.fromkeys(titles))
+        if title not in by_title:
+            raise wrong(where, "supporting_facts", f"a title of the context ({sorted(by_title)})", title)
     context = {
-        PASSAGES: tuple(passages.values()),
-        "supporting": {title: passages[title] for title in supporting},
+        PASSAGES: tuple(passages),
+        "supporting": {title: by_title[title] for title in titles},  # each once, in order
         "level": str(row.get("level", "")),
         "long_answer": "",
     }

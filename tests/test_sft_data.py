@@ -152,7 +152,7 @@ def test_of_a_model_what_is_right_and_found_something_is_kept_in_the_agents_toke
     codec = setup.executor(setup.tokenizer()).codec
     rows = read_rows(tmp_path / "out", made, setup.train_streams, codec.tokenizer)
     assert len(rows) >= 3
-    texts = [codec.decode(r.token_ids) for r in rows if r.num_actions]
+    texts = [codec.decode(r.token_ids.tolist()) for r in rows if r.num_actions]
     assert all("[Reflection]I go on.<end>[Search]Paris<end>Paris : Paris is a city." in text for text in texts)
     assert not any("nonsense" in text for text in texts)
     with pytest.raises(AgileError, match="agile sft-data CONFIG out=DIR"):

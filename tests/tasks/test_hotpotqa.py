@@ -80,7 +80,8 @@ PAIRS = [
 def test_em_and_f1_follow_the_official_rules(gold: str, answer: str, same: bool, overlap: float) -> None:
     assert exact_match(gold, answer) is same
     assert f1(gold, answer) == pytest.approx(overlap)
-    assert (same, overlap) == (published_em(gold, answer), pytest.approx(published_f1(gold, answer)))
+    assert published_em(gold, answer) is same
+    assert published_f1(gold, answer) == pytest.approx(overlap)
 
 
 # The definitions as published (SQuAD's metrics, and HotPotQA's rule for closed answers), written out step by step.
@@ -156,13 +157,12 @@ LONG = "x" * 1_000_001
             "entry 2, field 'question': expected text, found no such",
         ),
         (row(1, answer=7), "entry 2, field 'answer': expected text, found 7"),
-        (row(1, answer=" the "), "entry 2, field 'answer': expected text with at least one word, found ' the '"),
+        (row(1, answer=" "), "entry 2, field 'answer': expected text that is not empty, found ' '"),
         (row(1, type="trivia"), "entry 2, field 'type': expected one of bridge, comparison, found 'trivia'"),
         (row(0), r"entry 2, field 'id': expected an id that is not yet used \(entry 1 has it\), found 'q0'"),
         (row(1, context="x"), "entry 2, field 'context': expected a list, found 'x'"),
         (row(1, context=[["Paris"]]), r"entry 2, context 1: expected \[title, \[sentence, ...\]\], found \['Paris'\]"),
         (row(1, context=[["Paris", [1]]]), r"entry 2, context 1: expected sentences of text, found \[1\]"),
-        (row(1, context=[["a", []], ["a", []]]), "entry 2, context 2, field 'title': expected a title that is not yet"),
         (row(1, supporting_facts=[["Rome", 0]]), "entry 2, field 'supporting_facts': expected a title of the context"),
         (row(1, supporting_facts=[["Paris", "0"]]), r"entry 2, supporting_facts 1: expected \[title, number"),
         (row(1, question=LONG), "entry 2, field 'question': expected a row of at most 1,000,000 bytes, found 1,0"),
