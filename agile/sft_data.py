@@ -76,7 +76,7 @@ def build_sft_data(config: RunConfig, out: Path, console: Console, *, workers: i
                 log.append(records)
             progress.update(bar, advance=len(records))
     log.close()
-    summary = summarise(path)
+    summary = {**summarise(path), "skipped_rows": list(setup.task.skipped)}
     with writing(out):
         write_atomically(out / SUMMARY, json.dumps(summary, indent=2))
     lock.close()
@@ -268,3 +268,5 @@ def render_summary(summary: dict[str, Any], console: Console) -> None:
         f"{num_kept:,} of {summary['sessions']:,} sessions kept, {summary['tokens']:,} tokens, of which "
         f"{summary['learned_tokens']:,} are learned."
     )
+    for text in summary["skipped_rows"]:
+        console.print(f"Skipped {text}", markup=False, soft_wrap=True)

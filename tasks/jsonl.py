@@ -186,8 +186,8 @@ def _options(found: Any, where: str) -> dict[str, str]:
         return {}
     if isinstance(found, list):
         found = {chr(ord("A") + i): text for i, text in enumerate(found)}
-    if not isinstance(found, dict) or not 2 <= len(found) <= 26:
-        raise wrong(where, "options", "2 to 26 texts, or an object of letters and texts", found)
+    if not isinstance(found, dict) or not 2 <= len(found) <= 26 or not all(re.fullmatch("[A-Z]", x) for x in found):
+        raise wrong(where, "options", "2 to 26 texts, or an object of the letters A, B, ... and texts", found)
     if not all(isinstance(text, str) and _fold(text) for text in found.values()):
         raise wrong(where, "options", "texts that are not empty", found)
     if len({_fold(text) for text in found.values()}) < len(found):

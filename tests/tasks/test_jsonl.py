@@ -118,6 +118,7 @@ GOOD = {"question": "?", "answer": "yes"}
         ({**GOOD, "answr": "x"}, "line 2, field 'answr': no such field; expected some of question, answer"),
         ({**GOOD, "options": ["no", "never"]}, "line 2, field 'answer': expected one of the options .*, found 'yes'"),
         ({**GOOD, "options": ["yes"]}, "line 2, field 'options': expected 2 to 26 texts"),
+        ({**GOOD, "options": {"1": "yes", "2": "no"}}, "field 'options': expected 2 to 26 texts, or an object of the"),
         ({**GOOD, "options": ["yes", 1]}, "line 2, field 'options': expected texts that are not empty"),
         ({**GOOD, "options": ["yes", "Yes "]}, "line 2, field 'options': expected texts that differ"),
         ({**GOOD, "context": 7}, "line 2, field 'context': expected text, or an object of names and texts, found 7"),
