@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agile.advice import gold_answer
 from agile.policies.scripted import ScriptedPolicy
 from agile.protocols import Memory
 from agile.tokens import ActionCodec
@@ -209,6 +208,7 @@ class ProductQATeacher:
         """A policy for one session about `item` with this memory, at this price of advice."""
         entries, _ = self.agent.recall(item, memory)
         prior = item.context.get("prior")
+        gold = str((item.answer or ["none"])[0] if isinstance(item.answer, list) else item.answer)
         if self.agent.show_price and prior is not None:
             passes = self.judge_yes if prior > 1 - price else 1 - self.judge_yes
         else:
@@ -223,7 +223,7 @@ class ProductQATeacher:
                     return Action(SEARCH, item.context["sql"])
                 return Action(Fn.PREDICT_ANSWER, context.rsplit(self.codec.end, 1)[-1].strip())
             if answerable or f"[{Fn.SEEK_ADVICE}]" in context:
-                return Action(Fn.PREDICT_ANSWER, gold_answer(item))
+                return Action(Fn.PREDICT_ANSWER, gold)
             return Action(Fn.SEEK_ADVICE)
 
         return ScriptedPolicy(self.codec, decide)

@@ -74,7 +74,7 @@ class Setup:
             case "productqa":
                 return self._product_qa(self._data, macro=True)  # as the paper reports it
             case "hotpotqa":
-                rank = bm25 if task.search == "bm25" else dense(self.encoder)
+                rank = bm25 if task.search == "bm25" else dense(self.encoder.encode)
                 length = task.stream_length or HOTPOT_STREAM
                 return HotPotQA(self._data, task.test_data, rank=rank, stream_length=length, **self._reading)
             case "jsonl":

@@ -9,7 +9,6 @@ import bm25s
 import numpy as np
 from numpy.typing import NDArray
 
-from agile.memory.encoders import Encoder
 from agile.types import Item, Observation, ToolResult
 
 PASSAGES = "passages"  # the key in an item's context
@@ -55,11 +54,15 @@ def embedded_texts(passages: Sequence[str]) -> list[str]:
     return [*passages, *(passage.partition(SEPARATOR)[0] for passage in passages)]
 
 
-def dense(encoder: Encoder) -> Rank:
-    """The cosine of the query to a passage or to its title, whichever is larger: a title finds its passage."""
+def dense(encode: Callable[[Sequence[str]], NDArray[np.float32]]) -> Rank:
+    """The cosine of the query to a passage or to its title, whichever is larger: a title finds its passage.
+
+    Args:
+        encode: From texts to vectors of length 1.
+    """
 
     def rank(query: str, passages: Sequence[str]) -> NDArray[np.float64]:
-        vectors = encoder.encode([query, *embedded_texts(passages)])
+        vectors = encode([query, *embedded_texts(passages)])
         cosines = vectors[1:] @ vectors[0]
         return np.asarray(cosines.reshape(2, -1).max(axis=0), np.float64)
 

@@ -209,7 +209,7 @@ def search(tool: PassageSearch, item: Item, *queries: str) -> list[Observation]:
     return steps
 
 
-@pytest.mark.parametrize("rank", [bm25, dense(make_encoder("hashing"))])
+@pytest.mark.parametrize("rank", [bm25, dense(make_encoder("hashing").encode)])
 def test_a_search_shows_the_best_paragraph_that_is_not_yet_in_the_context(tmp_path: Path, rank: Rank) -> None:
     item = make(tmp_path / "f.json", [row(), row(1)]).streams("train")[0].items[0]
     steps = search(PassageSearch(rank), item, "Paris", "Paris", "Berlin", "Berlin", "more", "Paris")
@@ -323,7 +323,7 @@ def test_an_oracle_search_finds_every_supporting_paragraph_of_the_real_questions
 
 @pytest.mark.slow
 def test_so_does_a_dense_one_at_the_first_try(questions: list[Item]) -> None:
-    rank = dense(make_encoder("all-MiniLM-L6-v2"))
+    rank = dense(make_encoder("all-MiniLM-L6-v2").encode)
     for item in questions:
         for title, passage in item.context["supporting"].items():
             (step,) = search(PassageSearch(rank), item, title)
