@@ -66,7 +66,8 @@ WORLDS = {
 MODES: dict[str, tuple[str, ...]] = {
     "none": (),
     "utility": ("ppo.utility_beta=0.3",),
-    "chain": ("ppo.gamma_session=0.95", "ppo.lam_session=0.95"),
+    # returns fall along the stream: the critic must know where it stands, which the policy's trunk has forgotten
+    "chain": ("ppo.gamma_session=0.95", "ppo.lam_session=0.95", "model.critic=separate"),
     "lineage": ("ppo.gamma_session=0.98",),
 }
 
