@@ -52,7 +52,7 @@ class Imitation:
     executor: Executor
     teach: Teach
     initial_memory: InitialMemory
-    new_memory: Callable[[], Memory]
+    new_memory: Callable[[Stream], Memory]
     prices: Sequence[float]
     seed: int
     model: tuple[Executor, Policy] | None = None
@@ -80,7 +80,7 @@ class Imitation:
             )
 
         def memory() -> Memory:
-            new = self.new_memory()
+            new = self.new_memory(job.stream)
             new.write(remembered)
             return new
 

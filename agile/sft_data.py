@@ -42,7 +42,7 @@ _KEYS = (
     *("seed", "task.advice_price", "task.training_prices", "task.advice_counts", "task.search", "agent.", "prompt."),
     *("memory.encoder", "rollout.max_turns", "rollout.max_session_tokens", "rollout.max_context_tokens"),
     *("rollout.max_action_tokens", "rollout.max_invalid_actions", "sft.sessions_per_item", "sft.judge_yes"),
-    *("sft.teacher.model", "sft.teacher.base_url"),
+    *("sft.teacher.model", "sft.teacher.base_url", "sft.stronger_model", "task.preload", "expert"),
 )
 
 

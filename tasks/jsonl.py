@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from agile.errors import AgileError
+from agile.tasks.choices import read_choice
 from agile.tasks.rows import cut, field, lines, optional_text, read_items, show, wrong
 from agile.tasks.scoring import AdviceCounts, question_reward
 from agile.tasks.split import held_out
@@ -122,19 +123,9 @@ def is_correct(item: Item, answer: str | None) -> bool:
         named = {name for part in answer.split(",") if (name := _fold(part)) and name != "none"}
         return named <= {_fold(name) for name in item.answer} if named else not item.answer
     if options := item.context.get("options"):
-        chosen = choice(answer, options)
+        chosen = read_choice(answer, options)
         return chosen is not None and _fold(options[chosen]) == _fold(item.answer)
     return _fold(answer) == _fold(item.answer)
-
-
-def choice(answer: str, options: Mapping[str, str]) -> str | None:
-    """The letter of the option that an answer names; None if it names none or more than one."""
-    folded = _fold(answer)
-    named = [letter for letter, text in options.items() if _fold(text) == folded]
-    if len(named) == 1:
-        return named[0]
-    found = re.match(r"\(?([a-z0-9]+)\)?(?:[.:)]\s*|\s*$)", folded)
-    return next((letter for letter in options if found and letter.lower() == found[1]), None)
 
 
 def _fold(text: str) -> str:
@@ -154,7 +145,7 @@ def _parse(row: Any, where: str, table: Table | None) -> Item:
         if not _fold(answer):
             raise wrong(where, "answer", "text that is not empty", answer)
     if options:
-        chosen = choice(answer, options)
+        chosen = read_choice(answer, options)
         if chosen is None:
             raise wrong(where, "answer", f"one of the options {show(options)}, or its letter", answer)
         answer = options[chosen]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -41,7 +40,7 @@ def teach(shop: ProductQA, executor: Executor, seed: int = 0, judge_yes: float =
         executor,
         ProductQATeacher(executor.codec, AGENT, judge_yes).policy,
         random_memory,
-        partial(SqliteMemory, make_encoder("hashing")),
+        lambda stream: SqliteMemory(make_encoder("hashing")),
         prices=(0.3,),
         seed=seed,
     )

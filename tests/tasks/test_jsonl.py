@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from agile.errors import AgileError
-from agile.tasks.jsonl import JsonlTask, choice
+from agile.tasks.jsonl import JsonlTask
 from agile.tools.tables import open_table
 
 CSV = "name,color,price\nMerlot,red,12\nRiesling,white,15.5\nChianti,red,\n"
@@ -93,14 +93,6 @@ def test_an_empty_list_is_answered_by_none(tmp_path: Path) -> None:
     task = JsonlTask(path, path)
     item = task.streams("test")[0].items[0]
     assert [task.is_correct(item, a, False) for a in ("none", "", "Merlot")] == [True, True, False]
-
-
-@pytest.mark.parametrize(
-    ("answer", "letter"),
-    [("a tale", None), ("A tale", None), ("b) cool", "B"), ("c", None), ("", None), ("B.", "B"), ("cool", "B")],
-)
-def test_choices_are_read_as_people_write_them(answer: str, letter: str | None) -> None:
-    assert choice(answer, {"A": "warm", "B": "cool"}) == letter
 
 
 GOOD = {"question": "?", "answer": "yes"}
