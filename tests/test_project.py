@@ -133,7 +133,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.tokens": NOUNS,
     "agile.memory": NOUNS,
     "agile.tools": NOUNS,
-    "agile.advice": (*NOUNS, "agile.threads", "agile.watchdog"),
+    "agile.advice": (*NOUNS, "agile.threads", "agile.watchdog", "agile.policies.endpoint"),
     "agile.policies": (
         *NOUNS,
         "agile.attention",
@@ -150,7 +150,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.rollout": (*NOUNS, "agile.executor", "agile.threads"),
     "agile.lag": (*NOUNS, "agile.rollout"),
     "agile.imitation": (*NOUNS, "agile.executor", "agile.policies"),
-    "agile.agents": (*NOUNS, "agile.tokens", "agile.policies", "agile.tools"),
+    "agile.agents": (*NOUNS, "agile.tokens", "agile.policies", "agile.tools", "agile.tasks.choices"),
     "agile.tasks": (*NOUNS, "agile.tools"),
     "agile.prices": NOUNS,
     "agile.copies": NOUNS,
@@ -192,7 +192,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
-    *("agile.sft_data", "agile.judge"),
+    *("agile.experts", "agile.sft_data", "agile.judge"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
     *("agile.stages.guard", "agile.stages.preference", "agile.stages.validation"),
 }
