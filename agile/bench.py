@@ -83,7 +83,8 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
         details["experts"] = {"who was asked": worth["experts"], "what each is worth": worth["gains"]}
     results |= experts.results | {name: run.outcomes for name, run in runs.items()}
     if setup.task.skipped:
-        details["rows left out"] = {"number": len(setup.task.skipped), "what is wrong": list(setup.task.skipped)}
+        setup.tell_skipped()
+        details["rows left out"] = {"number": len(setup.task.skipped)}
 
     report: dict[str, Any] = {
         "task": config.task.name,
@@ -96,6 +97,8 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
     }
     if worth:
         report["experts"] = worth
+    if setup.task.skipped:
+        report["skipped_rows"] = list(setup.task.skipped)
     for name, usage in usages.items():
         if usage != Usage():
             report["agents"][name]["usage"] = to_json(usage)

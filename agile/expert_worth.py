@@ -94,6 +94,8 @@ def gains(
         never = not any(o.advised for o in results)
         alone = float(rates(results, 0.0, macro)["accuracy"]) if never else None
         for name, asked in experts.items():
+            if name == agent:  # who would ask oneself
+                continue
             reached = rates([_asking(o, asked, asks=never or o.advised) for o in results], asked.price, macro)
             accuracy, rate, score = (float(reached[key]) for key in ("accuracy", "advice_rate", "score"))
             gain = None if alone is None else score - alone
