@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import get_console
 from rich.progress import Progress
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -120,7 +121,16 @@ class Setup:
     def train_streams(self) -> Sequence[Stream]:
         """What is learned from: all train streams but those set aside for validation."""
         streams = self.task.streams("train")
+        self.tell_skipped()
         return streams[: len(streams) - len(self.validation_streams)]
+
+    def tell_skipped(self) -> None:
+        """List rows that were left out in `skipped_rows.txt`, and say how many."""
+        if (skipped := self.task.skipped) and ranks.is_main():
+            path = self.folder / "skipped_rows.txt"
+            with writing(path):
+                path.write_text("".join(f"{row}\n" for row in skipped), encoding="utf-8")
+            get_console().print(f"{len(skipped)} bad rows left out, see {path}. The first: {skipped[0]}", markup=False)
 
     @cached_property
     def validation_streams(self) -> Sequence[Stream]:

@@ -101,8 +101,8 @@ def who_never_asks(codec: ActionCodec, answers: Mapping[str, str | None], item: 
     return ScriptedPolicy(codec, lambda context: Action(Fn.PREDICT_ANSWER, answer))
 
 
-def who_always_asks(codec: ActionCodec) -> ScriptedPolicy:
-    """The policy of an agent that asks about everything, repeats the answer and remembers it."""
+def who_always_asks(codec: ActionCodec, item: Item) -> ScriptedPolicy:
+    """The policy for one question of an agent that asks about everything, repeats the answer and remembers it."""
 
     def decide(context: str) -> Action:
         if context.rstrip().endswith(f"[{Fn.REFLECTION}]"):

@@ -164,7 +164,7 @@ def _play(
     """Records of the jobs in their order, a chunk at a time."""
     if setup.config.sft.teacher is None and min(workers, len(todo) // CHUNK) > 1:
         spawn = multiprocessing.get_context("spawn")  # a fork would share torch's threads and SQLite's handles
-        args = (setup.config, setup.folder, tokenizer)
+        args = (setup.config, setup.folder, tokenizer, setup.train_streams)
         with ProcessPoolExecutor(min(workers, len(todo) // CHUNK), spawn, _start_worker, args) as pool:
             starts = range(first, first + len(todo), CHUNK)
             yield from pool.map(_play_numbers, starts, [min(s + CHUNK, first + len(todo)) for s in starts])
@@ -197,13 +197,15 @@ async def _chunks(imitation: Imitation, todo: Sequence[Job], concurrent: int) ->
 _worker: tuple[Imitation, list[Job]] | None = None  # of this process
 
 
-def _start_worker(config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def _start_worker(
+    config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast, streams: Sequence[Stream]
+) -> None:
     global _worker
     import torch
 
     torch.set_num_threads(1)
     setup = Setup(config, folder)
-    _worker = setup.imitation(setup.executor(tokenizer)), list(jobs(setup.train_streams, config.sft.sessions_per_item))
+    _worker = setup.imitation(setup.executor(tokenizer)), list(jobs(streams, config.sft.sessions_per_item))
 
 
 def _play_numbers(start: int, end: int) -> list[dict[str, Any]]:
@@ -268,5 +270,3 @@ def render_summary(summary: dict[str, Any], console: Console) -> None:
         f"{num_kept:,} of {summary['sessions']:,} sessions kept, {summary['tokens']:,} tokens, of which "
         f"{summary['learned_tokens']:,} are learned."
     )
-    for text in summary["skipped_rows"]:
-        console.print(f"Skipped {text}", markup=False, soft_wrap=True)

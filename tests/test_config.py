@@ -114,6 +114,13 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
             "ppo={estimator: reinforce++, value_coef: 0, value_warmup_epochs: 0, credit: lineage, gamma_session: 0.9}",
             ["credit is lineage, which asks the critic, but estimator is reinforce++"],
         ),
+        ("expert=gpt", ["expert names 'gpt'", "experts has gold", "add it to experts"]),
+        ("evaluate.experts=[gold,me]", ["evaluate.experts names 'me'", "experts has gold"]),
+        ("experts.me.kind=recorded", ["experts.me", "answers is missing"]),
+        ("experts.me.kind=model", ["experts.me", "endpoint.model is missing"]),
+        ("experts.me.knd=model", ["Unknown key experts.me.knd", "experts.me.kind"]),
+        ("experts.me.price=2", ["experts.me.price is 2", "less than or equal to 1"]),
+        ("sft.stronger_model=gold", ["sft.stronger_model names 'gold'", "that is recorded"]),
         ("task.name=productqa", ["task: data is missing", "task.data=DIR"]),
         # not an override at all
         ("foo", ["'foo'", "a.b=value"]),

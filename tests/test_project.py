@@ -184,6 +184,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "agile.evaluate": NOUNS,
     "agile.published": NOUNS,
+    "agile.expert_worth": (*NOUNS, "agile.evaluate"),
     "agile.baselines": (*NOUNS, "agile.evaluate", "agile.memory.encoders"),
     "agile.plots": (),
     "agile.show": (*NOUNS, "agile.tokens"),
@@ -191,8 +192,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
+    *("agile.experts", "agile.expert_play"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
-    *("agile.experts", "agile.sft_data", "agile.judge"),
+    *("agile.sft_data", "agile.judge"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
     *("agile.stages.guard", "agile.stages.preference", "agile.stages.validation"),
 }
