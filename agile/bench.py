@@ -18,6 +18,7 @@ from agile.config import RunConfig, differences, load_config
 from agile.errors import AgileError
 from agile.evaluate import Outcome, by_stream, outcomes, paired_difference, summarise
 from agile.executor import Executor
+from agile.expert_play import play_experts
 from agile.prompted import check_key, prompted_policy, spent
 from agile.protocols import Policy
 from agile.report import save_plots, write_report
@@ -25,6 +26,7 @@ from agile.rollout import collect, run_loop
 from agile.run_folder import claim, writing
 from agile.session_log import JsonLines, append_sessions, read_lines
 from agile.show import describe
+from agile.tasks.scoring import unreadable
 from agile.tokens import ActionCodec
 from agile.types import Session, Trajectory, Usage, to_json
 
@@ -45,6 +47,8 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
     prompted = "prompted" in config.evaluate.agents
     if prompted:
         check_key(config.evaluate.prompted)
+    if config.task.judge is not None:
+        check_key(config.task.judge, "task.judge")
     if checkpoint is None or checkpoint.resolve() != out.resolve():
         _claim(out, config)
     setup = Setup(config, checkpoint if checkpoint is not None and config.task.data is None else out)
@@ -68,10 +72,21 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
         else:
             trajectories, executor = play_agent(setup, folder, name, out)
         results[name] = outcomes(trajectories)
+        if said := {**unreadable(s for t in trajectories for s in t.sessions), **setup.figures(trajectories)}:
+            details[name] = {**details.get(name, {}), **said}
         usages[name] = sum((s.usage for t in trajectories for s in t.sessions), Usage())
         examples = _examples(trajectories, executor)
         seconds[name] = time.monotonic() - began
-    results |= {name: run.outcomes for name, run in runs.items()}
+    experts = play_experts(setup, out)
+    details |= experts.details
+    seconds |= experts.seconds
+    worth = experts.report(results, macro=macro) if experts.asked else {}
+    if worth:
+        details["experts"] = {"who was asked": worth["experts"], "what each is worth": worth["gains"]}
+    results |= experts.results | {name: run.outcomes for name, run in runs.items()}
+    if setup.task.skipped:
+        setup.tell_skipped()
+        details["rows left out"] = {"number": len(setup.task.skipped)}
 
     report: dict[str, Any] = {
         "task": config.task.name,
@@ -82,6 +97,10 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
         "examples": examples,
         "notes": list(config.evaluate.notes),
     }
+    if worth:
+        report["experts"] = worth
+    if setup.task.skipped:
+        report["skipped_rows"] = list(setup.task.skipped)
     for name, usage in usages.items():
         if usage != Usage():
             report["agents"][name]["usage"] = to_json(usage)

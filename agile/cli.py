@@ -45,6 +45,12 @@ Step = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")]
 
 
+SkipBadRows = Annotated[
+    bool,
+    typer.Option("--skip-bad-rows", help="Leave bad rows of the task's files out and list them (task.skip_bad_rows)."),
+]
+
+
 @contextmanager
 def _one_screen() -> Iterator[None]:
     """What a user can mend is printed without a traceback; exit code 2."""
@@ -146,7 +152,9 @@ def demo(
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+def train(
+    config: Config, overrides: Overrides = None, resume: Resume = False, skip_bad_rows: SkipBadRows = False
+) -> None:
     """Train an agent by imitation, then by PPO, then on preferences if it is told to.
 
     The run folder (`runs/<name of the config>`) then holds `config.yaml`, every session token by token,
@@ -167,7 +175,7 @@ def train(config: Config, overrides: Overrides = None, resume: Resume = False) -
 
         ranks.join()
         out, rest = _parse(overrides or [], f"runs/{config.stem}")
-        loaded = load_config(config, rest)
+        loaded = load_config(config, [*rest, *["task.skip_bad_rows=true"] * skip_bad_rows])
 
         from agile.training import train as run
 
@@ -214,7 +222,7 @@ def plan(
 
 
 @app.command()
-def bench(config: Config, overrides: Overrides = None) -> None:
+def bench(config: Config, overrides: Overrides = None, skip_bad_rows: SkipBadRows = False) -> None:
     """Score agents and baselines on the test questions of a task.
 
     With `evaluate.checkpoint=RUN` the agents that this run trained, and the baselines; without, the baselines alone.
@@ -233,7 +241,7 @@ def bench(config: Config, overrides: Overrides = None) -> None:
         from agile.config import load_config
 
         out, rest = _parse(overrides or [], f"runs/{config.stem}-bench")
-        loaded = load_config(config, rest)
+        loaded = load_config(config, [*rest, *["task.skip_bad_rows=true"] * skip_bad_rows])
 
         from agile.bench import bench as run
         from agile.report import render_table
@@ -373,6 +381,40 @@ def preferences(
         from agile.preferences import export_preferences
 
         export_preferences(folder, out or folder / "preferences.jsonl", console, gold=gold)
+
+
+@app.command("sft-data")
+def sft_data(
+    config: Config,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes (default: one per processor).", show_default=False),
+    ] = None,
+    skip_bad_rows: SkipBadRows = False,
+) -> None:
+    """Build imitation sessions beforehand, of the task's teacher or of a stronger model, on all train questions.
+
+    The teacher knows the gold answers (SQL, supporting facts, reflections) and has a judge of what can be answered
+    without an expert. `sft.teacher` names a model behind an OpenAI-compatible endpoint instead, told the rules; what it
+    did is kept where it was right (HotPotQA: with fewer than 5 searches), in the agent's own tokens.
+
+    Writes `sft-data.jsonl` to `runs/<name of the config>-sft-data`, and what was kept and why not to `sft-data.json`.
+    Killed and started again it goes on, to the same file. `agile train CONFIG sft.data=DIR` learns from it.
+
+    - `agile sft-data configs/productqa-qwen2.5-7b.yaml task.data=DIR --workers 16`
+    - `agile sft-data configs/hotpotqa-tiny.yaml task.data=FILE sft.teacher.model=NAME`
+    """
+    with _one_screen():
+        from agile.config import load_config
+
+        out, rest = _parse(overrides or [], f"runs/{config.stem}-sft-data")
+        loaded = load_config(config, [*rest, *["task.skip_bad_rows=true"] * skip_bad_rows])
+
+        from agile.sft_data import build_sft_data, render_summary
+
+        render_summary(build_sft_data(loaded, out, console, workers=workers), console)
+        console.print(f"Train on it: agile train {config} sft.data={out}", soft_wrap=True)
 
 
 @app.command("vllm-server")

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from agile.config.evaluate import EvaluateConfig
+from agile.config.expert import GOLD, ExpertConfig
 from agile.config.rollout import LoRAConfig, ModelConfig, RolloutConfig, VLLMConfig
 from agile.config.section import Section
 from agile.config.task import AgentConfig, MemoryConfig, PromptConfig, TaskConfig
@@ -37,6 +38,10 @@ class RunConfig(Section):
         ("sft", "ppo"), description="What `agile train` does, in this order."
     )
     task: TaskConfig = TaskConfig()
+    experts: dict[str, ExpertConfig] = Field(
+        {}, description="Whom the agent can ask, by name; `gold`, who knows the gold answers, is always among them."
+    )
+    expert: str = Field(GOLD, description="Which of them advises.")
     agent: AgentConfig = AgentConfig()
     memory: MemoryConfig = MemoryConfig()
     model: ModelConfig = ModelConfig()
@@ -102,6 +107,22 @@ class RunConfig(Section):
                     f"stages has {by_trl[0]}, where TRL trains all weights in one process and on one device, but {key} "
                     f"is {value}; leave {key} out, or train on preferences in a run of its own without it: "
                     f"stages=[{by_trl[0]}] model.path=RUN/ppo preferences.data=FILE"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_are_known(self) -> RunConfig:
+        known = sorted({GOLD, *self.experts})
+        named = {"expert": [self.expert], "evaluate.experts": self.evaluate.experts}
+        for key, names in named.items():
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"{key} names {name!r}, but experts has {', '.join(known)}; add it to experts")
+        if self.sft.stronger_model is not None:
+            stronger = self.experts.get(self.sft.stronger_model)
+            if stronger is None or stronger.kind != "recorded":
+                raise ValueError(
+                    f"sft.stronger_model names {self.sft.stronger_model!r}, expected one of experts that is recorded"
                 )
         return self
 

@@ -6,12 +6,44 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from agile.config.evaluate import PromptedConfig
 from agile.config.section import Count, Price, Section, UserPath
 
 
 class TaskConfig(Section):
-    name: Literal["minishop", "productqa"] = Field("minishop", description="Generated worlds, or official files.")
-    data: UserPath | None = Field(None, description="Folder of the files; minishop writes its own without it.")
+    name: Literal["minishop", "productqa", "medmcqa", "hotpotqa", "jsonl"] = Field(
+        "minishop", description="Generated worlds, official files, or your own questions (docs/your-own-data.md)."
+    )
+    data: UserPath | None = Field(
+        None,
+        description="Folder of the files; medmcqa: also a file of train questions or a data set of the package "
+        "`datasets`; hotpotqa, jsonl: the file. minishop writes its own without it.",
+    )
+    test_data: UserPath | None = Field(
+        None,
+        description="File of test questions; by default dev.json (medmcqa), the last fifth of data (hotpotqa, jsonl).",
+    )
+    stream_by: Literal["file", "subject"] = Field(
+        "file", description="medmcqa: one stream of a file, in its order, or one of each subject."
+    )
+    stream_length: Count | None = Field(
+        None, description="medmcqa, hotpotqa, jsonl: most questions of a stream; all by default, hotpotqa 10."
+    )
+    database: UserPath | None = Field(
+        None, description="jsonl: table to search, a file of CSV, JSON or Parquet or a SQLite database."
+    )
+    search: Literal["dense", "bm25"] = Field(
+        "dense", description="hotpotqa: what ranks paragraphs, embeddings of memory.encoder or BM25."
+    )
+    judge: PromptedConfig | None = Field(
+        None, description="hotpotqa: a model that judges answers in reports beside exact match; null for none."
+    )
+    preload: int = Field(
+        0,
+        ge=0,
+        description="Train questions of other streams, with answers and what they teach, that each memory starts with, "
+        "drawn at random.",
+    )
     advice_price: Price = Field(0.3, description="What one piece of advice costs, in units of a right answer.")
     training_prices: tuple[Price, ...] = Field(
         (), description="In training each stream draws its price from these; by default advice_price."
@@ -42,8 +74,16 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _data_is_given(self) -> TaskConfig:
-        if self.name == "productqa" and self.data is None:
-            raise ValueError("data is missing; give the folder of ProductQA's files: task.data=DIR")
+        one_file = self.name in ("hotpotqa", "jsonl")
+        files = "the file of questions: task.data=FILE" if one_file else "the folder of its files: task.data=DIR"
+        if self.name != "minishop" and self.data is None:
+            raise ValueError(f"data is missing; give {files}")
+        return self
+
+    @model_validator(mode="after")
+    def _judge_is_named(self) -> TaskConfig:
+        if self.judge is not None and not self.judge.model:
+            raise ValueError("judge has no model; name one: task.judge.model=NAME")
         return self
 
 
