@@ -125,6 +125,7 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         ("experts.me.kind=recorded", ["experts.me", "answers is missing"]),
         ("experts.me.kind=model", ["experts.me", "endpoint.model is missing"]),
         ("experts.me.knd=model", ["Unknown key experts.me.knd", "experts.me.kind"]),
+        ("experts.me=2", ["experts.me is 2: expected a section of keys"]),
         ("experts.me.price=2", ["experts.me.price is 2", "less than or equal to 1"]),
         ("sft.stronger_model=gold", ["sft.stronger_model names 'gold'", "that is recorded"]),
         ("task.name=productqa", ["task: data is missing", "task.data=DIR"]),

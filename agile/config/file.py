@@ -96,14 +96,14 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if error["type"] == "value_error":  # of several keys; it says itself which
         return f"{name}: {message}."
-    section = _section(keys[:-1])
-    default = section.model_fields[keys[-1]].default if keys else None
     if error["type"] == "model_type":
         fields = list(_section(keys).model_fields)
         return (
             f"{name} is {error['input']!r}: expected a section of keys, {', '.join(fields)}; for example "
             f"{name}.{fields[0]}=..."
         )
+    section = _section(keys[:-1])
+    default = section.model_fields[keys[-1]].default if keys else None
     if error["type"] == "tuple_type":
         message = "expected a list, [a, b]"
     message = message.partition(", unable to")[0]  # to parse or interpret: the value says so itself
