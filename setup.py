@@ -35,6 +35,7 @@ CORE = [
     "jinja2>=3.1,<4",
     "scikit-learn>=1.7,<2",
     "scipy>=1.15,<2",
+    "threadpoolctl>=3.5,<4",
 ]
 
 # One minor release: weight versions and the endpoint of tokens in, tokens out are new and still move.
