@@ -18,6 +18,7 @@ from agile.config import RunConfig, differences, load_config
 from agile.errors import AgileError
 from agile.evaluate import Outcome, by_stream, outcomes, paired_difference, summarise
 from agile.executor import Executor
+from agile.expert_play import play_experts
 from agile.prompted import check_key, prompted_policy, spent
 from agile.protocols import Policy
 from agile.published import set_beside
@@ -26,6 +27,7 @@ from agile.rollout import collect, run_loop
 from agile.run_folder import claim, writing
 from agile.session_log import JsonLines, append_sessions, read_lines
 from agile.show import describe
+from agile.tasks.scoring import unreadable
 from agile.tokens import ActionCodec
 from agile.types import Session, Trajectory, Usage, to_json
 
@@ -69,10 +71,21 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
         else:
             trajectories, executor = play_agent(setup, folder, name, out)
         results[name] = outcomes(trajectories)
+        if counts := unreadable(s for t in trajectories for s in t.sessions):
+            details[name] = {**details.get(name, {}), **counts}
         usages[name] = sum((s.usage for t in trajectories for s in t.sessions), Usage())
         examples = _examples(trajectories, executor)
         seconds[name] = time.monotonic() - began
-    results |= {name: run.outcomes for name, run in runs.items()}
+    experts = play_experts(setup, out)
+    details |= experts.details
+    seconds |= experts.seconds
+    worth = experts.report(results, macro=macro) if experts.asked else {}
+    if worth:
+        details["experts"] = {"who was asked": worth["experts"], "what each is worth": worth["gains"]}
+    results |= experts.results | {name: run.outcomes for name, run in runs.items()}
+    if setup.task.skipped:
+        setup.tell_skipped()
+        details["rows left out"] = {"number": len(setup.task.skipped)}
 
     report: dict[str, Any] = {
         "task": config.task.name,
@@ -83,6 +96,10 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
         "examples": examples,
         "notes": list(config.evaluate.notes),
     }
+    if worth:
+        report["experts"] = worth
+    if setup.task.skipped:
+        report["skipped_rows"] = list(setup.task.skipped)
     for name, usage in usages.items():
         if usage != Usage():
             report["agents"][name]["usage"] = to_json(usage)

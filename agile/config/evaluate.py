@@ -46,6 +46,11 @@ class EvaluateConfig(Section):
     )
     agents: tuple[Literal["sft", "ppo", "dpo", "prompted"], ...] = ("sft", "ppo", "dpo")
     checkpoint: UserPath | None = Field(None, description="Run folder whose agents `agile bench` scores.")
+    experts: tuple[str, ...] = Field(
+        (),
+        description="Names of experts that are each asked about every test question, and what they are worth; who has "
+        "recorded answers also plays alone and never asks.",
+    )
     prompted: PromptedConfig = PromptedConfig()
     prices: tuple[Price, ...] = Field(
         (), description="Further prices at which agents and baselines are scored; agents that see the price play anew."
