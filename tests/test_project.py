@@ -187,7 +187,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.expert_worth": (*NOUNS, "agile.evaluate"),
     "agile.baselines": (*NOUNS, "agile.evaluate", "agile.memory.encoders", "agile.calibrated"),
     "agile.calibrated": (*NOUNS, "agile.memory.encoders"),
-    "agile.published": (),
     "agile.plots": (),
     "agile.show": (*NOUNS, "agile.tokens"),
     "agile.report": (*NOUNS, "agile.plots", "agile.show"),
