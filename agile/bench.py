@@ -47,6 +47,8 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
     prompted = "prompted" in config.evaluate.agents
     if prompted:
         check_key(config.evaluate.prompted)
+    if config.task.judge is not None:
+        check_key(config.task.judge, "task.judge")
     if checkpoint is None or checkpoint.resolve() != out.resolve():
         _claim(out, config)
     setup = Setup(config, checkpoint if checkpoint is not None and config.task.data is None else out)
@@ -70,8 +72,8 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
         else:
             trajectories, executor = play_agent(setup, folder, name, out)
         results[name] = outcomes(trajectories)
-        if counts := unreadable(s for t in trajectories for s in t.sessions):
-            details[name] = {**details.get(name, {}), **counts}
+        if said := {**unreadable(s for t in trajectories for s in t.sessions), **setup.figures(trajectories)}:
+            details[name] = {**details.get(name, {}), **said}
         usages[name] = sum((s.usage for t in trajectories for s in t.sessions), Usage())
         examples = _examples(trajectories, executor)
         seconds[name] = time.monotonic() - began

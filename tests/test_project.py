@@ -125,7 +125,7 @@ NOUNS = ("agile.types", "agile.protocols", "agile.errors", "agile.seeding")
 # What modules may import of the project besides themselves. Only entry points wire everything together.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.types": (),
-    "agile.protocols": ("agile.types",),
+    "agile.protocols": ("agile.types", "agile.tokens"),
     "agile.errors": (),
     "agile.seeding": (),
     "agile.ranks": ("agile.errors",),
@@ -149,8 +149,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.executor": (*NOUNS, "agile.tokens", "agile.advice", "agile.watchdog"),
     "agile.rollout": (*NOUNS, "agile.executor", "agile.threads"),
     "agile.lag": (*NOUNS, "agile.rollout"),
-    "agile.imitation": (*NOUNS, "agile.executor", "agile.ranks"),
-    "agile.agents": (*NOUNS, "agile.tokens", "agile.policies", "agile.tasks.choices"),
+    "agile.imitation": (*NOUNS, "agile.executor", "agile.policies"),
+    "agile.agents": (*NOUNS, "agile.tokens", "agile.policies", "agile.tools", "agile.tasks.choices"),
     "agile.tasks": (*NOUNS, "agile.tools"),
     "agile.prices": NOUNS,
     "agile.copies": NOUNS,
@@ -183,6 +183,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("agile.config", "agile.engine", "agile.ranks", "agile.session_log", "agile.tracking"),
     ),
     "agile.evaluate": NOUNS,
+    "agile.published": NOUNS,
     "agile.expert_worth": (*NOUNS, "agile.evaluate"),
     "agile.baselines": (*NOUNS, "agile.evaluate", "agile.memory.encoders"),
     "agile.plots": (),
@@ -193,6 +194,7 @@ ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
     *("agile.experts", "agile.expert_play"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
+    *("agile.sft_data", "agile.judge"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
     *("agile.stages.guard", "agile.stages.preference", "agile.stages.validation"),
 }
