@@ -238,7 +238,7 @@ def bench(config: Config, overrides: Overrides = None) -> None:
         from agile.bench import bench as run
         from agile.report import render_table
 
-        if set(loaded.evaluate.agents) - {"prompted"} and loaded.evaluate.checkpoint is None:
+        if set(loaded.evaluate.agents) - {"prompted"} and not loaded.evaluate.checkpoint:
             console.print("No trained agents; evaluate.checkpoint=RUN adds the agents of a run.")
         render_table(run(loaded, out, loaded.evaluate.checkpoint), console)
         console.print(f"Report: {out / 'report.html'}", soft_wrap=True)

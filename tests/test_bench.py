@@ -50,9 +50,9 @@ def test_report_of_a_run(tiny_run: TinyRun) -> None:
     report = json.loads((tiny_run.path / "report.json").read_text())
     assert list(report["agents"]) == ["sft", "ppo", *BASELINES]
     for name, agent in report["agents"].items():
-        assert ("usage" in agent) == (name in ("sft", "ppo"))
-        assert set(agent) - {"usage"} == {
-            *("accuracy", "advice_rate", "score", "score_ci", "n", "failed", "by_type", "by_position")
+        assert ("usage" in agent) == ("seconds" in agent) == (name in ("sft", "ppo"))
+        assert set(agent) - {"usage", "seconds"} == {
+            *("accuracy", "advice_rate", "score", "score_ci", "n", "failed", "by_type", "by_position", "expert_calls")
         }
         assert agent["n"] == 16
         assert agent["score"] == pytest.approx(agent["accuracy"] - 0.3 * agent["advice_rate"])
@@ -79,10 +79,12 @@ def test_sessions_are_kept_and_agree_with_the_report(tiny_run: TinyRun) -> None:
 @pytest.mark.usefixtures("no_drawing")
 def test_bench_elsewhere_gives_the_same_figures(tiny_run: TinyRun, tmp_path: Path) -> None:
     overrides = ["evaluate.agents=[ppo]", "evaluate.baselines=[router]"]
-    report = bench(config_of(tiny_run.path, *overrides), tmp_path / "out", tiny_run.path)
+    report = bench(config_of(tiny_run.path, *overrides), tmp_path / "out", [tiny_run.path])
     assert list(report["agents"]) == ["ppo", "router"]
     earlier = json.loads((tiny_run.path / "report.json").read_text())["agents"]
-    assert json.loads(json.dumps(report["agents"])) == {name: earlier[name] for name in ("ppo", "router")}
+    found = json.loads(json.dumps(report["agents"]))
+    found["ppo"]["seconds"] = earlier["ppo"]["seconds"]
+    assert found == {name: earlier[name] for name in ("ppo", "router")}
     assert (tmp_path / "out" / "test-ppo.jsonl").read_bytes() == (tiny_run.path / "test-ppo.jsonl").read_bytes()
     assert load_config(tmp_path / "out" / "config.yaml") == config_of(tiny_run.path, *overrides)
 
@@ -95,7 +97,7 @@ def test_imitation_alone(run: Path) -> None:
     (run / "config.yaml").write_text(
         (run / "config.yaml").read_text().replace("num_iterations: 1", "num_iterations: 0")
     )
-    assert list(bench(config, run, run)["agents"]) == ["sft", "router"]
+    assert list(bench(config, run, [run])["agents"]) == ["sft", "router"]
 
 
 @pytest.mark.usefixtures("no_drawing")
@@ -226,5 +228,5 @@ def test_full_disk_leaves_the_last_report(run: Path, monkeypatch: pytest.MonkeyP
     before = {name: (run / name).read_bytes() for name in ("report.json", "test-ppo.jsonl")}
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(AgileError, match=r"Cannot write to .*test-sft.jsonl: No space left on device"):
-        bench(config_of(run, "evaluate.baselines=[]"), run, run)
+        bench(config_of(run, "evaluate.baselines=[]"), run, [run])
     assert before == {name: (run / name).read_bytes() for name in before}
