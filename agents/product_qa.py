@@ -149,6 +149,11 @@ class ProductQAAgent:
     def teacher(self, codec: ActionCodec, judge_yes: float) -> ProductQATeacher:
         return ProductQATeacher(codec, self, judge_yes)
 
+    def lessons(self, item: Item) -> list[MemoryItem]:
+        if isinstance(item.answer, list):
+            return []  # search questions are for the tool
+        return self.lesson(item, "", item.answer, str(item.context["knowledge"]), origin="initial")
+
     def initial_memory(self, item: Item, others: Sequence[Item], rng: np.random.Generator) -> list[MemoryItem]:
         return random_memory(item, others, rng)
 

@@ -52,12 +52,33 @@ class Setup:
     @cached_property
     def task(self) -> Task:
         task = self.config.task
-        data = task.data or self.folder / "minishop"
-        if task.data is None and not data.exists():
-            spec = MiniShopSpec(task.num_train_worlds, task.num_test_worlds, task.num_questions)
-            write_minishop(data, spec, self.config.seed)
-        macro = task.name == "productqa"  # as the paper reports it
-        return ProductQA(data, task.train_groups, task.test_groups, task.max_items, macro=macro)
+        match task.name:
+            case "minishop":
+                data = task.data or self.folder / "minishop"
+                if task.data is None and not data.exists():
+                    spec = MiniShopSpec(task.num_train_worlds, task.num_test_worlds, task.num_questions)
+                    write_minishop(data, spec, self.config.seed)
+                return self._product_qa(data, macro=False)
+            case "productqa":
+                return self._product_qa(self._data, macro=True)  # as the paper reports it
+
+    @property
+    def _data(self) -> Path:
+        data = self.config.task.data
+        assert data is not None  # TaskConfig checks it
+        return data
+
+    def _product_qa(self, data: Path, *, macro: bool) -> Task:
+        task = self.config.task
+        return ProductQA(
+            data,
+            task.train_groups,
+            task.test_groups,
+            task.max_items,
+            macro=macro,
+            advice_counts=task.advice_counts,
+            skip_bad_rows=task.skip_bad_rows,
+        )
 
     @cached_property
     def train_streams(self) -> Sequence[Stream]:
@@ -84,7 +105,9 @@ class Setup:
 
     @cached_property
     def agent(self) -> TeachableAgent:
-        return ProductQAAgent(**self.config.agent.model_dump())
+        match self.config.task.name:
+            case "minishop" | "productqa":
+                return ProductQAAgent(**self.config.agent.model_dump())
 
     @cached_property
     def encoder(self) -> CachedEncoder:

@@ -66,11 +66,11 @@ def lineage(
 ) -> Floats:
     """What the sessions of a stream gained from the memory that each of them wrote.
 
-        L_i = sum over j > i of gamma_session^(j - i) * |W_i & R_j| / |R_j| * (r_j + L_j - b_j)
+        L_i = sum over j > i of gamma_session^(j - i) * |W_i & R_j| / |R_j| * (r_j - b_j)
 
     Each entry has an equal share in what its reader gained over the critic's value of the same session without any. The
-    critic learns returns that hold the term, so the reader's own L_j stands beside r_j: else a session would be charged
-    for readers that write much themselves.
+    critic learns the task's rewards alone, so both sides of the difference are of one kind, whatever the reader is
+    credited for in its turn.
 
     Args:
         rewards: (n,), r_j, totals of the task's rewards, in stream order.
@@ -98,7 +98,7 @@ def lineage(
             if i < j:
                 weights[i, j] += gamma_session ** (j - i) / len(entries)
     gained = np.where(np.isnan(baseline), 0.0, reward - baseline)
-    return np.linalg.solve(np.eye(len(reward)) - weights, weights @ gained)  # L = weights @ (gained + L)
+    return np.asarray(weights @ gained, dtype=np.float64)
 
 
 def session_rewards(
@@ -113,7 +113,7 @@ def session_rewards(
     """Terminal reward of each session of a stream, the credit term of `mode` included.
 
     Only `utility` adds something here: in `chain` the credit comes from `transitions` with gamma_session > 0, and
-    `lineage` needs the critic, so the trainer adds it.
+    `lineage` needs the critic, so the trainer adds it, to advantages.
 
     Args:
         rewards: (n,), totals of the task's rewards, in stream order.

@@ -23,7 +23,7 @@ class Outcome:
     Attributes:
         position: Index of the question in its stream, from 0.
         length: Number of questions in its stream.
-        correct: Whether the answer was right; an expert's answer counts as right.
+        correct: Whether it counts as right; the task says when an expert's answer does.
         advised: Whether an expert answered (and was paid).
         failed: Whether the session broke off; it is then not correct.
     """
@@ -39,7 +39,7 @@ class Outcome:
 
 
 def outcomes(trajectories: Iterable[Trajectory]) -> list[Outcome]:
-    """One outcome per session, right if its reward has `correct` above 0.5 or an expert answered and it completed.
+    """One outcome per session, right if its reward has `correct` above 0.5: the task decides, see `Task.score`.
 
     Raises:
         ValueError: A session has no reward.
@@ -49,7 +49,6 @@ def outcomes(trajectories: Iterable[Trajectory]) -> list[Outcome]:
         for session in trajectory.sessions:
             if session.reward is None:
                 raise ValueError(f"Session {session.id} has no reward; score it before it is evaluated.")
-            correct = session.reward.components.get("correct", 0.0) > 0.5 or (session.advised and not session.failed)
             result.append(
                 Outcome(
                     session.item_id,
@@ -57,7 +56,7 @@ def outcomes(trajectories: Iterable[Trajectory]) -> list[Outcome]:
                     session.index,
                     len(trajectory.sessions),
                     session.kind,
-                    correct,
+                    session.reward.components.get("correct", 0.0) > 0.5,
                     session.advised,
                     session.failed,
                 )

@@ -118,6 +118,10 @@ class TeachableAgent(Agent, Protocol):
 
     def teacher(self, codec: ActionCodec, judge_yes: float) -> Teacher: ...
 
+    def lessons(self, item: Item) -> list[MemoryItem]:
+        """What memory holds of a question whose answer was known before the stream began."""
+        ...
+
     def initial_memory(self, item: Item, others: Sequence[Item], rng: np.random.Generator) -> list[MemoryItem]:
         """What an imitation session about `item` starts with.
 
@@ -143,16 +147,21 @@ class Task(AnswerKey, Protocol):
     Attributes:
         tools: What the agent can call, by the names of its actions.
         macro: Whether a report weighs every stream alike, not every question.
+        skipped: What is wrong with each row of the files that was left out.
     """
 
     @property
     def tools(self) -> Mapping[str, Tool]: ...
     @property
     def macro(self) -> bool: ...
+    @property
+    def skipped(self) -> Sequence[str]: ...
 
     def streams(self, split: str) -> Sequence[Stream]: ...
 
-    def score(self, item: Item, session: Session) -> Reward: ...
+    def score(self, item: Item, session: Session) -> Reward:
+        """The reward; its component `correct` is what reports call right, an advised session or not."""
+        ...
 
 
 class Memory(Protocol):

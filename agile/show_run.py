@@ -130,8 +130,9 @@ def critic_of(parts: RunParts, logged: Logged) -> tuple[list[float], list[float]
     similarities = parts.setup.question_similarities()
     rewards = terminal_rewards(config, similarities, trajectories, np.random.default_rng(config.seed))
     ppo, flow = config.ppo, discounts(config.ppo)
+    credits = None
     if flow.lineage:
-        terms = lineage_terms(
+        credits = lineage_terms(
             engine,
             trajectories,
             rewards,
@@ -140,8 +141,7 @@ def critic_of(parts: RunParts, logged: Logged) -> tuple[list[float], list[float]
             share_prefixes=ppo.share_prefixes,
             masked=config.rollout.masked,
         )
-        rewards = [np.add(*pair).tolist() for pair in zip(rewards, terms, strict=True)]
-    rows, plan = lay_out(trajectories, rewards, config.rollout.masked)
+    rows, plan = lay_out(trajectories, rewards, config.rollout.masked, credits)
     scored = score_rows(
         engine,
         None,

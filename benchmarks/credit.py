@@ -66,7 +66,8 @@ WORLDS = {
 MODES: dict[str, tuple[str, ...]] = {
     "none": (),
     "utility": ("ppo.utility_beta=0.3",),
-    "chain": ("ppo.gamma_session=0.95", "ppo.lam_session=0.95"),
+    # returns fall along the stream: the critic must know where it stands, which the policy's trunk has forgotten
+    "chain": ("ppo.gamma_session=0.95", "ppo.lam_session=0.95", "model.critic=separate"),
     "lineage": ("ppo.gamma_session=0.98",),
 }
 
@@ -190,6 +191,9 @@ def main() -> None:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     todo = [(seed, world, mode) for world in args.worlds for seed in args.seeds for mode in args.modes]
+    for seed in args.seeds:  # before the threads, which would write the same folders
+        for name, spec in {"graded": GRADED, **{world: WORLDS[world] for world in args.worlds}}.items():
+            shops(out, name, spec, seed)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda seed: imitate(out, seed), args.seeds))
         list(pool.map(lambda job: reinforce(out, job[0], job[1], job[2], args.overrides), todo))

@@ -71,6 +71,8 @@ def main() -> None:
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     todo = [(seed, name) for name in (ALL, *(f"{p:g}" for p in PRICES)) for seed in args.seeds]
+    for seed in args.seeds:  # before the threads, which would write the same folder
+        shops(out, "graded", GRADED, seed)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda seed: imitate(out, seed, *IMITATION), args.seeds))
         list(pool.map(lambda job: reinforce(out, job[0], job[1], args.overrides), todo))

@@ -6,7 +6,6 @@ A folder holds `product_qa.db` and `<split>/<group>/{schema.json,metadata.json,q
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -15,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from agile.errors import AgileError
+from agile.tasks.rows import field, lines, parse_json, read_bytes, read_items, show, wrong
+from agile.tasks.scoring import AdviceCounts, question_reward
 from agile.tools.sql import SqlSearch
 from agile.types import Item, Reward, Session, Stream
 
 DATABASE = "product_qa.db"
 SEARCH_ACTION = "SearchProduct"
 TYPES = ("search_qa", "fact_qa", "reasoning_qa")
+FILES = "a product group is schema.json, metadata.json and qa.jsonl"
 
 
 def is_correct(item: Item, answer: str | None, used_search: bool) -> bool:
@@ -52,10 +54,13 @@ class ProductQA:
         train_groups, test_groups: Groups to read of that split, in this order; none named means all, sorted by name.
         max_items: Read only the first so many questions of each group.
         macro: Whether reports weigh every group alike.
+        advice_counts: When an advised session is right, see `agile.tasks.scoring`.
+        skip_bad_rows: Whether bad lines of qa.jsonl are left out and listed in `skipped`, not an error.
 
     Attributes:
         search: The tool that the gold SQL is written for.
         tools: It, by the name of its action.
+        skipped: What is wrong with each line that was left out.
 
     Raises:
         AgileError: A folder, file, line or field is missing or malformed; the message names it, what was expected
@@ -70,6 +75,8 @@ class ProductQA:
         max_items: int | None = None,
         *,
         macro: bool = False,
+        advice_counts: AdviceCounts = "always",
+        skip_bad_rows: bool = False,
     ) -> None:
         if max_items is not None and max_items < 1:
             raise AgileError(f"ProductQA: max_items is {max_items}; expected at least 1, or nothing for all questions.")
@@ -79,7 +86,9 @@ class ProductQA:
         self._streams: dict[str, tuple[Stream, ...]] = {}
         self.search = SqlSearch(self.database)
         self.tools = {SEARCH_ACTION: self.search}
-        self.macro = macro
+        self.macro, self.advice_counts = macro, advice_counts
+        self.skipped: list[str] = []
+        self._skipped = self.skipped if skip_bad_rows else None
         with closing(sqlite3.connect(f"{self.database.resolve().as_uri()}?mode=ro", uri=True)) as connection:
             self._tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
 
@@ -100,15 +109,12 @@ class ProductQA:
                 f"{self.database}: expected a table {group!r} for the products of {folder / group}, found none "
                 f"among its {len(self._tables)}. Database and questions must be of one release."
             )
-        return Stream(group, _read_group(folder / group, self.search.columns(group), self.max_items))
+        return Stream(group, _read_group(folder / group, self.search.columns(group), self.max_items, self._skipped))
 
     def score(self, item: Item, session: Session) -> Reward:
-        """1 for a right answer or one that an expert gave, 0 for a wrong one or a failed session; advice costs."""
-        right = session.advised or is_correct(item, session.answer, session.called(SEARCH_ACTION))
-        components = {"correct": float(right and not session.failed)}
-        if session.advice is not None and session.advised:
-            components["advice"] = -session.advice.price
-        return Reward(components)
+        """See `agile.tasks.scoring`; an answer after a search is judged as such, an expert's is not."""
+        searched = session.called(SEARCH_ACTION) and not session.advised
+        return question_reward(session, lambda answer: is_correct(item, answer, searched), self.advice_counts)
 
     @staticmethod
     def is_correct(item: Item, answer: str | None, used_search: bool) -> bool:
@@ -141,33 +147,25 @@ def _folders(folder: Path) -> list[str]:
     return names
 
 
-def _read_group(folder: Path, columns: Sequence[str], max_items: int | None) -> tuple[Item, ...]:
+def _read_group(
+    folder: Path, columns: Sequence[str], max_items: int | None, skipped: list[str] | None
+) -> tuple[Item, ...]:
     schema = _read_table(folder / "schema.json", "feature")
     metadata = _read_table(folder / "metadata.json", "product")
     products: dict[str, dict[str, str]] = {}
     for asin, features in metadata.items():
         where = f"{folder / 'metadata.json'}, product {asin!r}"
-        _field(features, "title", str, where)
+        field(features, "title", str, where)
         for name, value in features.items():
             if value is not None and not isinstance(value, str):
-                raise _wrong(where, name, "text or null", value)
+                raise wrong(where, name, "text or null", value)
         products[asin] = {name: value for name, value in features.items() if value is not None}
     path = folder / "qa.jsonl"
-    items: list[Item] = []
-    first_line: dict[str, int] = {}
-    for number, line in enumerate(_read(path).splitlines(), 1):
-        if len(items) == max_items:
-            break
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        item = _parse(_json(line, where), folder.name, schema, columns, products, where)
-        if (earlier := first_line.setdefault(item.id, number)) != number:
-            raise _wrong(where, "id", f"an id that is not yet used (line {earlier} has it)", item.id.split("/", 1)[1])
-        items.append(item)
-    if not items:
-        raise AgileError(f"{path}: expected one question a line, found an empty file. Copy it again from the release.")
-    return tuple(items)
+
+    def parse(row: Any, where: str) -> Item:
+        return _parse(row, folder.name, schema, columns, products, where)
+
+    return read_items(lines(path, FILES), parse, path, max_items=max_items, skipped=skipped)
 
 
 def _parse(
@@ -180,30 +178,30 @@ def _parse(
 ) -> Item:
     """One line of qa.jsonl; features that the shop does not know (null) are left out of the metadata."""
     if not isinstance(row, dict):
-        raise AgileError(f"{where}: expected a JSON object, found {_show(row)}.")
+        raise AgileError(f"{where}: expected a JSON object, found {show(row)}.")
     row_id, asin, question, long_answer, row_type = (
-        _field(row, name, str, where) for name in ("id", "asin", "question", "long_answer", "type")
+        field(row, name, str, where) for name in ("id", "asin", "question", "long_answer", "type")
     )
     if row_type not in TYPES:
-        raise _wrong(where, "type", f"one of {', '.join(TYPES)}", row_type)
+        raise wrong(where, "type", f"one of {', '.join(TYPES)}", row_type)
     if asin not in products:
-        raise _wrong(where, "asin", f"a product of metadata.json ({len(products)} products)", asin)
+        raise wrong(where, "asin", f"a product of metadata.json ({len(products)} products)", asin)
     extra = row.get("extra_data")
     if extra is None:
         extra = {}
     elif not isinstance(extra, dict):
-        raise _wrong(where, "extra_data", "an object or null", extra)
+        raise wrong(where, "extra_data", "an object or null", extra)
     answer: str | list[str]
     if row_type == "search_qa":
         answer = [
-            _field(gold, "asin", str, f"{where}, short_answer {i}")
-            for i, gold in enumerate(_field(row, "short_answer", list, where))
+            field(gold, "asin", str, f"{where}, short_answer {i}")
+            for i, gold in enumerate(field(row, "short_answer", list, where))
         ]
-        _field(extra, "sql", str, f"{where}, extra_data")
+        field(extra, "sql", str, f"{where}, extra_data")
     else:
-        answer = _field(row, "short_answer", str, where)
+        answer = field(row, "short_answer", str, where)
         if row_type == "reasoning_qa":
-            _field(extra, "knowledge", str, f"{where}, extra_data")
+            field(extra, "knowledge", str, f"{where}, extra_data")
     context = {
         "sql": "",
         "knowledge": "",
@@ -214,54 +212,16 @@ def _parse(
         "schema": schema,
         "columns": columns,
     }
-    kind = _field({"kind": row_type.removesuffix("_qa"), **extra}, "kind", str, f"{where}, extra_data")
+    kind = field({"kind": row_type.removesuffix("_qa"), **extra}, "kind", str, f"{where}, extra_data")
     return Item(f"{group}/{row_id}", question, answer, kind, group, asin, context)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise AgileError(f"{path}: no such file; a product group is schema.json, metadata.json and qa.jsonl.") from None
-    except OSError as error:
-        raise AgileError(f"{path}: cannot be read ({error.strerror}); expected a readable file.") from None
-
-
-def _json(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise AgileError(
-            f"{where}: expected JSON in UTF-8, found {_show(data.decode(errors='replace'))} ({error})."
-        ) from None
 
 
 def _read_table(path: Path, noun: str) -> dict[str, dict[str, Any]]:
     """A JSON file with one object per feature or product."""
-    table = _json(_read(path), str(path))
+    table = parse_json(read_bytes(path, FILES), str(path))
     if not isinstance(table, dict) or not table:
-        raise AgileError(f"{path}: expected a JSON object with one object per {noun}, found {_show(table)}.")
+        raise AgileError(f"{path}: expected a JSON object with one object per {noun}, found {show(table)}.")
     for name, entry in table.items():
         if not isinstance(entry, dict):
-            raise _wrong(str(path), name, "an object", entry)
+            raise wrong(str(path), name, "an object", entry)
     return table
-
-
-def _field(row: Any, name: str, kind: type, where: str) -> Any:
-    noun = "text" if kind is str else "a list"
-    if not isinstance(row, dict):
-        raise AgileError(f"{where}: expected an object with the field {name!r}, found {_show(row)}.")
-    if name not in row:
-        raise AgileError(f"{where}, field {name!r}: expected {noun}, found no such field among {sorted(row)}.")
-    if not isinstance(row[name], kind):
-        raise _wrong(where, name, noun, row[name])
-    return row[name]
-
-
-def _wrong(where: str, name: str, expected: str, found: Any) -> AgileError:
-    return AgileError(f"{where}, field {name!r}: expected {expected}, found {_show(found)}.")
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -215,8 +215,8 @@ LINEAGE: dict[str, tuple[list[float], list[float], list[list[int]], list[float]]
     # a session that reads what it wrote itself earned that in its own reward
     "its own": ([0, 1, 0], [NAN, 0, NAN], [[], [3], []], [0, 0, 0]),
     "nothing read": ([1, 1, 1], [NAN, 0, 0], [[], [], []], [0, 0, 0]),
-    # session 1 gained .5 and is credited .5 * 1 by session 2: session 0 gets .5 * (.5 + .5)
-    "a reader that writes": ([0, 0.5, 1], [NAN, 0, 0], [[], [1], [3]], [0.5, 0.5, 0]),
+    # session 1 gained .5, and what session 2 gained through it is its own: session 0 gets .5 * .5
+    "a reader that writes": ([0, 0.5, 1], [NAN, 0, 0], [[], [1], [3]], [0.25, 0.5, 0]),
 }
 
 
@@ -230,16 +230,16 @@ def test_lineage_by_hand(case: str) -> None:
 def lineage_by_loop(
     rewards: list[float], baselines: list[float], written: list[list[int]], retrieved: list[list[int]], gamma: float
 ) -> list[float]:
-    """Readers from the last to the first; each hands what it gained to the writers of what it read."""
+    """Each reader hands what it gained to the writers of what it read."""
     credit = [0.0] * len(rewards)
-    for j in reversed(range(len(rewards))):
+    for j in range(len(rewards)):
         if np.isnan(baselines[j]):
             continue
         entries = set(retrieved[j])
         for entry in entries:
             for i in range(j):
                 if entry in written[i]:
-                    credit[i] += gamma ** (j - i) * (rewards[j] + credit[j] - baselines[j]) / len(entries)
+                    credit[i] += gamma ** (j - i) * (rewards[j] - baselines[j]) / len(entries)
     return credit
 
 
@@ -256,13 +256,10 @@ def test_lineage_equals_the_loop(n: int, gamma: float, data: st.DataObject) -> N
     np.testing.assert_allclose(found, lineage_by_loop(rewards, baselines, written, retrieved, gamma), atol=1e-9)
 
 
-def test_lineage_telescopes_where_a_question_recurs() -> None:
-    """Asked at .7 and known to be worth it: whoever asks first earns what is saved later, whoever reads asks no more.
-
-    The critic of a session without memory is right: it asks, and earns for the sessions that follow.
-    """
-    found = lineage([0.7, 1, 1], [NAN, 0.7 + 0.3, 0.7], [[1], [], []], [[], [1], [1]], gamma_session=1.0)
-    np.testing.assert_allclose(found, [0.3, 0, 0], atol=1e-12)
+def test_lineage_is_what_readers_save_where_a_question_recurs() -> None:
+    """Asked at .7: without the entry both readers would have paid the .3 as well."""
+    found = lineage([0.7, 1, 1], [NAN, 0.7, 0.7], [[1], [], []], [[], [1], [1]], gamma_session=1.0)
+    np.testing.assert_allclose(found, [0.6, 0, 0], atol=1e-12)
 
 
 def test_lineage_names_what_is_missing() -> None:

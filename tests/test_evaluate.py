@@ -40,7 +40,7 @@ def test_outcomes_follow_reward_advice_and_failure() -> None:
         session(4, wrong, failed=True),
     )
     results = outcomes([Trajectory("s", sessions)])
-    assert [o.correct for o in results] == [True, False, True, False, False]
+    assert [o.correct for o in results] == [True, False, False, False, False]  # the reward decides
     assert [o.advised for o in results] == [False, False, True, True, False]
     assert [o.failed for o in results] == [False, False, False, True, True]
     assert [(o.item_id, o.position, o.length) for o in results] == [(f"i{i}", i, 5) for i in range(5)]

@@ -20,6 +20,11 @@ class TaskConfig(Section):
         None,
         description="Price in the first iteration of PPO, from where it goes straight to advice_price in the last.",
     )
+    advice_counts: Literal["always", "if_right"] = Field(
+        "always",
+        description="When an advised session is right: always (the paper's rule), or only if the expert was.",
+    )
+    skip_bad_rows: bool = Field(False, description="Leave bad rows of the files out and list them; else they end it.")
     train_groups: tuple[str, ...] | None = Field(None, description="Train groups to use; all by default.")
     test_groups: tuple[str, ...] | None = Field(None, description="Test groups to use; all by default.")
     max_items: Count | None = Field(None, description="Questions to use of each group, from its start.")

@@ -68,11 +68,19 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """A session as it is laid out: which question it answered, the numbers of its rows, and its terminal reward."""
+    """A session as it is laid out.
 
-    question: tuple[str, int]  # stream, place in it; the same for all rollouts of a stream
+    Attributes:
+        question: Stream, and place in it; the same for all rollouts of a stream.
+        rows: Numbers of its rows.
+        reward: Terminal reward, which the critic learns.
+        credit: Added to the advantages of its tokens, which the critic does not learn.
+    """
+
+    question: tuple[str, int]
     rows: range
     reward: float
+    credit: float = 0.0
 
 
 @torch.no_grad()
@@ -152,10 +160,12 @@ def lay_out(
     trajectories: Sequence[Trajectory],
     rewards: Sequence[Sequence[float]],
     masked: Collection[SessionStatus] = BLAMELESS,
+    credits: Sequence[Sequence[float]] | None = None,
 ) -> tuple[list[Row], list[list[Played]]]:
     """The rows of all sessions in order, and the sessions of each trajectory.
 
     Args:
+        rewards, credits: Of each session of each trajectory, see `Played`; no credits are zeros.
         masked: Sessions that ended so are left out of the loss, and of what flows from session to session.
 
     Raises:
@@ -163,14 +173,14 @@ def lay_out(
     """
     rows: list[Row] = []
     plan: list[list[Played]] = []
-    for trajectory, trajectory_rewards in zip(trajectories, rewards, strict=True):
+    for trajectory, *figures in zip(trajectories, rewards, credits or [[0.0] * len(r) for r in rewards], strict=True):
         sessions = []
-        for session, reward in zip(trajectory.sessions, trajectory_rewards, strict=True):
+        for session, reward, credit in zip(trajectory.sessions, *figures, strict=True):
             if session.status not in masked:
                 start = len(rows)
                 rows += session_rows(session)
                 question = original_id(trajectory.stream_id), session.index
-                sessions.append(Played(question, range(start, len(rows)), reward))
+                sessions.append(Played(question, range(start, len(rows)), reward, credit))
         plan.append(sessions)
     if not any(row.num_actions for row in rows):
         last = next((s for t in reversed(trajectories) for s in reversed(t.sessions)), None)
@@ -188,7 +198,7 @@ def advantages(
     discounts: Discounts,
     estimator: Estimator = Estimator.GAE,
 ) -> tuple[list[Floats], list[Floats], float]:
-    """One recursion over each trajectory's action tokens, laid back onto the rows.
+    """One recursion over each trajectory's action tokens, and each session's credit, laid back onto the rows.
 
     Args:
         plan, rows: As `lay_out` gives them.
@@ -227,6 +237,7 @@ def advantages(
         )
     t, mask = stack(layouts)
     raw, returns = gae(t.rewards, t.values, t.next_values, t.discounts, t.lambdas, mask)
+    raw[mask] += [p.credit for sessions in plan for p in sessions for i in p.rows for _ in range(rows[i].num_actions)]
     flat = by_group(plan, rows, returns[mask]) if estimator is Estimator.GROUP else whiten(raw, mask)[mask]
     ends = np.cumsum([row.num_actions for row in rows])[:-1]  # rows are numbered in the order of the plan
     row_advantages, row_returns = (np.split(x.astype(np.float32), ends) for x in (flat, returns[mask]))
@@ -296,8 +307,9 @@ def update(
         ratio at the first minibatch, which must be 1; `epochs`, how many were done, skipped steps left out.
     """
     credit: dict[str, float] = {}
+    credits = None
     if discounts.lineage:
-        terms = lineage_terms(
+        credits = lineage_terms(
             engine,
             trajectories,
             rewards,
@@ -306,9 +318,8 @@ def update(
             share_prefixes=share_prefixes,
             masked=masked,
         )
-        rewards = [np.add(*pair).tolist() for pair in zip(rewards, terms, strict=True)]
-        credit = {"lineage": float(np.mean(np.abs(np.concatenate(terms))))}
-    rows, plan = lay_out(trajectories, rewards, masked)
+        credit = {"lineage": float(np.mean(np.abs(np.concatenate(credits))))}
+    rows, plan = lay_out(trajectories, rewards, masked, credits)
     with nullcontext() if reference is None else reference.scoring():
         scored = score_rows(
             engine,

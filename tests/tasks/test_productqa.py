@@ -237,7 +237,7 @@ def without(index: int, name: str) -> list[dict[str, Any]]:
         (changed(1, extra_data="x"), "line 2, field 'extra_data': expected an object or null, found 'x'"),
         (changed(1, type="trivia_qa"), "line 2, field 'type': expected one of search_qa, fact_qa, reasoning_qa, found"),
         (changed(1, asin="B9"), "line 2, field 'asin': expected a product of metadata.json .*, found 'B9'"),
-        (changed(2, id="fact_qa_0"), "line 3, field 'id': expected an id that is not yet used .line 2"),
+        (changed(2, id="fact_qa_0"), "line 3, field 'id': expected an id that is not yet used .line 2 has it"),
         ([ROWS[0], "x"], "line 2: expected a JSON object, found 'x'"),
         ([], "found an empty file"),
     ],

@@ -249,7 +249,7 @@ def readers() -> Trajectory:
     return Trajectory(
         "s",
         (
-            session(step, written=(1,)),
+            session(segment([5, 7], [False, True], TERMINATED), written=(1,)),
             session(step, index=1, **read),
             session(step, index=2, status=SessionStatus.FAILED, **read),
             session(step, index=3, **{**read, "counterfactual": (12, 13)}),
@@ -280,15 +280,20 @@ def test_lineage_compares_a_reader_to_the_value_of_its_first_decision_without_me
     assert unmasked[0][0] == pytest.approx(expected + 0.5 * 0.81 * (1 - one), abs=1e-6), "a failure, if it counts"
 
 
-def test_lineage_is_learned_from_as_a_reward_and_nothing_flows_besides() -> None:
-    """The same update as if its terms had been rewards; without sessions that read, none at all."""
-    terms = lineage_terms(Gradients(actor_critic()), [readers()], [[0, 1, 1, 0.5]], discount=0.9, micro_batch_tokens=80)
-    paid = np.add([[0, 1, 1, 0.5]], terms).tolist()
-    metrics, expected = gradients([readers()], rewards=paid)
-    credited, found = gradients([readers()], rewards=[[0, 1, 1, 0.5]], discounts=Discounts(lineage=0.9))
-    assert largest_difference(found, expected) == 0
-    assert credited == {**metrics, "lineage": pytest.approx(abs(terms[0][0]) / 4)}
+def test_lineage_moves_the_policy_as_a_reward_would_and_the_critic_not_at_all() -> None:
+    """The policy's gradient is as if its terms had been rewards, the critic's as if there were none."""
+    rewards = [[0.0, 1.0, 1.0, 0.5]]
+    terms = lineage_terms(Gradients(actor_critic()), [readers()], rewards, discount=0.9, micro_batch_tokens=80)
     assert abs(terms[0][0]) > 0.01
+    metrics, found = gradients([readers()], rewards=rewards, discounts=Discounts(lineage=0.9))
+    assert metrics["lineage"] == pytest.approx(abs(terms[0][0]) / 4)
+    uncredited, plain = gradients([readers()], rewards=rewards)
+    _, paid = gradients([readers()], rewards=np.add(rewards, terms).tolist())
+    assert metrics["explained_variance"] == uncredited["explained_variance"]
+    for name, gradient in found.items():
+        expected = plain if name.startswith("value_head") else paid
+        torch.testing.assert_close(gradient, expected[name], atol=1e-7, rtol=1e-5)
+    assert largest_difference(found, plain) > 1e-4
     alone, plain = gradients(played(), discounts=Discounts(lineage=0.9))
     assert alone["lineage"] == 0 and largest_difference(plain, gradients(played())[1]) == 0
 

@@ -1,0 +1,44 @@
+"""The reward of a question, and when an advised session counts as right: the one place that decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from agile.types import Reward, Session
+
+AdviceCounts = Literal["always", "if_right"]
+
+UNREADABLE = "unreadable"  # components that are worth nothing and say that a text could not be read as an answer
+UNREADABLE_ADVICE = "unreadable advice"
+
+
+def question_reward(
+    session: Session,
+    is_right: Callable[[str | None], bool],
+    counts: AdviceCounts,
+    *,
+    readable: Callable[[str], bool] = lambda text: True,
+) -> Reward:
+    """1 for a right answer, 0 for a wrong one or a failed session; advice costs its price.
+
+    Args:
+        is_right: Judges the session's answer, or an expert's.
+        counts: An advised session is right `always` (the paper's rule: the expert's answer is the truth), or
+            `if_right`: only if the expert's answer was.
+        readable: Whether a text can be read as an answer at all; what cannot is wrong, and marked.
+
+    Returns:
+        The components `correct` and, if advice was paid for, `advice`; and of 0, to be counted, `unreadable` and
+        `unreadable advice`.
+    """
+    advice = session.advice if session.advised else None
+    right = is_right(session.answer) if advice is None else counts == "always" or is_right(advice.answer)
+    components = {"correct": float(right and not session.failed)}
+    if advice is not None:
+        components["advice"] = -advice.price
+        if not readable(advice.answer):
+            components[UNREADABLE_ADVICE] = 0.0
+    elif session.answer is not None and not readable(session.answer):
+        components[UNREADABLE] = 0.0
+    return Reward(components)
