@@ -222,6 +222,9 @@ def bench(config: Config, overrides: Overrides = None) -> None:
     OpenAI-compatible endpoint (`evaluate.prompted`). What it answered is kept: stopped and started again, nothing is
     paid for twice.
 
+    `evaluate.ablations=[memory,reflection,advice,tools,rl]` also plays the trained agent without each of these, and
+    several runs in `evaluate.checkpoint=[RUN1,RUN2]` are pooled; docs/benchmark.md says how to read it all.
+
     Prints the table, and writes `report.json`, `report.html`, `report.png` and the agents' sessions to
     `runs/<name of the config>-bench`.
 

@@ -110,18 +110,23 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
 def draw_all(report: Report, looks: Mapping[str, Look], prices: Report) -> dict[str, str]:
     """SVG by name, for everything that the report has data for.
 
-    Names: advice, accuracy, frontier, types, prices, loss, training, kl, entropy, explained_variance.
+    Names: advice, accuracy, advice_along, accuracy_along, frontier, types, prices, loss, training, kl, entropy,
+    explained_variance.
     """
     agents = report["agents"]
     rows = report.get("training") or []
     plots: dict[str, str] = {}
 
     def add(name: str, title: str, draw: Callable[[Axes], None], size: tuple[float, float] = (4.5, 3.1)) -> None:
-        plots[name] = _svg(name, title, draw, looks, size)
+        plots[name] = draw_svg(name, title, draw, looks, size)
 
     for name, key in (("advice", "advice_rate"), ("accuracy", "accuracy")):
         if any(len(points) > 1 for points in _along_stream(agents, key).values()):
             add(name, f"{name} along the stream", partial(_position, agents=agents, looks=looks, key=key))
+    for name, key in (("advice_along", "advice_rate"), ("accuracy_along", "accuracy")):
+        long = {n: a for n, a in agents.items() if len(_points(a.get("along_stream") or [], "to", key)) > 1}
+        if long:
+            add(name, f"{key} every 200 questions", partial(_along, agents=long, looks=looks, key=key))
     kinds = list(dict.fromkeys(kind for agent in agents.values() for kind in agent.get("by_type") or {}))
     tall = (4.5, max(3.1, 0.8 + 0.1 * len(kinds) * (len(agents) + 1)))  # the two stand side by side
     if any(_points([agent], "advice_rate", "accuracy") for agent in agents.values()):
@@ -156,8 +161,12 @@ def draw_picture(report: Report) -> bytes:
     return buffer.getvalue()
 
 
-def _svg(
-    name: str, title: str, draw: Callable[[Axes], None], looks: Mapping[str, Look], size: tuple[float, float]
+def draw_svg(
+    name: str,
+    title: str,
+    draw: Callable[[Axes], None],
+    looks: Mapping[str, Look],
+    size: tuple[float, float] = (4.5, 3.1),
 ) -> str:
     """One plot as an <svg> element that scales with the page and takes its colours from the page's variables."""
     with matplotlib.rc_context(STYLE):
@@ -245,6 +254,15 @@ def _position(ax: Axes, agents: Report, looks: Mapping[str, Look], key: str) -> 
     ax.set_xlabel("part of the stream that lies behind")
     ax.set_ylabel(key.replace("_", " "))
     ax.xaxis.set_major_formatter(PercentFormatter(1, 0))
+    ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
+    _curves(ax, curves, looks)
+
+
+def _along(ax: Axes, agents: Report, looks: Mapping[str, Look], key: str) -> None:
+    curves = {name: _points(agent["along_stream"], "to", key) for name, agent in agents.items()}
+    low = min(y for points in curves.values() for _, y in points)
+    ax.set(ylim=(-0.03, 1.03) if key == "advice_rate" else (max(0, low - 0.05), 1.01))
+    ax.set(xlabel="questions of the stream that lie behind", ylabel=key.replace("_", " "))
     ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
     _curves(ax, curves, looks)
 

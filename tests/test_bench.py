@@ -119,6 +119,45 @@ def test_official_files_are_reported_by_group_price_and_macro_mean(tmp_path: Pat
     assert report["prices"]["0.1"]["always_ask"]["score"] == pytest.approx(0.9)
 
 
+@pytest.mark.usefixtures("no_drawing")
+def test_ablations_play_the_same_questions_anew(run: Path, tmp_path: Path) -> None:
+    names = ["memory", "advice", "tools", "rl", "random_advice"]
+    config = config_of(run, "evaluate.baselines=[]", f"evaluate.ablations=[{','.join(names)}]")
+    report = bench(config, tmp_path / "out", [run])
+    assert report["ablations"]["agent"] == "ppo" and list(report["ablations"]["rows"]) == names
+    whole = report["agents"]["ppo"]
+    for name, row in report["ablations"]["rows"].items():
+        assert row["n"] == 16
+        assert row["difference"] == pytest.approx(row["score"] - whole["score"])
+        sessions = tmp_path / "out" / "ablations" / f"test-ppo-{name}.jsonl"
+        assert sessions.exists() == (name != "rl")  # nobody plays twice
+    assert report["ablations"]["rows"]["rl"]["score"] == report["agents"]["sft"]["score"]
+    assert report["ablations"]["rows"]["advice"]["advice_rate"] == 0
+    without = [session_from_json(r["session"]) for r in read_lines(tmp_path / "out/ablations/test-ppo-memory.jsonl")]
+    assert all(not s.retrieved and not s.written for s in without)
+    without = [session_from_json(r["session"]) for r in read_lines(tmp_path / "out/ablations/test-ppo-tools.jsonl")]
+    assert not any(s.called("SearchProduct") for s in without)
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_runs_of_several_seeds_are_pooled(run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("seed: 0", "seed: 1", 1))
+    config = config_of(run, "evaluate.baselines=[router]", "evaluate.agents=[ppo]", "evaluate.ablations=[memory]")
+    report = bench(config, tmp_path / "out", [run, other])
+    assert report["agents"]["ppo"]["n"] == report["agents"]["router"]["n"] == 32
+    seeds = report["seeds"]
+    assert list(seeds) == ["ppo", "router", "ppo memory"]
+    assert [(r["run"], r["seed"]) for r in seeds["ppo"]["runs"]] == [("run", 0), ("other", 1)]
+    assert seeds["router"]["spread"]["score"] == 0  # the worlds were copied
+    assert seeds["ppo"]["mean"]["score"] == pytest.approx(report["agents"]["ppo"]["score"])
+    assert load_config(tmp_path / "out" / "other" / "config.yaml").seed == 1
+    with pytest.raises(AgileError, match=r"2 runs of the seeds 0, 0; expected another seed for each"):
+        (other / "config.yaml").write_text(text)
+        bench(config, tmp_path / "again", [run, other])
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What it refuses
 
