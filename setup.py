@@ -33,6 +33,8 @@ CORE = [
     "accelerate>=1.12,<2",
     "matplotlib>=3.10,<4",
     "jinja2>=3.1,<4",
+    "scikit-learn>=1.7,<2",
+    "scipy>=1.15,<2",
 ]
 
 # One minor release: weight versions and the endpoint of tokens in, tokens out are new and still move.

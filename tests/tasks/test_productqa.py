@@ -120,6 +120,22 @@ def question(answer: str | list[str]) -> Item:
         ("none", "None", False, True),
         ("ja , nein", "ja,nein", False, False),
         ("Größe M", "GRÖSSE M", False, False),
+        # a list where text is expected, and text where a list is
+        (["B1", "B2"], "['B1', 'B2']", True, False),
+        (["B1", "B2"], "[B1]", True, False),
+        (["yes"], "yes", True, True),
+        (["yes"], "yes", False, True),
+        ("B1", "B1", True, False),
+        ("['yes']", "yes", False, False),
+        ("yes", "yes, no", False, False),
+        # ties: an id twice, all of the gold set, one of it beside itself in another case
+        (["B1"], "B1, B1, B1", True, True),
+        (["B1", "B2", "B3"], "B3 B2 B1", True, True),
+        (["B1"], "B1, b1", True, False),
+        ([], "none none", True, False),
+        ([], "", False, True),
+        ("", "", False, True),
+        ("yes\n", "\u00a0YES", False, True),
     ],
 )
 def test_official_scoring(gold: str | list[str], answer: str | None, used_search: bool, right: bool) -> None:
