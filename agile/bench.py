@@ -15,8 +15,8 @@ from agile.errors import AgileError
 from agile.evaluate import Outcome, by_stream, paired_difference, rates, summarise
 from agile.measure import Measured, best_of, joined, measure
 from agile.memory_use import SIMILAR, memory_use
-from agile.paper import ablation_in_paper
 from agile.prompted import check_key
+from agile.published import published_ablation
 from agile.report import save_plots, write_report
 from agile.run_folder import claim
 from agile.session_log import read_lines
@@ -192,7 +192,7 @@ def _ablations(found: Measured, price: float, macro: bool, seed: int) -> dict[st
         rows[name] = {
             **{k: summary[k] for k in ("accuracy", "advice_rate", "score", "score_ci", "n", "failed", "by_type")},
             **pair,
-            "paper": ablation_in_paper(name),
+            "paper": published_ablation(name),
         }
         rows[name]["verdict"] = _verdict(pair, rows[name]["paper"])
         if found.prices:

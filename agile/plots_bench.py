@@ -62,8 +62,8 @@ def _ablations(ax: Axes, rows: Mapping[str, Mapping[str, Any]], look: Look) -> N
     ax.axvline(0, color=MUTED, lw=0.8, zorder=1)
     for y, name in enumerate(names):
         row = rows[name]
-        if None not in (ci := row.get("ci") or (None, None)):
-            ax.plot(ci, [y, y], color=look.color, lw=2.4, alpha=0.5, solid_capstyle="butt", zorder=2)
+        if ci := [end for end in row.get("ci") or () if end is not None]:
+            ax.plot(ci, [y] * len(ci), color=look.color, lw=2.4, alpha=0.5, solid_capstyle="butt", zorder=2)
         ax.plot(row["difference"], y, "o", color=look.color, ms=7, mec=CARD, mew=0.6, zorder=3, label="measured")
         if paper := row.get("paper"):
             ax.plot(paper["difference"], y, "D", mfc="none", mec=INK, ms=6, mew=1.1, zorder=4, label="in the paper")
