@@ -246,7 +246,7 @@ def _seeds(config: RunConfig, parts: Mapping[str, Measured], seeds: Sequence[int
     best = best_of(first.results)
     found: dict[str, Any] = {}
     for name in [*first.results, *(f"{best} {ablation}" for ablation in first.ablations)]:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for (run, part), seed in zip(parts.items(), seeds, strict=True):
             results = part.results.get(name) or part.ablations[name.partition(" ")[2]]
             rows.append({"run": run, "seed": seed, **rates(results, price, macro)})

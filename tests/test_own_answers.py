@@ -59,8 +59,8 @@ def test_answered_and_asked(kind: str) -> None:
     items = {question.id: question}
     (told,) = beliefs([asked], items, codec, found, Key())
     assert told.asked and not told.right  # the gold answer is yes
-    assert (told.readiness, told.confidence) == (pytest.approx(0.2), pytest.approx(0.25))
+    assert (told.readiness, told.confidence) == pytest.approx((0.2, 0.25))
     (told,) = beliefs([answered], items, codec, {}, Key())
     assert not told.asked and told.right
-    assert (told.readiness, told.confidence) == (pytest.approx(0.8), pytest.approx(0.5))
+    assert (told.readiness, told.confidence) == pytest.approx((0.8, 0.5))
     assert beliefs([asked], items, codec, {}, Key()) == []  # it was not made to answer
