@@ -155,6 +155,10 @@ def _report(config: RunConfig, found: Measured, started: float) -> dict[str, Any
             agent["seconds"] = found.seconds_of[name]
         if along := _along_stream(found.results[name], price):
             agent["along_stream"] = along
+    if found.experts:
+        report["experts"] = found.experts
+    if found.skipped_rows:
+        report["skipped_rows"] = found.skipped_rows
     if found.own:
         report["calibration"] = {name: calibration(told) for name, told in found.own.items() if told}
     if found.uses:

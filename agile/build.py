@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich import get_console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from agile import ranks
-from agile.advice import AdviceDesk, DatasetAdvisor
+from agile.advice import AdviceDesk
+from agile.agents.multiple_choice import MultipleChoiceAgent
 from agile.agents.product_qa import ProductQAAgent
 from agile.baselines import BaselineRun, run_baselines
 from agile.batching import Row, session_rows
 from agile.chat_template import bos_ids, chat_turns
-from agile.config import RunConfig
+from agile.config import ExpertConfig, RunConfig
 from agile.errors import AgileError
 from agile.executor import Executor, Limits
+from agile.experts import make_advisor, recorded_answers
 from agile.imitation import imitation_sessions
 from agile.lora import add_adapter
 from agile.memory.encoders import CachedEncoder, make_encoder
@@ -31,6 +34,8 @@ from agile.policies.vllm_server import VLLMServerPolicy
 from agile.prompts import instructions
 from agile.protocols import Advisor, Agent, Memory, Task, TeachableAgent, TrainablePolicy
 from agile.run_folder import writing
+from agile.seeding import derive_seed
+from agile.tasks.medmcqa import MedMCQA
 from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
 from agile.tokens import ActionCodec, Turns, add_action_tokens, build_tokenizer
@@ -61,6 +66,17 @@ class Setup:
                 return self._product_qa(data, macro=False)
             case "productqa":
                 return self._product_qa(self._data, macro=True)  # as the paper reports it
+            case "medmcqa":
+                return MedMCQA(
+                    self._data,
+                    task.test_data,
+                    stream_by=task.stream_by,
+                    stream_length=task.stream_length,
+                    max_items=task.max_items,
+                    predicted=self._stronger_model(),
+                    advice_counts=task.advice_counts,
+                    skip_bad_rows=task.skip_bad_rows,
+                )
 
     @property
     def _data(self) -> Path:
@@ -84,7 +100,16 @@ class Setup:
     def train_streams(self) -> Sequence[Stream]:
         """What is learned from: all train streams but those set aside for validation."""
         streams = self.task.streams("train")
+        self.tell_skipped()
         return streams[: len(streams) - len(self.validation_streams)]
+
+    def tell_skipped(self) -> None:
+        """List rows that were left out in `skipped_rows.txt`, and say how many."""
+        if (skipped := self.task.skipped) and ranks.is_main():
+            path = self.folder / "skipped_rows.txt"
+            with writing(path):
+                path.write_text("".join(f"{row}\n" for row in skipped), encoding="utf-8")
+            get_console().print(f"{len(skipped)} bad rows left out, see {path}. The first: {skipped[0]}", markup=False)
 
     @cached_property
     def validation_streams(self) -> Sequence[Stream]:
@@ -108,6 +133,8 @@ class Setup:
         match self.config.task.name:
             case "minishop" | "productqa":
                 return ProductQAAgent(**self.config.agent.model_dump())
+            case "medmcqa":
+                return MultipleChoiceAgent(**self.config.agent.model_dump(exclude={"show_schema"}))
 
     @cached_property
     def encoder(self) -> CachedEncoder:
@@ -124,7 +151,29 @@ class Setup:
         self.encoder.encode(list(dict.fromkeys(texts)))
 
     def memory(self, stream: Stream | None = None) -> Memory:
-        return SqliteMemory(self.encoder)
+        """An empty memory, or one with train questions of other streams where `task.preload` asks for them."""
+        memory = SqliteMemory(self.encoder)
+        if num_known := self.config.task.preload:
+            others = [s for s in self.task.streams("train") if stream is None or s.id != stream.id.partition("#")[0]]
+            items = [item for other in others for item in other.items]
+            rng = np.random.default_rng(derive_seed(self.config.seed, "preload", "" if stream is None else stream.id))
+            chosen = sorted(rng.permutation(len(items))[:num_known])
+            memory.write([entry for i in chosen for entry in self.agent.lessons(items[i])])
+        return memory
+
+    def advisor(self, name: str | None = None) -> Advisor:
+        """One of the config's experts, the one who advises by default."""
+        return make_advisor(
+            self.config.experts.get(name or self.config.expert, ExpertConfig()),
+            data=self.config.task.data,
+            seed=self.config.seed,
+            question=lambda item: self.agent.question(item, 0.0, 1.0),
+            folder=self.folder,
+        )
+
+    def _stronger_model(self) -> Mapping[str, str | None] | None:
+        name = self.config.sft.stronger_model
+        return None if name is None else recorded_answers(self.config.experts[name], self.config.task.data)
 
     # ---------------------------------------------------------------------------------------------------------------
 
@@ -306,7 +355,7 @@ class Setup:
             agent,
             codec or self.codec(tokenizer, agent.spec),
             self.task.tools,
-            AdviceDesk(advisor or DatasetAdvisor(), self.config.task.advice_price),
+            AdviceDesk(advisor or self.advisor(), self.config.task.advice_price),
             self.task.score,
             Limits(
                 max_turns=rollout.max_turns,
@@ -351,7 +400,7 @@ class Setup:
     def baselines(self, price: float | None = None) -> dict[str, BaselineRun]:
         return run_baselines(
             self.config.evaluate.baselines,
-            self.task.streams("train"),
+            self.task.streams("train") if "never_ask" in self.config.evaluate.baselines else (),
             self.task.streams("test"),
             self.config.task.advice_price if price is None else price,
             self.encoder,

@@ -45,6 +45,12 @@ Step = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")]
 
 
+SkipBadRows = Annotated[
+    bool,
+    typer.Option("--skip-bad-rows", help="Leave bad rows of the task's files out and list them (task.skip_bad_rows)."),
+]
+
+
 @contextmanager
 def _one_screen() -> Iterator[None]:
     """What a user can mend is printed without a traceback; exit code 2."""
@@ -146,7 +152,9 @@ def demo(
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None, resume: Resume = False) -> None:
+def train(
+    config: Config, overrides: Overrides = None, resume: Resume = False, skip_bad_rows: SkipBadRows = False
+) -> None:
     """Train an agent by imitation, then by PPO, then on preferences if it is told to.
 
     The run folder (`runs/<name of the config>`) then holds `config.yaml`, every session token by token,
@@ -167,7 +175,7 @@ def train(config: Config, overrides: Overrides = None, resume: Resume = False) -
 
         ranks.join()
         out, rest = _parse(overrides or [], f"runs/{config.stem}")
-        loaded = load_config(config, rest)
+        loaded = load_config(config, [*rest, *["task.skip_bad_rows=true"] * skip_bad_rows])
 
         from agile.training import train as run
 
@@ -214,7 +222,7 @@ def plan(
 
 
 @app.command()
-def bench(config: Config, overrides: Overrides = None) -> None:
+def bench(config: Config, overrides: Overrides = None, skip_bad_rows: SkipBadRows = False) -> None:
     """Score agents and baselines on the test questions of a task.
 
     With `evaluate.checkpoint=RUN` the agents that this run trained, and the baselines; without, the baselines alone.
@@ -236,7 +244,7 @@ def bench(config: Config, overrides: Overrides = None) -> None:
         from agile.config import load_config
 
         out, rest = _parse(overrides or [], f"runs/{config.stem}-bench")
-        loaded = load_config(config, rest)
+        loaded = load_config(config, [*rest, *["task.skip_bad_rows=true"] * skip_bad_rows])
 
         from agile.bench import bench as run
         from agile.report import render_table

@@ -11,11 +11,13 @@ from typing import Any
 from agile.build import Setup
 from agile.calibration import Belief
 from agile.evaluate import Outcome, outcomes, rates
+from agile.expert_play import play_experts
 from agile.instructive import instructive
 from agile.memory_use import SIMILAR, Use, bearing, exact_uses, uses_by_similarity
 from agile.own_answers import beliefs
 from agile.play import Played, play_agent, play_prompted
 from agile.show import describe
+from agile.tasks.scoring import unreadable
 from agile.types import Item, Usage, to_json
 
 LEARNED = ("dpo", "ppo", "sft")  # from the last stage of training to the first
@@ -36,6 +38,7 @@ class Measured:
         usages: What their completions took.
         seconds_of: How long each was played.
         seconds: Of each part of the work.
+        details, examples, experts, skipped_rows: As the report holds them; of several runs those of the first.
     """
 
     macro: bool = False
@@ -49,6 +52,8 @@ class Measured:
     seconds: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
+    experts: dict[str, Any] = field(default_factory=dict)
+    skipped_rows: list[Any] = field(default_factory=list)
 
 
 def best_of(names: Iterable[str]) -> str | None:
@@ -92,8 +97,21 @@ def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
             found.own[name] = told
         if name == best_of([*folders, *(["prompted"] * prompted)]):
             found.examples = _examples(played, told, items)
+        if counts := unreadable(played.sessions):
+            found.details[name] = {**found.details.get(name, {}), **counts}
         found.seconds[name] = time.monotonic() - began
-    found.results |= {name: run.outcomes for name, run in runs.items()}
+    experts = play_experts(setup, out)
+    found.details |= experts.details
+    found.seconds |= experts.seconds
+    if experts.asked:
+        found.experts = experts.report(found.results, macro=found.macro)
+        worth = {"who was asked": found.experts["experts"], "what each is worth": found.experts["gains"]}
+        found.details["experts"] = worth
+    found.results |= experts.results | {name: run.outcomes for name, run in runs.items()}
+    if setup.task.skipped:
+        setup.tell_skipped()
+        found.skipped_rows = list(setup.task.skipped)
+        found.details["rows left out"] = {"number": len(setup.task.skipped)}
 
     began = time.monotonic()
     found.ablations = _ablations(setup, out, folders, found.results)
@@ -195,6 +213,7 @@ def joined(parts: Mapping[str, Measured]) -> Measured:
             for name, seconds in other.items():
                 mine[name] = mine.get(name, 0.0) + seconds
     whole.details, whole.examples = first.details, first.examples
+    whole.experts, whole.skipped_rows = first.experts, first.skipped_rows
     return whole
 
 

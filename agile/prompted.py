@@ -15,19 +15,18 @@ if TYPE_CHECKING:  # the client takes a second to import, and most runs need non
 CACHE = "answers.sqlite"
 
 
-def check_key(config: PromptedConfig) -> None:
+def check_key(config: PromptedConfig, section: str = "evaluate.prompted") -> None:
     """Raise `AgileError` if the key that the endpoint needs is not there."""
     from agile.policies.endpoint import read_key
 
-    read_key(config.base_url, config.api_key_env)
+    read_key(config.base_url, config.api_key_env, section)
 
 
-def prompted_policy(config: PromptedConfig, codec: ActionCodec, price: float, folder: Path) -> OpenAIPolicy:
-    """The policy; its answers are kept in `folder`, or where the config says."""
+def open_endpoint(config: PromptedConfig, folder: Path, section: str = "evaluate.prompted") -> Endpoint:
+    """The endpoint of a section of the config; its answers are kept in `folder`, or where the config says."""
     from agile.policies.endpoint import Endpoint, Prices
-    from agile.policies.openai import OpenAIPolicy
 
-    endpoint = Endpoint(
+    return Endpoint(
         config.base_url,
         config.model or "",
         api_key_env=config.api_key_env,
@@ -36,9 +35,23 @@ def prompted_policy(config: PromptedConfig, codec: ActionCodec, price: float, fo
         timeout_s=config.timeout_s,
         prices=Prices(**config.prices.model_dump()),
         cache=config.cache or folder / CACHE,
+        section=section,
     )
+
+
+def prompted_policy(
+    config: PromptedConfig, codec: ActionCodec, price: float, folder: Path, section: str = "evaluate.prompted"
+) -> OpenAIPolicy:
+    """The policy of a section of the config."""
+    from agile.policies.openai import OpenAIPolicy
+
     return OpenAIPolicy(
-        codec, price, endpoint, tools=config.tools, temperature=config.temperature, max_tokens=config.max_tokens
+        codec,
+        price,
+        open_endpoint(config, folder, section),
+        tools=config.tools,
+        temperature=config.temperature,
+        max_tokens=config.max_tokens,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from agile.types import Reward, Session
@@ -42,3 +43,15 @@ def question_reward(
     elif session.answer is not None and not readable(session.answer):
         components[UNREADABLE] = 0.0
     return Reward(components)
+
+
+def unreadable(sessions: Iterable[Session]) -> dict[str, int]:
+    """How many answers, and how many pieces of advice, could not be read; what did not occur is left out."""
+    counts = Counter(
+        name
+        for session in sessions
+        if session.reward is not None
+        for name in (UNREADABLE, UNREADABLE_ADVICE)
+        if name in session.reward.components
+    )
+    return dict(counts)

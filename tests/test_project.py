@@ -133,7 +133,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.tokens": NOUNS,
     "agile.memory": NOUNS,
     "agile.tools": NOUNS,
-    "agile.advice": (*NOUNS, "agile.threads", "agile.watchdog"),
+    "agile.advice": (*NOUNS, "agile.threads", "agile.watchdog", "agile.policies.endpoint"),
     "agile.policies": (
         *NOUNS,
         "agile.attention",
@@ -150,7 +150,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.rollout": (*NOUNS, "agile.executor", "agile.threads"),
     "agile.lag": (*NOUNS, "agile.rollout"),
     "agile.imitation": (*NOUNS, "agile.executor", "agile.ranks"),
-    "agile.agents": (*NOUNS, "agile.tokens", "agile.policies"),
+    "agile.agents": (*NOUNS, "agile.tokens", "agile.policies", "agile.tasks.choices"),
     "agile.tasks": (*NOUNS, "agile.tools"),
     "agile.prices": NOUNS,
     "agile.copies": NOUNS,
@@ -183,6 +183,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("agile.config", "agile.engine", "agile.ranks", "agile.session_log", "agile.tracking"),
     ),
     "agile.evaluate": NOUNS,
+    "agile.expert_worth": (*NOUNS, "agile.evaluate"),
     "agile.baselines": (*NOUNS, "agile.evaluate", "agile.memory.encoders"),
     "agile.plots": (),
     "agile.show": (*NOUNS, "agile.tokens"),
@@ -190,6 +191,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
+    *("agile.experts", "agile.expert_play"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
     *("agile.stages.guard", "agile.stages.preference", "agile.stages.validation"),

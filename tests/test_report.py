@@ -321,7 +321,7 @@ def test_page_shows_every_agent_every_plot_and_the_headline(page: str) -> None:
     assert (
         "After PPO the agent scores 0.859; it asks on 52\xa0% of questions at the start of a stream and 24\xa0%" in page
     )
-    assert page.count("<svg") == 10
+    assert page.count("<svg") == 17
     assert "0.848\N{EN DASH}0.869" in page
     variables = set(re.findall(r"(--[\w-]+):", page))
     assert set(re.findall(r"var\((--[\w-]+)\)", page)) <= variables

@@ -1,11 +1,12 @@
-"""Experts made of a function, of a data set's gold answers, and of another expert who errs."""
+"""Experts made of a function, of a data set's gold answers, of recorded ones, and of another expert who errs."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import inspect
-from collections.abc import Awaitable, Callable
+import zlib
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,6 +79,35 @@ class DatasetAdvisor:
         """Raises whatever `answer` and `explain` raise."""
         item = request.item
         return Advice(self.answer(item), self.explain(item), expert=self.name, price=request.price)
+
+
+NOTHING_READABLE = "no answer that could be read"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedAdvisor:
+    """An expert whose answers were recorded, by question id.
+
+    Answers of None are ones that nobody could read: they are given, and paid for, as an answer that says nothing. A
+    question without a record is one that the expert does not know.
+    """
+
+    answers: Mapping[str, str | None]
+    name: str = "recorded"
+
+    async def advise(self, request: AdviceRequest) -> Advice:
+        if request.item.id not in self.answers:
+            return Advice("", expert=self.name, status=AdviceStatus.REFUSED)
+        return Advice(self.answers[request.item.id] or NOTHING_READABLE, expert=self.name, price=request.price)
+
+
+def wrong_answer(request: AdviceRequest) -> str:
+    """An answer that is wrong: another option where there are some, the other of yes and no, else `unknown`."""
+    item = request.item
+    others = [letter for letter in item.context.get("options", ()) if letter != item.answer]
+    if others:
+        return str(others[zlib.crc32(f"{request.session_id} {item.id}".encode()) % len(others)])
+    return {"yes": "no", "no": "yes"}.get(str(item.answer).strip().lower(), "unknown")
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,11 @@ class EvaluateConfig(Section):
     ablations: tuple[
         Literal["memory", "reflection", "advice", "tools", "rl", "random_advice", "poisoned_memory"], ...
     ] = Field((), description="What is taken from the trained agent, one at a time; see docs/benchmark.md.")
+    experts: tuple[str, ...] = Field(
+        (),
+        description="Names of experts that are each asked about every test question, and what they are worth; who has "
+        "recorded answers also plays alone and never asks.",
+    )
     prompted: PromptedConfig = PromptedConfig()
     prices: tuple[Price, ...] = Field(
         (), description="Further prices at which agents and baselines are scored; agents that see the price play anew."

@@ -111,6 +111,8 @@ def _section(keys: Sequence[str]) -> Any:
     """The model of a section, one that may be null included."""
     section: Any = RunConfig
     for key in keys:
+        if key not in section.model_fields:  # a name in a dict of sections
+            continue
         kind = section.model_fields[key].annotation
         section = next((k for k in get_args(kind) if isinstance(k, type) and issubclass(k, BaseModel)), kind)
     return section

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from agile.config.evaluate import EvaluateConfig
+from agile.config.expert import GOLD, ExpertConfig
 from agile.config.rollout import LoRAConfig, ModelConfig, RolloutConfig, VLLMConfig
 from agile.config.section import Section
 from agile.config.task import AgentConfig, MemoryConfig, PromptConfig, TaskConfig
@@ -37,6 +38,10 @@ class RunConfig(Section):
         ("sft", "ppo"), description="What `agile train` does, in this order."
     )
     task: TaskConfig = TaskConfig()
+    experts: dict[str, ExpertConfig] = Field(
+        {}, description="Whom the agent can ask, by name; `gold`, who knows the gold answers, is always among them."
+    )
+    expert: str = Field(GOLD, description="Which of them advises.")
     agent: AgentConfig = AgentConfig()
     memory: MemoryConfig = MemoryConfig()
     model: ModelConfig = ModelConfig()
@@ -73,6 +78,22 @@ class RunConfig(Section):
                 raise ValueError(
                     "stages trains on preferences, but there are no sessions of PPO to take them from; give a file of "
                     "`agile preferences`: preferences.data=FILE"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_are_known(self) -> RunConfig:
+        known = sorted({GOLD, *self.experts})
+        named = {"expert": [self.expert], "evaluate.experts": self.evaluate.experts}
+        for key, names in named.items():
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"{key} names {name!r}, but experts has {', '.join(known)}; add it to experts")
+        if self.sft.stronger_model is not None:
+            stronger = self.experts.get(self.sft.stronger_model)
+            if stronger is None or stronger.kind != "recorded":
+                raise ValueError(
+                    f"sft.stronger_model names {self.sft.stronger_model!r}, expected one of experts that is recorded"
                 )
         return self
 

@@ -10,8 +10,25 @@ from agile.config.section import Count, Price, Section, UserPath
 
 
 class TaskConfig(Section):
-    name: Literal["minishop", "productqa"] = Field("minishop", description="Generated worlds, or official files.")
-    data: UserPath | None = Field(None, description="Folder of the files; minishop writes its own without it.")
+    name: Literal["minishop", "productqa", "medmcqa"] = Field(
+        "minishop", description="Generated worlds, or official files."
+    )
+    data: UserPath | None = Field(
+        None,
+        description="Folder of the files, or (medmcqa) a file of train questions or a data set of the package "
+        "`datasets`; minishop writes its own without it.",
+    )
+    test_data: UserPath | None = Field(None, description="medmcqa: file of test questions; by default dev.json.")
+    stream_by: Literal["file", "subject"] = Field(
+        "file", description="medmcqa: one stream of a file, in its order, or one of each subject."
+    )
+    stream_length: Count | None = Field(None, description="medmcqa: most questions of a stream; all by default.")
+    preload: int = Field(
+        0,
+        ge=0,
+        description="Train questions of other streams, with answers and what they teach, that each memory starts with, "
+        "drawn at random.",
+    )
     advice_price: Price = Field(0.3, description="What one piece of advice costs, in units of a right answer.")
     training_prices: tuple[Price, ...] = Field(
         (), description="In training each stream draws its price from these; by default advice_price."
@@ -42,8 +59,8 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _data_is_given(self) -> TaskConfig:
-        if self.name == "productqa" and self.data is None:
-            raise ValueError("data is missing; give the folder of ProductQA's files: task.data=DIR")
+        if self.name != "minishop" and self.data is None:
+            raise ValueError("data is missing; give the folder of its files: task.data=DIR")
         return self
 
 

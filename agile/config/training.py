@@ -66,6 +66,11 @@ class SFTConfig(OptimizerConfig):
         description="How often the teacher's answerability judge lets a predictable question pass that nothing in "
         "sight answers: what gives RL something to explore.",
     )
+    stronger_model: str | None = Field(
+        None,
+        description="medmcqa: who of `experts` has recorded answers to the train questions: the teacher answers where "
+        "they are right and asks where they are wrong, in place of judge_yes.",
+    )
     warmup_steps: int = Field(100, ge=0)
 
 

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 6  # of a request that fails; waiting for a rate limit is no failure
 MAX_BACKOFF_S = 30.0
 MAX_WAIT_S = 600.0  # an endpoint that asks for more is out of quota
+SECTION = "evaluate.prompted"  # of the config, for errors
 MAX_WAITS = 50  # of one request for a rate limit
 
 
@@ -54,7 +55,7 @@ class Answer:
     usage: Usage
 
 
-def read_key(base_url: str, variable: str | None) -> str | None:
+def read_key(base_url: str, variable: str | None, section: str = SECTION) -> str | None:
     """The key in an environment variable; None where none is needed.
 
     Raises:
@@ -64,7 +65,7 @@ def read_key(base_url: str, variable: str | None) -> str | None:
     if variable and not key:
         raise AgileError(
             f"The key for {base_url} is missing: set the environment variable {variable}, or name another one with "
-            "evaluate.prompted.api_key_env (null for an endpoint without keys)."
+            f"{section}.api_key_env (null for an endpoint without keys)."
         )
     return key
 
@@ -113,6 +114,7 @@ class Endpoint:
         prices: What tokens cost.
         cache: SQLite file of answers; None keeps them in RAM.
         backoff_s: Wait after a first failure; it doubles with each further one.
+        section: The section of the config that holds all this: errors name it.
 
     Attributes:
         spent: What the requests of this process took; answers of the cache take nothing.
@@ -135,8 +137,10 @@ class Endpoint:
         prices: Prices | None = None,
         cache: Path | None = None,
         backoff_s: float = 1.0,
+        section: str = SECTION,
     ):
-        self._key = read_key(base_url, api_key_env)
+        self._key = read_key(base_url, api_key_env, section)
+        self.section = section
         self.base_url = base_url.rstrip("/")
         self.model = model
         self.api_key_env = api_key_env
@@ -301,7 +305,7 @@ class Endpoint:
             key = f"the key in {self.api_key_env}" if self.api_key_env else "requests without a key"
             raise AgileError(
                 f"{self.base_url} does not accept {key} ({status}: {_said(error)}). Check the key, its rights and its "
-                "credit, and evaluate.prompted.base_url."
+                f"credit, and {self.section}.base_url."
             ) from error
         if status in (400, 404, 413, 422):
             raise Rejected(status, _said(error), error.code) from error
@@ -313,7 +317,7 @@ class Endpoint:
             return TimeoutError(f"{self.base_url} gave no answer within {self.timeout_s:g} s, {ATTEMPTS} times")
         if isinstance(error, openai.APIConnectionError):
             return AgileError(
-                f"Cannot reach {self.base_url}: {error.__cause__ or error}. Check evaluate.prompted.base_url, the "
+                f"Cannot reach {self.base_url}: {error.__cause__ or error}. Check {self.section}.base_url, the "
                 "network and whether the server runs; what was answered is kept."
             )
         reason = f"{error.status_code}: {_said(error)}" if isinstance(error, openai.APIStatusError) else error
@@ -339,7 +343,7 @@ def _read(text: str) -> Answer:
         message["content"] = "".join(str(p.get("text", "")) for p in parts if isinstance(p, dict))
     if not any(message.values()):
         if finish_reason == "length":
-            raise RuntimeError("the model used up its tokens before it answered; raise evaluate.prompted.max_tokens")
+            raise RuntimeError("the model used up its tokens before it answered; raise max_tokens")
         raise _Unusable("an empty answer", usage)
     return Answer(message, finish_reason, usage)
 

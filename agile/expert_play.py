@@ -1,0 +1,152 @@
+"""Playing the scripted agents that show what experts are worth: through the executor, logged as any other agent."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agile.build import Setup
+from agile.config import ExpertConfig
+from agile.evaluate import Outcome, outcomes
+from agile.executor import Executor
+from agile.expert_worth import Asked, Key, experts_table, gains
+from agile.experts import Timed, recorded_answers, who_always_asks, who_never_asks
+from agile.protocols import Policy
+from agile.rollout import collect, run_loop
+from agile.run_folder import writing
+from agile.session_log import JsonLines, append_sessions
+from agile.tasks.scoring import UNREADABLE_ADVICE, unreadable
+from agile.tokens import ActionCodec
+from agile.types import Item, Trajectory
+
+
+@dataclass(slots=True)
+class Experts:
+    """What was played for `evaluate.experts`.
+
+    Attributes:
+        results: Outcomes by agent: `<expert>` where it has recorded answers and plays alone, `asks <expert>`.
+        asked: What each expert answered.
+        details: What else is to be said of each agent.
+        seconds: How long each was played.
+    """
+
+    results: dict[str, list[Outcome]] = field(default_factory=dict)
+    asked: dict[str, Asked] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def report(self, agents: dict[str, list[Outcome]], *, macro: bool) -> dict[str, Any]:
+        """The key `experts` of report.json: `experts`, one row each, and `gains`, what each is worth to each agent.
+
+        Args:
+            agents: Agents that were played beside these.
+        """
+        alone = {name: played for name, played in self.results.items() if not any(o.advised for o in played)}
+        return {
+            "experts": experts_table(self.asked),
+            "gains": gains({**agents, **alone}, self.asked, macro=macro),
+        }
+
+
+def play_experts(setup: Setup, out: Path) -> Experts:
+    """Ask every expert of `evaluate.experts` about every test question; sessions go to `<out>/test-<agent>.jsonl`.
+
+    The agent that asks remembers what it was told and reads its memory as any other. What an agent is charged is
+    `task.advice_price`; an expert's own price counts in what it is worth.
+    """
+    found = Experts()
+    config = setup.config
+    if not config.evaluate.experts:
+        return found
+    tokenizer = setup.carrier()
+    codec = ActionCodec(tokenizer, setup.agent.spec)
+    streams = setup.task.streams("test")
+    setup.embed(streams)
+    items = {(stream.id, item.id): item for stream in streams for item in stream.items}
+    for name in config.evaluate.experts:
+        expert = config.experts.get(name, ExpertConfig())
+        if expert.kind == "recorded":
+            answers = recorded_answers(expert, config.task.data)
+            executor = setup.executor(tokenizer, codec=codec)
+            _add(found, name, *_play(setup, executor, partial(who_never_asks, codec, answers), name, out))
+        advisor = Timed(setup.advisor(name))
+        executor = setup.executor(tokenizer, advisor, codec)
+        executor.limits = replace(executor.limits, max_stage_s=None)  # an endpoint has a patience of its own
+        played, seconds = _play(setup, executor, partial(who_always_asks, codec), f"asks {name}", out, advisor)
+        _add(found, f"asks {name}", played, seconds)
+        latency_s = expert.latency_s
+        if latency_s is None and expert.kind == "model":
+            latency_s = advisor.seconds / max(1, advisor.num_asked)
+        price = config.task.advice_price if expert.price is None else expert.price
+        found.asked[name] = _asked(setup, played, items, price, latency_s)
+    return found
+
+
+def _add(found: Experts, name: str, played: list[Trajectory], seconds: float) -> None:
+    found.results[name] = outcomes(played)
+    found.seconds[name] = seconds
+    if counts := unreadable(session for t in played for session in t.sessions):
+        found.details[name] = counts
+
+
+def _asked(
+    setup: Setup, played: list[Trajectory], items: dict[Key, Item], price: float, latency_s: float | None
+) -> Asked:
+    answered: set[Key] = set()
+    right: set[Key] = set()
+    sessions = [(t.stream_id, session) for t in played for session in t.sessions]
+    for stream_id, session in sessions:
+        if session.advice is None or not session.advised:
+            continue
+        key = (stream_id, session.item_id)
+        answered.add(key)
+        if setup.task.is_correct(items[key], session.advice.answer, False):
+            right.add(key)
+    num_unreadable = unreadable(session for _, session in sessions).get(UNREADABLE_ADVICE, 0)
+    return Asked(len(sessions), frozenset(answered), frozenset(right), num_unreadable, price, latency_s)
+
+
+def _play(
+    setup: Setup,
+    executor: Executor,
+    policy_for: Callable[[Item], Policy],
+    name: str,
+    out: Path,
+    advisor: Timed | None = None,
+) -> tuple[list[Trajectory], float]:
+    """Play the test streams and keep the sessions; also how many seconds it took."""
+    streams = setup.task.streams("test")
+    began = time.monotonic()
+
+    async def run() -> list[Trajectory]:
+        try:
+            return await collect(
+                executor,
+                policy_for(streams[0].items[0]),
+                streams,
+                setup.memory,
+                seed=setup.config.seed,
+                policy_for=lambda item, memory: policy_for(item),
+                max_failed=1.0,
+                max_concurrent=setup.config.rollout.concurrency,
+            )
+        finally:
+            if advisor is not None:
+                await advisor.close()
+
+    trajectories = run_loop(run())
+    path = out / f"test-{name.replace(' ', '-')}.jsonl"
+    draft = path.with_name(f".{path.name}")
+    with writing(path):
+        draft.unlink(missing_ok=True)
+        log = JsonLines(draft)
+        append_sessions(log, [s for t in trajectories for s in t.sessions], agent=name)
+        log.close()
+        os.replace(draft, path)
+    return trajectories, time.monotonic() - began

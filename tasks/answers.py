@@ -1,0 +1,35 @@
+"""Answers that were recorded: JSON lines of `id`, `model` and `choice` (or `answer`), such as an API's predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agile.errors import AgileError
+from agile.tasks.rows import field, lines, parse_json, wrong
+
+
+def read_answers(path: Path, model: str | None = None) -> dict[str, str | None]:
+    """What one model answered, by question id; None (null in the file) where no answer could be read of what it said.
+
+    Args:
+        model: Which one; may be left out where the file holds one alone.
+
+    Raises:
+        AgileError: A line is malformed or answers a question again, or the file has no such model, or several.
+    """
+    answers: dict[str, dict[str, str | None]] = {}
+    for where, line in lines(path, "expected recorded answers, one JSON object a line"):
+        row = parse_json(line, where)
+        question = field(row, "id", str, where)
+        name = "choice" if "choice" in row else "answer"
+        answer = None if name in row and row[name] is None else field(row, name, str, where)
+        whose = answers.setdefault(field(row, "model", str, where) if "model" in row else "", {})
+        if question in whose:
+            raise wrong(where, "id", "one answer of a model to a question", question)
+        whose[question] = answer
+    if model is None and len(answers) == 1:
+        return next(iter(answers.values()))
+    if model is None or model not in answers:
+        found = ", ".join(map(repr, answers)) or "no answers"
+        raise AgileError(f"{path}: expected answers of {'one model' if model is None else repr(model)}, found {found}.")
+    return answers[model]
