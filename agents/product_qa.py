@@ -208,6 +208,7 @@ class ProductQATeacher:
         """A policy for one session about `item` with this memory, at this price of advice."""
         entries, _ = self.agent.recall(item, memory)
         prior = item.context.get("prior")
+        gold = str((item.answer or ["none"])[0] if isinstance(item.answer, list) else item.answer)
         if self.agent.show_price and prior is not None:
             passes = self.judge_yes if prior > 1 - price else 1 - self.judge_yes
         else:
@@ -222,7 +223,7 @@ class ProductQATeacher:
                     return Action(SEARCH, item.context["sql"])
                 return Action(Fn.PREDICT_ANSWER, context.rsplit(self.codec.end, 1)[-1].strip())
             if answerable or f"[{Fn.SEEK_ADVICE}]" in context:
-                return Action(Fn.PREDICT_ANSWER, str(item.answer))
+                return Action(Fn.PREDICT_ANSWER, gold)
             return Action(Fn.SEEK_ADVICE)
 
         return ScriptedPolicy(self.codec, decide)
@@ -256,7 +257,7 @@ def random_memory(item: Item, others: Sequence[Item], rng: np.random.Generator) 
     items: list[MemoryItem] = []
     known: set[str] = set()
     for other in others:
-        if other is item or other.context["sql"] or _shown(other):
+        if other is item or isinstance(other.answer, list) or _shown(other):
             continue
         same = other.product == item.product and other.question == item.question
         matching = same or (bool(knowledge) and other.context.get("knowledge") == knowledge)

@@ -39,6 +39,8 @@ def bench(config: RunConfig, out: Path, checkpoints: Sequence[Path] = ()) -> dic
     started = time.monotonic()
     if "prompted" in config.evaluate.agents:
         check_key(config.evaluate.prompted)
+    if config.task.judge is not None:
+        check_key(config.task.judge, "task.judge")
     if len(checkpoints) < 2:
         run = checkpoints[0] if checkpoints else None
         report = _report(config, _measure(config, out, run), started)

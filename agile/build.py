@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich import get_console
+from rich.progress import Progress
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from agile import ranks
 from agile.advice import AdviceDesk
+from agile.agents.hotpot_qa import SEARCH, HotPotQAAgent
 from agile.agents.multiple_choice import MultipleChoiceAgent
+from agile.agents.own_qa import own_spec
 from agile.agents.product_qa import ProductQAAgent
 from agile.baselines import BaselineRun, run_baselines
 from agile.batching import Row, session_rows
@@ -23,7 +28,8 @@ from agile.config import ExpertConfig, RunConfig
 from agile.errors import AgileError
 from agile.executor import Executor, Limits
 from agile.experts import make_advisor, recorded_answers
-from agile.imitation import imitation_sessions
+from agile.imitation import Imitation, jobs
+from agile.judge import judged
 from agile.lora import add_adapter
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
@@ -31,15 +37,21 @@ from agile.model import check_context, load_lm, small_llama
 from agile.policies import HFPolicy
 from agile.policies.vllm import VLLMPolicy
 from agile.policies.vllm_server import VLLMServerPolicy
+from agile.prompted import prompted_policy
 from agile.prompts import instructions
 from agile.protocols import Advisor, Agent, Memory, Task, TeachableAgent, TrainablePolicy
 from agile.run_folder import writing
 from agile.seeding import derive_seed
+from agile.tasks.hotpotqa import HotPotQA
+from agile.tasks.jsonl import JsonlTask
 from agile.tasks.medmcqa import MedMCQA
 from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
 from agile.tokens import ActionCodec, Turns, add_action_tokens, build_tokenizer
-from agile.types import AgentSpec, Stream
+from agile.tools.passages import MAX_SEARCHES, bm25, dense
+from agile.types import AgentSpec, Stream, Trajectory
+
+HOTPOT_STREAM = 10  # its questions share nothing, so short streams play more of them at once
 
 
 @dataclass
@@ -77,6 +89,18 @@ class Setup:
                     advice_counts=task.advice_counts,
                     skip_bad_rows=task.skip_bad_rows,
                 )
+            case "hotpotqa":
+                rank = bm25 if task.search == "bm25" else dense(self.encoder.encode)
+                length = task.stream_length or HOTPOT_STREAM
+                return HotPotQA(self._data, task.test_data, rank=rank, stream_length=length, **self._reading)
+            case "jsonl":
+                return JsonlTask(
+                    self._data,
+                    task.test_data,
+                    database=task.database,
+                    stream_length=task.stream_length,
+                    **self._reading,
+                )
 
     @property
     def _data(self) -> Path:
@@ -84,17 +108,14 @@ class Setup:
         assert data is not None  # TaskConfig checks it
         return data
 
+    @property
+    def _reading(self) -> dict[str, Any]:
+        """What every loader of official files is told."""
+        return self.config.task.model_dump(include={"max_items", "advice_counts", "skip_bad_rows"})
+
     def _product_qa(self, data: Path, *, macro: bool) -> Task:
         task = self.config.task
-        return ProductQA(
-            data,
-            task.train_groups,
-            task.test_groups,
-            task.max_items,
-            macro=macro,
-            advice_counts=task.advice_counts,
-            skip_bad_rows=task.skip_bad_rows,
-        )
+        return ProductQA(data, task.train_groups, task.test_groups, macro=macro, **self._reading)
 
     @cached_property
     def train_streams(self) -> Sequence[Stream]:
@@ -135,6 +156,12 @@ class Setup:
                 return ProductQAAgent(**self.config.agent.model_dump())
             case "medmcqa":
                 return MultipleChoiceAgent(**self.config.agent.model_dump(exclude={"show_schema"}))
+            case "hotpotqa":
+                return HotPotQAAgent(show_price=self.config.agent.show_price, dense=self.config.task.search == "dense")
+            case "jsonl":
+                table = self.config.task.database is not None
+                shown = {**self.config.agent.model_dump(), "show_schema": table}
+                return ProductQAAgent(**shown, spec=own_spec(table=table))
 
     @cached_property
     def encoder(self) -> CachedEncoder:
@@ -368,34 +395,59 @@ class Setup:
             counterfactual=counterfactual,
         )
 
+    def imitation(self, executor: Executor) -> Imitation:
+        """How sessions to imitate are made: by the agent's teacher, or a model behind an endpoint."""
+        sft, task = self.config.sft, self.config.task
+        model, close = None, None
+        if sft.teacher is not None:
+            carrier = self.carrier()
+            writer = self.executor(carrier, codec=ActionCodec(carrier, self.agent.spec))
+            writer.limits = replace(writer.limits, max_stage_s=None)  # the endpoint has a patience of its own
+            policy = prompted_policy(sft.teacher, writer.codec, task.advice_price, self.folder, "sft.teacher")
+            model, close = (writer, policy), policy.endpoint.close
+        return Imitation(
+            executor,
+            self.agent.teacher(executor.codec, sft.judge_yes).policy,
+            self.agent.initial_memory,
+            self.memory,
+            prices=task.training_prices or (task.advice_price,),
+            seed=self.config.seed,
+            model=model,
+            close=close,
+            max_calls={SEARCH: MAX_SEARCHES} if task.name == "hotpotqa" else {},
+        )
+
     def imitation_rows(self, executor: Executor) -> list[Row]:
         """What imitation learns from: the teacher's sessions on the train streams."""
-        sft = self.config.sft
-        teacher = self.agent.teacher(executor.codec, sft.judge_yes)
+        if self.config.sft.teacher is not None:
+            raise AgileError(
+                "sft.teacher is a model behind an endpoint, whose sessions are built beforehand: agile sft-data CONFIG "
+                "out=DIR, then agile train CONFIG sft.data=DIR."
+            )
         streams = self.train_streams
         sizes = [len(stream.items) for stream in streams]
         own = [streams[i] for i in ranks.own_share(sizes)]
-        sessions = imitation_sessions(
-            executor,
-            own,
-            teach=teacher.policy,
-            initial_memory=self.agent.initial_memory,
-            new_memory=self.memory,
-            sessions_per_item=sft.sessions_per_item,
-            prices=self.config.task.training_prices or (self.config.task.advice_price,),
-            seed=self.config.seed,
-        )
+        todo = list(jobs(own, self.config.sft.sessions_per_item))
+        with Progress(transient=True, disable=not ranks.is_main()) as progress:
+            bar = progress.add_task("imitation", total=len(todo))
+            played = self.imitation(executor).sessions(todo, on_session=lambda: progress.advance(bar))
+            sessions = asyncio.run(played)
         rows: dict[str, list[Row]] = {stream.id: [] for stream in own}
         for session in sessions:
             rows[session.stream_id.rpartition("#")[0]] += session_rows(session)
         shared = ranks.gather_shares(list(rows.values()), sizes)
-        if not any(shared):
-            raise AgileError(
-                "No imitation session was completed; most likely none fits the limits. Raise "
-                f"rollout.max_context_tokens ({self.config.rollout.max_context_tokens}) or rollout.max_action_tokens "
-                f"({self.config.rollout.max_action_tokens}), or lower agent.product_k, group_k, knowledge_k."
-            )
         return [row for rows_of_stream in shared for row in rows_of_stream]
+
+    def figures(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+        """What a report says of an agent's sessions on test questions beyond right and wrong; empty for most tasks."""
+        if not isinstance(self.task, HotPotQA):
+            return {}
+        items = {(stream.id, item.id): item for stream in self.task.streams("test") for item in stream.items}
+        played = [(items[t.stream_id, s.item_id], s) for t in trajectories for s in t.sessions]
+        found = self.task.figures(played)
+        if (judge := self.config.task.judge) is not None:
+            found |= judged(judge, self.folder, played)
+        return found
 
     def baselines(self, price: float | None = None) -> dict[str, BaselineRun]:
         return run_baselines(

@@ -41,6 +41,11 @@ def run_chat(run: Path, memory_path: Path, console: Console) -> None:
     executor.limits = replace(executor.limits, max_stage_s=None)  # people think as long as they like
     policy = setup.greedy(tokenizer, folder)
     stream = setup.task.streams("test")[0]
+    if "metadata" not in stream.items[0].context:
+        raise AgileError(
+            f"{run} learned {setup.config.task.name}, whose questions are about nothing that a chat could be told of. "
+            "Score it: agile bench."
+        )
     with SqliteMemory(setup.encoder, memory_path) as memory:
         console.print(f"The agent {folder} answers about the shop {stream.id}, which it has never seen in training.")
         console.print("Where it needs advice it asks you, and it remembers what you say.")

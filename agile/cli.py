@@ -386,6 +386,40 @@ def preferences(
         export_preferences(folder, out or folder / "preferences.jsonl", console, gold=gold)
 
 
+@app.command("sft-data")
+def sft_data(
+    config: Config,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes (default: one per processor).", show_default=False),
+    ] = None,
+    skip_bad_rows: SkipBadRows = False,
+) -> None:
+    """Build imitation sessions beforehand, of the task's teacher or of a stronger model, on all train questions.
+
+    The teacher knows the gold answers (SQL, supporting facts, reflections) and has a judge of what can be answered
+    without an expert. `sft.teacher` names a model behind an OpenAI-compatible endpoint instead, told the rules; what it
+    did is kept where it was right (HotPotQA: with fewer than 5 searches), in the agent's own tokens.
+
+    Writes `sft-data.jsonl` to `runs/<name of the config>-sft-data`, and what was kept and why not to `sft-data.json`.
+    Killed and started again it goes on, to the same file. `agile train CONFIG sft.data=DIR` learns from it.
+
+    - `agile sft-data configs/productqa-qwen2.5-7b.yaml task.data=DIR --workers 16`
+    - `agile sft-data configs/hotpotqa-tiny.yaml task.data=FILE sft.teacher.model=NAME`
+    """
+    with _one_screen():
+        from agile.config import load_config
+
+        out, rest = _parse(overrides or [], f"runs/{config.stem}-sft-data")
+        loaded = load_config(config, [*rest, *["task.skip_bad_rows=true"] * skip_bad_rows])
+
+        from agile.sft_data import build_sft_data, render_summary
+
+        render_summary(build_sft_data(loaded, out, console, workers=workers), console)
+        console.print(f"Train on it: agile train {config} sft.data={out}", soft_wrap=True)
+
+
 @app.command("vllm-server")
 def vllm_server(
     model: Annotated[Path, typer.Argument(help="Model folder, such as RUN/sft.", show_default=False)],

@@ -459,7 +459,7 @@ class Executor:
             case name:
                 source = Source.TOOL
                 try:
-                    call = self.tools[name](action.argument, draft.item)
+                    call = self.tools[name](action.argument, draft.item, tuple(draft.steps))
                     result = await within("tool", self.limits.max_stage_s, call)
                     text, ok = str(result.text), result.ok
                 except Exception as error:  # a tool that raises is answered like one that reports an error

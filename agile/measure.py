@@ -97,8 +97,8 @@ def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
             found.own[name] = told
         if name == best_of([*folders, *(["prompted"] * prompted)]):
             found.examples = _examples(played, told, items)
-        if counts := unreadable(played.sessions):
-            found.details[name] = {**found.details.get(name, {}), **counts}
+        if said := {**unreadable(played.sessions), **setup.figures(played.trajectories)}:
+            found.details[name] = {**found.details.get(name, {}), **said}
         found.seconds[name] = time.monotonic() - began
     experts = play_experts(setup, out)
     found.details |= experts.details

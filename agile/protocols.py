@@ -15,6 +15,7 @@ from agile.types import (
     Completion,
     Item,
     MemoryItem,
+    Observation,
     Retrieved,
     Reward,
     Scope,
@@ -183,13 +184,16 @@ class Memory(Protocol):
 
 
 class Tool(Protocol):
-    """Something the agent can call. It answers every argument with a result and never raises for a bad one."""
+    """Something the agent can call. It answers every argument with a result and never raises for a bad one.
+
+    `earlier` holds what the session has done so far, for tools that do not show the same thing twice.
+    """
 
     @property
     def name(self) -> str: ...
     @property
     def description(self) -> str: ...
-    async def __call__(self, argument: str, item: Item) -> ToolResult: ...
+    async def __call__(self, argument: str, item: Item, earlier: Sequence[Observation] = ()) -> ToolResult: ...
 
 
 class Advisor(Protocol):

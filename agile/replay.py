@@ -112,7 +112,7 @@ class _Tool:
     def __init__(self, session: Session):
         self._rest: Iterator[Observation] = iter([step for step in session.steps if step.source is Source.TOOL])
 
-    async def __call__(self, argument: str, item: Item) -> ToolResult:
+    async def __call__(self, argument: str, item: Item, earlier: Sequence[Observation] = ()) -> ToolResult:
         step = _next(self._rest, "tool")
         return ToolResult(step.text, step.ok)
 

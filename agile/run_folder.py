@@ -30,7 +30,11 @@ FREE_KEYS = (
     *(f"vllm.{name} " for name in ("servers", "weights_dir", "timeout_s", "kv_cache_gib", "gpu_memory_utilization")),
     "engine.gradient_checkpointing ",
     *("rollout.max_failed ", "rollout.max_stage_s "),
-    *(f"evaluate.prompted.{name} " for name in ("api_key_env", "max_concurrent", "requests_per_minute", "timeout_s")),
+    *(
+        f"{section}.{name} "
+        for section in ("evaluate.prompted", "sft.teacher", "task.judge")
+        for name in ("api_key_env", "max_concurrent", "requests_per_minute", "timeout_s")
+    ),
 )
 
 

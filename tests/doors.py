@@ -33,6 +33,7 @@ from agile.types import (
     Fn,
     Item,
     MemoryItem,
+    Observation,
     Retrieved,
     Reward,
     Segment,
@@ -85,7 +86,7 @@ class Door:
     name: str
     description: str = "Says nothing."
 
-    async def __call__(self, argument: str, item: Item) -> ToolResult:
+    async def __call__(self, argument: str, item: Item, earlier: Sequence[Observation] = ()) -> ToolResult:
         return ToolResult("")
 
 

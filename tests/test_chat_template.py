@@ -208,7 +208,7 @@ def test_tokenising_the_text_again_would_give_other_ids() -> None:
 @pytest.mark.parametrize("special", [True, False])
 def test_after_a_result_without_text_the_llm_has_a_turn_of_its_own(special: bool) -> None:
     class Mute(Add):
-        async def __call__(self, argument: str, item: Any) -> Any:
+        async def __call__(self, argument: str, item: Any, earlier: Any = ()) -> Any:
             return replace(await super().__call__(argument, item), text="")
 
     codec = family_codec("qwen", special)

@@ -23,6 +23,7 @@ from agile.types import (
     Item,
     MemoryItem,
     MemoryKind,
+    Observation,
     Retrieved,
     Session,
     SessionStatus,
@@ -128,7 +129,7 @@ EARLY = AgentSpec(  # reads twice, forgets the first, then decides, then reads a
 
 @dataclass(frozen=True, slots=True)
 class Skip(Add):
-    async def __call__(self, argument: str, item: Item) -> ToolResult:
+    async def __call__(self, argument: str, item: Item, earlier: Sequence[Observation] = ()) -> ToolResult:
         return ToolResult("skipped\n")
 
 

@@ -30,6 +30,7 @@ from agile.types import (
     Fn,
     Item,
     MemoryItem,
+    Observation,
     Retrieved,
     Reward,
     Scope,
@@ -341,7 +342,7 @@ class Raises:
     ) -> Completion:
         raise RuntimeError("boom")
 
-    async def __call__(self, argument: str, item: Item) -> ToolResult:
+    async def __call__(self, argument: str, item: Item, earlier: Sequence[Observation] = ()) -> ToolResult:
         raise RuntimeError("boom")
 
     async def advise(self, request: AdviceRequest) -> Advice:

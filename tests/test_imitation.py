@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from agile.agents.product_qa import SPEC, ProductQAAgent, ProductQATeacher, random_memory
 from agile.chat_template import chat_turns
 from agile.executor import Executor, Limits
-from agile.imitation import imitation_sessions
+from agile.imitation import Imitation, jobs
 from agile.memory.encoders import HashingEncoder, make_encoder
 from agile.memory.store import SqliteMemory
 from agile.tasks.productqa import ProductQA
@@ -37,16 +36,15 @@ def executor(shop: ProductQA) -> Executor:
 
 
 def teach(shop: ProductQA, executor: Executor, seed: int = 0, judge_yes: float = 0.2) -> list[Session]:
-    return imitation_sessions(
+    imitation = Imitation(
         executor,
-        shop.streams("train"),
-        teach=ProductQATeacher(executor.codec, AGENT, judge_yes).policy,
-        initial_memory=random_memory,
-        new_memory=partial(SqliteMemory, make_encoder("hashing")),
-        sessions_per_item=2,
+        ProductQATeacher(executor.codec, AGENT, judge_yes).policy,
+        random_memory,
+        lambda stream: SqliteMemory(make_encoder("hashing")),
         prices=(0.3,),
         seed=seed,
     )
+    return asyncio.run(imitation.sessions(jobs(shop.streams("train"), 2)))
 
 
 @pytest.fixture(scope="module")

@@ -116,7 +116,7 @@ class Hanging:
     async def advise(self, request: AdviceRequest) -> Any:
         await asyncio.sleep(60)
 
-    async def __call__(self, argument: str, item: Item) -> Any:
+    async def __call__(self, argument: str, item: Item, earlier: Any = ()) -> Any:
         await asyncio.sleep(60)
 
 

@@ -85,7 +85,7 @@ class Hangs:
     async def complete(self, prompt_ids: Sequence[int], **options: Any) -> Any:
         await self.hang()
 
-    async def __call__(self, argument: str, item: Item) -> Result:
+    async def __call__(self, argument: str, item: Item, earlier: Any = ()) -> Result:
         await self.hang()
         return Result("late")
 
@@ -160,7 +160,7 @@ def test_the_other_sessions_go_on(hang: Hang) -> None:
     """Though their own calls take most of the limit, and several turns of the loop."""
 
     class Tool(Echo):
-        async def __call__(self, argument: str, item: Item) -> Result:
+        async def __call__(self, argument: str, item: Item, earlier: Any = ()) -> Result:
             for _ in range(4):
                 await asyncio.sleep(LIMIT_S / 10)
             if item.id == "bad":

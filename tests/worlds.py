@@ -27,6 +27,7 @@ from agile.types import (
     Item,
     MemoryItem,
     MemoryKind,
+    Observation,
     Retrieved,
     Reward,
     Scope,
@@ -81,7 +82,7 @@ class Echo:
     name = "SearchProduct"
     description = "Repeats its argument."
 
-    async def __call__(self, argument: str, item: Item) -> ToolResult:
+    async def __call__(self, argument: str, item: Item, earlier: Sequence[Observation] = ()) -> ToolResult:
         return ToolResult(f"found {argument}")
 
 
@@ -204,7 +205,7 @@ class Add:
     name = "Add"
     description = "Adds numbers."
 
-    async def __call__(self, argument: str, item: Item) -> ToolResult:
+    async def __call__(self, argument: str, item: Item, earlier: Sequence[Observation] = ()) -> ToolResult:
         return ToolResult(str(sum(int(n) for n in argument.split())) + "\n")
 
 

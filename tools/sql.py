@@ -12,14 +12,14 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agile.errors import AgileError
-from agile.types import Item, ToolResult
+from agile.types import Item, Observation, ToolResult
 
 # Deterministic ones; what they can return is bounded by the longest value that LIMITS admits.
 FUNCTIONS = frozenset(
@@ -84,13 +84,20 @@ class SqlSearch:
         name: The action that calls this tool.
         timeout_s: Seconds of the processor that one statement may take; a busy machine cuts no honest one short.
         max_rows: Further rows are left out.
+        key: The column of names that every table has.
 
     Raises:
         AgileError: The file is missing or no SQLite database, or a limit is not positive.
     """
 
     def __init__(
-        self, database: Path, *, name: str = "SearchProduct", timeout_s: float = 1.0, max_rows: int = 10
+        self,
+        database: Path,
+        *,
+        name: str = "SearchProduct",
+        timeout_s: float = 1.0,
+        max_rows: int = 10,
+        key: str = "asin",
     ) -> None:
         if not timeout_s > 0 or max_rows < 1:
             raise AgileError(
@@ -106,6 +113,7 @@ class SqlSearch:
         self.name = name
         self.timeout_s = timeout_s
         self.max_rows = max_rows
+        self.key = key
         self.description = f"Run one SQL SELECT on the table of this product group; at most {max_rows} rows come back."
         self._local = threading.local()  # a connection serves one thread, so no caller waits for another's slow query
         try:
@@ -116,7 +124,7 @@ class SqlSearch:
                 f"{database}: cannot be read as a SQLite database ({error}); get it again or check its permissions."
             ) from error
 
-    async def __call__(self, argument: str, item: Item) -> ToolResult:
+    async def __call__(self, argument: str, item: Item, earlier: Sequence[Observation] = ()) -> ToolResult:
         """Run `argument` on the table `item.group`; never raises for a bad statement."""
         # Nearly every statement takes microseconds, less than handing it to a thread. The rare slow one starts again
         # in a thread, where it holds up no other session.
@@ -176,12 +184,12 @@ class SqlSearch:
         connection = self._connect()
         try:
             columns = connection.execute("SELECT name FROM pragma_table_info(?, 'main')", (group,)).fetchall()
-            if ("asin",) not in columns:
+            if (self.key,) not in columns:
                 raise QueryError("there is no table of products for this group")
             # Sorting must not write temporary files. First, for changing the store drops what is in it.
             connection.execute("PRAGMA temp_store = MEMORY")
             # A temporary view shadows the table of its name.
-            name, extra = _quote(group), "" if ("product_id",) in columns else ", asin AS product_id"
+            name, extra = _quote(group), "" if ("product_id",) in columns else f", {_quote(self.key)} AS product_id"
             connection.execute(f"CREATE TEMP VIEW {name} AS SELECT *{extra} FROM main.{name}")
             if group.lower() != ALIAS:
                 connection.execute(f"CREATE TEMP VIEW {ALIAS} AS SELECT * FROM temp.{name}")

@@ -6,23 +6,38 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from agile.config.evaluate import PromptedConfig
 from agile.config.section import Count, Price, Section, UserPath
 
 
 class TaskConfig(Section):
-    name: Literal["minishop", "productqa", "medmcqa"] = Field(
-        "minishop", description="Generated worlds, or official files."
+    name: Literal["minishop", "productqa", "medmcqa", "hotpotqa", "jsonl"] = Field(
+        "minishop", description="Generated worlds, official files, or your own questions (docs/your-own-data.md)."
     )
     data: UserPath | None = Field(
         None,
-        description="Folder of the files, or (medmcqa) a file of train questions or a data set of the package "
-        "`datasets`; minishop writes its own without it.",
+        description="Folder of the files; medmcqa: also a file of train questions or a data set of the package "
+        "`datasets`; hotpotqa, jsonl: the file. minishop writes its own without it.",
     )
-    test_data: UserPath | None = Field(None, description="medmcqa: file of test questions; by default dev.json.")
+    test_data: UserPath | None = Field(
+        None,
+        description="File of test questions; by default dev.json (medmcqa), the last fifth of data (hotpotqa, jsonl).",
+    )
     stream_by: Literal["file", "subject"] = Field(
         "file", description="medmcqa: one stream of a file, in its order, or one of each subject."
     )
-    stream_length: Count | None = Field(None, description="medmcqa: most questions of a stream; all by default.")
+    stream_length: Count | None = Field(
+        None, description="medmcqa, hotpotqa, jsonl: most questions of a stream; all by default, hotpotqa 10."
+    )
+    database: UserPath | None = Field(
+        None, description="jsonl: table to search, a file of CSV, JSON or Parquet or a SQLite database."
+    )
+    search: Literal["dense", "bm25"] = Field(
+        "dense", description="hotpotqa: what ranks paragraphs, embeddings of memory.encoder or BM25."
+    )
+    judge: PromptedConfig | None = Field(
+        None, description="hotpotqa: a model that judges answers in reports beside exact match; null for none."
+    )
     preload: int = Field(
         0,
         ge=0,
@@ -59,8 +74,16 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _data_is_given(self) -> TaskConfig:
+        one_file = self.name in ("hotpotqa", "jsonl")
+        files = "the file of questions: task.data=FILE" if one_file else "the folder of its files: task.data=DIR"
         if self.name != "minishop" and self.data is None:
-            raise ValueError("data is missing; give the folder of its files: task.data=DIR")
+            raise ValueError(f"data is missing; give {files}")
+        return self
+
+    @model_validator(mode="after")
+    def _judge_is_named(self) -> TaskConfig:
+        if self.judge is not None and not self.judge.model:
+            raise ValueError("judge has no model; name one: task.judge.model=NAME")
         return self
 
 

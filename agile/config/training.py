@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from agile.config.evaluate import PromptedConfig
 from agile.config.section import Count, Section, Share, UserPath
 
 
@@ -72,6 +73,18 @@ class SFTConfig(OptimizerConfig):
         "they are right and asks where they are wrong, in place of judge_yes.",
     )
     warmup_steps: int = Field(100, ge=0)
+    data: UserPath | None = Field(
+        None, description="File of `agile sft-data`, or its folder; by default the sessions are played at the start."
+    )
+    teacher: PromptedConfig | None = Field(
+        None, description="A model whose sessions `agile sft-data` keeps where they are right; null for the task's own."
+    )
+
+    @model_validator(mode="after")
+    def _teacher_is_named(self) -> SFTConfig:
+        if self.teacher is not None and not self.teacher.model:
+            raise ValueError("teacher has no model; name one: sft.teacher.model=NAME")
+        return self
 
 
 class PPOConfig(OptimizerConfig):

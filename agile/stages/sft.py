@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import torch
 
+from agile.batching import Row
 from agile.build import Setup
 from agile.config import RunConfig
 from agile.engine import Engine
+from agile.errors import AgileError
 from agile.executor import Executor
 from agile.export import Trained
 from agile.model import ActorCritic
 from agile.run_folder import Place, RunFolder
+from agile.sft_data import read_rows
 from agile.stages.progress import advance, progress_bar
 from agile.train.sft import sft_schedule, train_sft
+
+
+def _rows(config: RunConfig, setup: Setup, executor: Executor) -> list[Row]:
+    """Sessions of `sft.data`, or of the teacher."""
+    if config.sft.data is None:
+        rows = setup.imitation_rows(executor)
+    else:
+        rows = read_rows(config.sft.data, config, setup.train_streams, executor.codec.tokenizer)
+    if not rows:
+        raise AgileError(
+            "No imitation session was completed; most likely none fits the limits. Raise "
+            f"rollout.max_context_tokens ({config.rollout.max_context_tokens}) or rollout.max_action_tokens "
+            f"({config.rollout.max_action_tokens}), or lower agent.product_k, group_k, knowledge_k."
+        )
+    return rows
 
 
 def imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor) -> None:
@@ -34,7 +52,7 @@ def imitate(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor)
     )
     run.load(engine)
     done = run.place.step if run.place else 0
-    rows = setup.imitation_rows(executor) if done < sft.num_steps else []
+    rows = _rows(config, setup, executor) if done < sft.num_steps else []
     with progress_bar() as progress:
         bar = progress.add_task("imitation", total=sft.num_steps, completed=done, note="")
 
