@@ -20,6 +20,10 @@ ABLATION_WORDS = {
     "random_advice": "asks at random",
     "poisoned_memory": "memory 10 % false",
 }
+LESS_WORDS = {
+    "random_advice": "where it asks at random",
+    "poisoned_memory": "with 10 % of its memory false",
+}  # in a sentence
 USES = (("retrieved_right", "shown, right"), ("retrieved_wrong", "shown, wrong"), ("retrieved_asked", "shown, asked"),
         ("not_retrieved", "not shown"))  # fmt: skip
 USE_COLORS = ("#009e73", "#d55e00", "#cc79a7", GRID)
@@ -35,7 +39,7 @@ def draw_measured(report: Report, looks: Mapping[str, Look], agent: str | None) 
     ablations = report.get("ablations") or {}
     rows = {n: r for n, r in (ablations.get("rows") or {}).items() if r.get("difference") is not None}
     if rows:
-        size = (9.4, 0.9 + 0.36 * len(rows))
+        size = (5.6, 1.0 + 0.3 * len(rows))
         draw = partial(_ablations, rows=rows, look=looks[ablations["agent"]])
         plots["ablations"] = draw_svg("ablations", "difference in score of each ablation", draw, looks, size)
     told = {name: c for name, c in (report.get("calibration") or {}).items() if c.get("bins")}
@@ -82,7 +86,7 @@ def _reliability(ax: Axes, told: Mapping[str, Mapping[str, Any]], looks: Mapping
     for name, found in told.items():
         look, bins = looks[name], found["bins"]
         x, y = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
-        ax.plot(x, y, color=look.color, lw=1.2, zorder=2)
+        ax.plot(x, y, color=look.color, lw=0.6, alpha=0.5, zorder=2)
         sizes = [14 + 220 * b["n"] / found["n"] for b in bins]
         ax.scatter(x, y, s=sizes, color=look.color, edgecolors=CARD, linewidths=0.5, zorder=3,
                    label=f"{look.label}, ECE {found['ece']:.3f}")  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from agile.plots import Look
-from agile.plots_bench import ABLATION_WORDS
+from agile.plots_bench import ABLATION_WORDS, LESS_WORDS
 
 DASH = "\N{EN DASH}"  # for what is not known, and between the ends of an interval
 
@@ -178,10 +178,10 @@ def summary_of(report: Mapping[str, Any], looks: Mapping[str, Look]) -> list[str
     rows = (report.get("ablations") or {}).get("rows") or {}
     lost = sorted((r["difference"], n) for n, r in rows.items() if r.get("difference") is not None and r["ci"][1] < 0)
     if lost:
-        sentences.append(f"What it would miss most: it scores {-lost[0][0]:.3f} less {ABLATION_WORDS[lost[0][1]]}.")
+        sentences.append(f"What it would miss most: it scores {-lost[0][0]:.3f} less {_without(lost[0][1])}.")
     elif rows:
         sentences.append("It clearly misses nothing of what was taken away from it.")
-    if against := [ABLATION_WORDS[n] for n, row in rows.items() if row.get("verdict") == "against the paper"]:
+    if against := [_without(n) for n, row in rows.items() if row.get("verdict") == "against the paper"]:
         sentences.append(f"The paper found the opposite {', '.join(against)}.")
     if told := (report.get("calibration") or {}).get(name):
         gap = told["confidence"] - told["accuracy"]
@@ -191,6 +191,10 @@ def summary_of(report: Mapping[str, Any], looks: Mapping[str, Look]) -> list[str
             f"{show_percent(told['accuracy'], 0)} would be right."
         )
     return sentences
+
+
+def _without(ablation: str) -> str:
+    return LESS_WORDS.get(ablation) or ABLATION_WORDS[ablation]
 
 
 def _beats(row: Mapping[str, Any]) -> str:
