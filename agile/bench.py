@@ -16,7 +16,7 @@ from agile.evaluate import Outcome, by_stream, paired_difference, rates, summari
 from agile.measure import Measured, best_of, joined, measure
 from agile.memory_use import SIMILAR, memory_use
 from agile.prompted import check_key
-from agile.published import published_ablation
+from agile.published import published_ablation, set_beside
 from agile.report import save_plots, write_report
 from agile.run_folder import claim
 from agile.session_log import read_lines
@@ -172,6 +172,7 @@ def _report(config: RunConfig, found: Measured, started: float) -> dict[str, Any
         report["ablations"] = _ablations(found, price, macro, seed)
     if found.prices:
         report |= _prices(found)
+    set_beside(report, found.groups, whole=config.task.max_items is None)
     report["seconds"] = {**found.seconds, "total": time.monotonic() - started}
     return report
 

@@ -30,6 +30,7 @@ class Measured:
 
     Attributes:
         macro: Whether every stream counts alike, see `agile.protocols.Task`.
+        groups: Ids of the test streams.
         results: Outcomes of every agent and baseline at the config's price.
         ablations: Outcomes of the learned agent without something, by what is missing.
         prices: Both at other prices: `(results, ablations)` by price.
@@ -42,6 +43,7 @@ class Measured:
     """
 
     macro: bool = False
+    groups: tuple[str, ...] = ()
     results: By = field(default_factory=dict)
     ablations: By = field(default_factory=dict)
     prices: dict[float, tuple[By, By]] = field(default_factory=dict)
@@ -68,9 +70,9 @@ def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
         folders: Of the trained agents.
     """
     config = setup.config.evaluate
-    found = Measured(setup.task.macro)
     began = time.monotonic()
     streams = setup.task.streams("test")
+    found = Measured(setup.task.macro, tuple(stream.id for stream in streams))
     prompted = "prompted" in config.agents
     if folders or prompted:
         setup.embed(streams)
@@ -193,7 +195,7 @@ def joined(parts: Mapping[str, Measured]) -> Measured:
         parts: By the run's name, which is put before the ids of streams.
     """
     first = next(iter(parts.values()))
-    whole = Measured(first.macro)
+    whole = Measured(first.macro, first.groups)
     for run, part in parts.items():
         _extend(whole.results, part.results, run)
         _extend(whole.ablations, part.ablations, run)

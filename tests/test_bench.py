@@ -18,7 +18,7 @@ from agile.tokens import build_tokenizer
 from agile.types import AgentSpec
 from tests.tiny import TinyRun, agile
 
-BASELINES = ["always_ask", "never_ask", "router", "recall", "oracle"]
+BASELINES = ["always_ask", "never_ask", "router", "recall", "calibrated_recall", "oracle"]
 
 
 @pytest.fixture
@@ -50,8 +50,9 @@ def test_report_of_a_run(tiny_run: TinyRun) -> None:
     report = json.loads((tiny_run.path / "report.json").read_text())
     assert list(report["agents"]) == ["sft", "ppo", *BASELINES]
     for name, agent in report["agents"].items():
-        assert ("usage" in agent) == ("seconds" in agent) == (name in ("sft", "ppo"))
-        assert set(agent) - {"usage", "seconds"} == {
+        learned = name in ("sft", "ppo")
+        assert ("usage" in agent) == ("seconds" in agent) == ("clears_envelope" in agent) == learned
+        assert set(agent) - {"usage", "seconds", "clears_envelope"} == {
             *("accuracy", "advice_rate", "score", "score_ci", "n", "failed", "by_type", "by_position", "expert_calls")
         }
         assert agent["n"] == 16
