@@ -295,6 +295,10 @@ def _frontier(ax: Axes, report: Report, looks: Mapping[str, Look]) -> None:
             ends = [ci[0] + price * x, ci[1] + price * x]
             ax.plot([x, x], ends, marker="_", ms=6, color=look.color, lw=1.2, zorder=3)
         ax.plot(x, y, zorder=4, **_dot(look, 6.5))
+    for row in report.get("published") or []:
+        place = row.get("advice_rate"), row.get("accuracy")
+        if row.get("price") == price and len(row["groups"]) != 1 and None not in place and place[1] > bottom:
+            ax.plot(*place, "D", mfc="none", mec=MUTED, ms=4.5, mew=0.8, zorder=2)
     _label_dots(ax, dots, looks)
 
 

@@ -61,6 +61,7 @@ from agile.plots import draw_all, draw_picture, looks_of
 from agile.plots_bench import ABLATION_WORDS, draw_measured
 from agile.report_words import (
     detail_tables,
+    envelope_of,
     headline_of,
     hero_of,
     ranking,
@@ -258,6 +259,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         tables=detail_tables(report.get("details") or {}),
         examples=_by_heading(report.get("examples") or []),
         summary=summary_of(report, looks),
+        envelope=envelope_of(report, looks),
         ablation_words=ABLATION_WORDS,
         baselines=BASELINE_WORDS,
         seconds={stage: value for stage, value in stages.items() if value is not None},

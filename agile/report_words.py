@@ -193,6 +193,20 @@ def summary_of(report: Mapping[str, Any], looks: Mapping[str, Look]) -> list[str
     return sentences
 
 
+def envelope_of(report: Mapping[str, Any], looks: Mapping[str, Look]) -> str:
+    """What a better agent has to clear at the report's price, and who does."""
+    line = (report.get("envelope") or {}).get(f"{report['advice_price']:g}")
+    if not line:
+        return ""
+    by = f"{line['by']}, published" if line.get("published") else str(line["by"]).replace("_", " ")
+    over = [looks[name].label for name, agent in report["agents"].items() if agent.get("clears_envelope")]
+    who = f"{', '.join(over)} {'clears' if len(over) == 1 else 'clear'} it" if over else "No agent clears it"
+    return (
+        f"The best of reference lines and published figures at this price is {show_score(line['score'])} ({by}); an "
+        f"agent is better if the lower end of its interval is above that. {who}."
+    )
+
+
 def _without(ablation: str) -> str:
     return LESS_WORDS.get(ablation) or ABLATION_WORDS[ablation]
 

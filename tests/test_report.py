@@ -75,7 +75,11 @@ def made_up_measurements() -> dict[str, Any]:
     uses = [Use(list(KINDS)[k % 5], k, 200, k % 3 > 0, k % 2 > 0, k % 5 == 0, k % 4 > 0) for k in range(200)]
     runs = [{"run": f"seed-{k}", "seed": k, **summary(0.9, 0.3 + k / 100, 800)} for k in range(3)]
     figures = {"runs": runs, "mean": summary(0.9, 0.31, 800), "spread": {"accuracy": 0.0, "score": 0.003}}
+    figures_of_others = {"table": "ProductQA", "measure": "short answer", "source": "arXiv 2405.14751v2", "groups": []}
+    row = {"agent": "agile-vic13b-ppo", "price": PRICE, "advice_rate": 0.233, "accuracy": 0.854, "score": 0.784}
     return {
+        "published": [{**figures_of_others, **row, "same_questions": False}],
+        "envelope": {f"{PRICE:g}": {"score": 0.8, "by": "recall", "published": False, "same_questions": True}},
         "ablations": {"agent": "ppo", "rows": rows},
         "seeds": {"ppo": figures, "router": figures, "ppo memory": figures},
         "calibration": {name: calibration(told) for name in ("sft", "ppo")},
@@ -392,6 +396,7 @@ def test_what_is_missing_is_left_out(missing: str) -> None:
     for heading, key in (
         ("What each ability is worth", "ablations"),
         ("Several seeds", "seeds"),
+        ("reference lines and published", "envelope"),
         ("Does it know what it knows", "calibration"),
         ("What memory did", "memory_use"),
     ):
