@@ -33,7 +33,7 @@ def value(config: RunConfig, key: str) -> Any:
         ("task.data=some/where", Path("some/where")),
         ("task.data=~/x", Path.home() / "x"),
         ("memory.cache=~/x.sqlite", Path.home() / "x.sqlite"),
-        ("evaluate.checkpoint=~/x", Path.home() / "x"),
+        ("evaluate.checkpoint=~/x", (Path.home() / "x",)),
         ("model.path=~/x", str(Path.home() / "x")),
         ("model.path=1e5x", "1e5x"),
         ("threads=", None),

@@ -105,6 +105,7 @@ class VLLMPolicy:
     ):
         self.model = ServedModel.read(model, max_model_len=max_model_len, num_tokens=num_tokens)
         self.temperature = temperature
+        self.forbidden: Collection[int] = ()
         self.verify = verify
         self.version = 0
         self._ids = itertools.count()
@@ -167,6 +168,7 @@ class VLLMPolicy:
             seed=seed,
             stop_token_ids=sorted(stop),
             logprobs=0,
+            **({"logit_bias": dict.fromkeys(self.forbidden, -100.0)} if self.forbidden else {}),
         )
         future = self._waiting[request_id] = loop.create_future()
         if self._driver is None or self._driver.done():

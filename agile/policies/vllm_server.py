@@ -92,6 +92,7 @@ class VLLMServerPolicy:
         self.name = name
         self.dtype = dtype
         self.temperature = temperature
+        self.forbidden: Collection[int] = ()
         self.weights_dir = None if weights_dir is None else Path(weights_dir).absolute()
         self.timeout_s = timeout_s
         self.max_active = max_active
@@ -129,8 +130,14 @@ class VLLMServerPolicy:
         self, prompt_ids: Sequence[int], *, max_tokens: int, stop: Collection[int], seed: int
     ) -> Completion:
         self.model.check_request(prompt_ids, max_tokens)
+        bias = {"logit_bias": {str(i): -100.0 for i in self.forbidden}} if self.forbidden else {}
         body = self._body(
-            prompt_ids, temperature=self.temperature, max_tokens=max_tokens, seed=seed, stop_token_ids=sorted(stop)
+            prompt_ids,
+            temperature=self.temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_token_ids=sorted(stop),
+            **bias,
         )
         asked_at = time.monotonic()
         spent_s, delay_s = 0.0, 0.25  # `spent_s` on tries and pauses, not on waiting for room
