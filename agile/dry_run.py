@@ -15,7 +15,9 @@ from rich.table import Table
 
 from agile.build import Setup
 from agile.config import RunConfig
+from agile.measure import LEARNED, best_of
 from agile.policies.scripted import ScriptedPolicy
+from agile.prompts import instructions
 from agile.protocols import Memory, Policy
 from agile.rollout import collect
 from agile.types import Action, Completion, Item, Stream
@@ -86,14 +88,19 @@ def plan_bench(config: RunConfig) -> tuple[list[Plan], str]:
         )
     calls = [call for one in counted for call in one.calls]
     advised = sum(session.advised for trajectory in played for session in trajectory.sessions)
-    each = _Sample(len(counted), len(calls), sum(p for p, _ in calls), sum(c for _, c in calls), advised)
+    told = len(tokenizer(instructions(setup.agent.spec, config.task.advice_price))["input_ids"])
+    each = _Sample(told, len(counted), len(calls), sum(p for p, _ in calls), sum(c for _, c in calls), advised)
     questions = sum(len(stream.items) for stream in streams)
     whose = f"the tokenizer of {config.model.path}" if config.model.path else "a tokenizer made of the task's texts"
-    return [_plan(config, name, questions, each) for name in _agents(config)], whose
+    plans = [_plan(config, name, questions, each) for name in _agents(config)]
+    if (best := best_of(p.agent for p in plans)) in LEARNED and (parts := {*config.evaluate.ablations} - {"rl"}):
+        plans.append(_plan(config, best, questions * len(parts), each, f"{best}, ablations"))
+    return plans, whose
 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
+    told: int  # tokens of the rules, which a prompted model reads with every call
     sessions: int
     calls: int
     prompt_tokens: int
@@ -106,16 +113,17 @@ def _agents(config: RunConfig) -> list[str]:
     return [name for name in config.evaluate.agents if name == "prompted" or name in config.stages]
 
 
-def _plan(config: RunConfig, agent: str, questions: int, sample: _Sample) -> Plan:
+def _plan(config: RunConfig, agent: str, questions: int, sample: _Sample, label: str = "") -> Plan:
     evaluate, price = config.evaluate, config.task.advice_price
     anew = agent != "prompted" and config.agent.show_price
-    sessions = questions * (1 + (len({*evaluate.prices} - {price}) if anew else 0))
+    runs = 1 if agent == "prompted" else max(1, len(evaluate.checkpoint))
+    sessions = questions * runs * (1 + (len({*evaluate.prices} - {price}) if anew else 0))
 
     def scaled(number: int) -> int:
         return round(sessions * number / sample.sessions)
 
     plan = Plan(
-        agent,
+        label or agent,
         sessions,
         scaled(sample.calls),
         scaled(sample.prompt_tokens),
@@ -125,9 +133,11 @@ def _plan(config: RunConfig, agent: str, questions: int, sample: _Sample) -> Pla
     if agent != "prompted":
         return plan
     prices, longest = evaluate.prompted.prices, plan.calls * evaluate.prompted.max_tokens
-    read = plan.prompt_tokens * prices.input
+    prompt_tokens = plan.prompt_tokens + plan.calls * sample.told
+    read = prompt_tokens * prices.input
     return replace(
         plan,
+        prompt_tokens=prompt_tokens,
         money=(read + plan.completion_tokens * prices.output) / 1e6,
         most=(read + longest * prices.output) / 1e6,
     )

@@ -22,6 +22,8 @@ def test_a_plan_counts_sessions_calls_and_money() -> None:
     assert prompted.money == pytest.approx((10 * prompted.prompt_tokens + 30 * prompted.completion_tokens) / 1e6)
     assert prompted.most == pytest.approx((10 * prompted.prompt_tokens + 30 * 100 * prompted.calls) / 1e6)
     assert prompted.completion_tokens < prompted.prompt_tokens
+    *_, ablations = plan_bench(load_config(None, [*WORDS, "evaluate.ablations=[memory, rl, tools]"]))[0]
+    assert (ablations.agent, ablations.sessions) == ("ppo, ablations", 32)  # of `rl` the agent sft is played anyway
     unseen, _ = plan_bench(load_config(None, WORDS))
     assert [plan.sessions for plan in unseen] == [16, 16, 16]
 
