@@ -93,7 +93,7 @@ def plan_bench(config: RunConfig) -> tuple[list[Plan], str]:
     questions = sum(len(stream.items) for stream in streams)
     whose = f"the tokenizer of {config.model.path}" if config.model.path else "a tokenizer made of the task's texts"
     plans = [_plan(config, name, questions, each) for name in _agents(config)]
-    if (best := best_of(p.agent for p in plans)) in LEARNED and (parts := {*config.evaluate.ablations} - {"rl"}):
+    if (best := best_of([p.agent for p in plans])) in LEARNED and (parts := {*config.evaluate.ablations} - {"rl"}):
         plans.append(_plan(config, best, questions * len(parts), each, f"{best}, ablations"))
     return plans, whose
 
