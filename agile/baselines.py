@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agile.calibrated import train
 from agile.errors import AgileError
 from agile.evaluate import Outcome, rates
 from agile.memory.encoders import Encoder
 from agile.protocols import AnswerKey
 from agile.types import Item, Stream
 
-NAMES = ("always_ask", "never_ask", "router", "recall", "oracle")
+NAMES = ("always_ask", "never_ask", "router", "recall", "calibrated_recall", "oracle")
 SCOPES = ("product", "group")
 THRESHOLDS = tuple(i / 20 for i in range(10, 21))  # .5 to 1
+
+Swept = dict[tuple[str, float], list[Outcome]]  # by scope and threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,27 +37,40 @@ def run_baselines(
     names: Sequence[str],
     train_streams: Sequence[Stream],
     test_streams: Sequence[Stream],
-    price: float,
+    prices: Sequence[float],
     encoder: Encoder,
     task: AnswerKey,
-) -> dict[str, BaselineRun]:
-    """Run the named baselines on the test streams; only `never_ask` reads the train streams, only `recall` encodes.
+    seed: int = 0,
+) -> dict[float, dict[str, BaselineRun]]:
+    """Run the named baselines on the test streams at each price.
+
+    Only `never_ask` and `calibrated_recall` read the train streams, only the latter and `recall` encode.
 
     Raises:
         AgileError: A name is unknown, or `oracle` is named for items without MiniShop's `settled_by`.
     """
-    run: dict[str, Callable[[], BaselineRun]] = {
-        "always_ask": lambda: BaselineRun(always_ask(test_streams)),
-        "never_ask": lambda: never_ask(train_streams, test_streams, task),
-        "router": lambda: BaselineRun(router(test_streams, task)),
-        "recall": lambda: recall(test_streams, price, encoder, task),
-        "oracle": lambda: BaselineRun(oracle(test_streams, price, task)),
+
+    def always(run: BaselineRun) -> dict[float, BaselineRun]:
+        return dict.fromkeys(prices, run)
+
+    def recalls() -> dict[float, BaselineRun]:
+        swept = sweep_recall(test_streams, encoder, task)
+        return {price: best_recall(swept, price) for price in prices}
+
+    run: dict[str, Callable[[], dict[float, BaselineRun]]] = {
+        "always_ask": lambda: always(BaselineRun(always_ask(test_streams))),
+        "never_ask": lambda: always(never_ask(train_streams, test_streams, task)),
+        "router": lambda: always(BaselineRun(router(test_streams, task))),
+        "recall": recalls,
+        "calibrated_recall": lambda: calibrated_recall(train_streams, test_streams, prices, encoder, task, seed),
+        "oracle": lambda: {price: BaselineRun(oracle(test_streams, price, task)) for price in prices},
     }
     for name in names:
         if name not in run:
             near = difflib.get_close_matches(name, NAMES, 1, cutoff=0.0)[0]
             raise AgileError(f"Unknown baseline {name!r}; did you mean {near!r}? There are {', '.join(NAMES)}.")
-    return {name: run[name]() for name in names}
+    found = {name: run[name]() for name in names}
+    return {price: {name: found[name][price] for name in names} for price in prices}
 
 
 def always_ask(streams: Sequence[Stream]) -> list[Outcome]:
@@ -99,7 +115,12 @@ def recall(streams: Sequence[Stream], price: float, encoder: Encoder, task: Answ
         The outcomes at the best setting; `detail` holds its `scope` and `threshold`, and in `sweep` accuracy,
         advice rate and score of every setting.
     """
-    swept: dict[tuple[str, float], list[Outcome]] = {(s, t): [] for s in SCOPES for t in THRESHOLDS}
+    return best_recall(sweep_recall(streams, encoder, task), price)
+
+
+def sweep_recall(streams: Sequence[Stream], encoder: Encoder, task: AnswerKey) -> Swept:
+    """What recall does at every scope and threshold."""
+    swept: Swept = {(s, t): [] for s in SCOPES for t in THRESHOLDS}
     for stream in streams:
         routed = router([stream], task)
         asked = [i for i, outcome in enumerate(routed) if outcome.advised]
@@ -114,10 +135,39 @@ def recall(streams: Sequence[Stream], price: float, encoder: Encoder, task: Answ
                         correct = task.is_correct(item, items[source].answer, False)
                         results[i] = _outcome(stream, i, correct, advised=False)
                 swept[scope, threshold] += results
+    return swept
+
+
+def best_recall(swept: Swept, price: float) -> BaselineRun:
+    """Recall at the setting that scores best at this price, see `recall`."""
     reached = {setting: rates(results, price, macro=True) for setting, results in swept.items()}
     scope, threshold = max(reached, key=lambda setting: reached[setting]["score"])
     sweep = [{"scope": s, "threshold": t, **figures} for (s, t), figures in reached.items()]
     return BaselineRun(swept[scope, threshold], {"scope": scope, "threshold": threshold, "sweep": sweep})
+
+
+def calibrated_recall(
+    train_streams: Sequence[Stream],
+    test_streams: Sequence[Stream],
+    prices: Sequence[float],
+    encoder: Encoder,
+    task: AnswerKey,
+    seed: int = 0,
+) -> dict[float, BaselineRun]:
+    """The router, but it answers from memory where a classifier trusts that, see `agile.calibrated`."""
+    decided = train(train_streams, encoder, task, seed).decide(test_streams, prices)
+    runs = {}
+    for k, price in enumerate(prices):
+        results: list[Outcome] = []
+        for stream, decisions in zip(test_streams, decided, strict=True):
+            routed = router([stream], task)
+            for position, asks, right in zip(
+                decisions.positions, decisions.asks[k].tolist(), decisions.right[k].tolist(), strict=True
+            ):
+                routed[position] = _outcome(stream, position, correct=asks or right, advised=asks)
+            results += routed
+        runs[price] = BaselineRun(results)
+    return runs
 
 
 def _sources(similarity: NDArray[np.float32], items: Sequence[Item], scope: str) -> NDArray[np.int64]:

@@ -21,6 +21,7 @@ from agile.executor import Executor
 from agile.expert_play import play_experts
 from agile.prompted import check_key, prompted_policy, spent
 from agile.protocols import Policy
+from agile.published import set_beside
 from agile.report import save_plots, write_report
 from agile.rollout import collect, run_loop
 from agile.run_folder import claim, writing
@@ -106,6 +107,7 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
             report["agents"][name]["usage"] = to_json(usage)
     if config.evaluate.prices:
         report |= _prices(setup, dict(agents), results, out, macro, seconds)
+    set_beside(report, [stream.id for stream in streams], whole=config.task.max_items is None)
     if checkpoint is not None and (checkpoint / "metrics.jsonl").exists():
         report["training"] = _training(checkpoint / "metrics.jsonl")
     report["seconds"] = {**seconds, "total": time.monotonic() - started}

@@ -445,15 +445,22 @@ class Setup:
             found |= judged(judge, self.folder, played)
         return found
 
-    def baselines(self, price: float | None = None) -> dict[str, BaselineRun]:
+    @cached_property
+    def _baselines(self) -> dict[float, dict[str, BaselineRun]]:
+        names = self.config.evaluate.baselines
         return run_baselines(
-            self.config.evaluate.baselines,
-            self.task.streams("train") if "never_ask" in self.config.evaluate.baselines else (),
+            names,
+            self.task.streams("train") if {"never_ask", "calibrated_recall"} & {*names} else (),
             self.task.streams("test"),
-            self.config.task.advice_price if price is None else price,
+            list(dict.fromkeys((self.config.task.advice_price, *self.config.evaluate.prices))),
             self.encoder,
             self.task,
+            self.config.seed,
         )
+
+    def baselines(self, price: float | None = None) -> dict[str, BaselineRun]:
+        """What baselines do at the config's price, or at another of `evaluate.prices`; all are run at once."""
+        return self._baselines[self.config.task.advice_price if price is None else price]
 
     def question_similarities(self) -> Callable[[str], np.ndarray]:
         """For each train stream the cosine of every pair of its questions, (n, n)."""

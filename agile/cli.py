@@ -222,7 +222,14 @@ def plan(
 
 
 @app.command()
-def bench(config: Config, overrides: Overrides = None, skip_bad_rows: SkipBadRows = False) -> None:
+def bench(
+    config: Config,
+    overrides: Overrides = None,
+    skip_bad_rows: SkipBadRows = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it would take (sessions, calls, tokens, money) and stop.")
+    ] = False,
+) -> None:
     """Score agents and baselines on the test questions of a task.
 
     With `evaluate.checkpoint=RUN` the agents that this run trained, and the baselines; without, the baselines alone.
@@ -236,12 +243,18 @@ def bench(config: Config, overrides: Overrides = None, skip_bad_rows: SkipBadRow
     - `agile bench configs/productqa-baselines.yaml task.data=DIR`
     - `agile bench runs/mine/config.yaml evaluate.checkpoint=runs/mine out=runs/mine`
     - `agile bench configs/productqa-prompted.yaml task.data=DIR evaluate.prompted.model=NAME`
+    - `agile bench configs/paper/main.yaml task.data=DIR --dry-run`
     """
     with _one_screen():
         from agile.config import load_config
 
         out, rest = _parse(overrides or [], f"runs/{config.stem}-bench")
         loaded = load_config(config, [*rest, *["task.skip_bad_rows=true"] * skip_bad_rows])
+        if dry_run:
+            from agile.dry_run import print_plan
+
+            print_plan(loaded, console)
+            return
 
         from agile.bench import bench as run
         from agile.report import render_table

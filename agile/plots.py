@@ -75,6 +75,7 @@ KNOWN = {
     "sft": ("#d55e00", "#f5935a", "s", "■"),
     "dpo": ("#785ef0", "#a696f7", "X", "✖"),
     "recall": ("#009e73", "#35c99b", "D", "◆"),
+    "calibrated_recall": ("#3c7a3c", "#8cc98c", "d", "♦"),
     "router": ("#c48a00", "#e6b84b", "^", "▲"),
     "always_ask": ("#cc79a7", "#e6a1c6", "v", "▼"),
     "never_ask": ("#56b4e9", "#b3e3fb", "P", "✚"),
@@ -83,9 +84,9 @@ KNOWN = {
 OTHERS = (
     ("#8c6d31", "#c9a969", "p", "⬟"),
     ("#a3224f", "#e27396", "h", "⬢"),
-    ("#3c7a3c", "#8cc98c", "d", "♦"),
+    ("#4b5fa5", "#9aa9e0", "<", "◀"),
 )
-BASELINES = ("always_ask", "never_ask", "router", "recall", "oracle")  # nothing in them is learned
+BASELINES = ("always_ask", "never_ask", "router", "recall", "calibrated_recall", "oracle")  # nothing in them is learned
 
 
 def looks_of(names: Iterable[str]) -> dict[str, Look]:

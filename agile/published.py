@@ -14,6 +14,7 @@ REFERENCES = ("always_ask", "never_ask", "router", "recall", "calibrated_recall"
 GROUPS = ("camera_cases", "leggings", "all_pans", "rollerball_pens", "motherboards", "rifle_scopes")
 
 SHORT, LONG, CHOICE, EXACT, JUDGED = "short answer", "long answer, judged", "choice", "exact match", "judged"
+NUM_QUESTIONS = {"medmcqa": 4183, "hotpotqa": 7405}  # of the dev sets that the paper reports
 HEADLINE = {"productqa": SHORT, "medmcqa": CHOICE, "hotpotqa": EXACT}
 
 # (table, agent, measure, price, advice rate, accuracy, score). Who never asks has no price: its score is its accuracy.
@@ -145,3 +146,22 @@ def envelope(
 def clears(summary: Mapping[str, Any], line: Mapping[str, Any] | None) -> bool:
     """Whether an agent is better than the envelope: the lower end of its 95 % interval is above it."""
     return line is not None and summary["score_ci"][0] > line["score"]
+
+
+def set_beside(report: dict[str, Any], groups: Sequence[str], whole: bool) -> None:
+    """Add `published`, `envelope` and each agent's `clears_envelope` to a report.
+
+    Agents are what is neither a reference line nor the oracle.
+
+    Args:
+        groups: Of the test questions.
+        whole: Whether none of their questions were left out.
+    """
+    now, expected = f"{report['advice_price']:g}", NUM_QUESTIONS.get(report["task"])
+    whole = whole and all(expected in (None, agent["n"]) for agent in report["agents"].values())
+    summaries = {**(report.get("prices") or {}), now: report["agents"]}
+    report["published"] = published_rows(report["task"], groups, whole)
+    report["envelope"] = envelope(report["task"], summaries, report["published"])
+    for price, agents in ((now, report["agents"]), *(report.get("prices") or {}).items()):
+        for name in agents.keys() - {*REFERENCES, "oracle"}:
+            agents[name]["clears_envelope"] = clears(agents[name], report["envelope"].get(price))

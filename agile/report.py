@@ -6,12 +6,17 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
     agents               {name: {accuracy, advice_rate, score, score_ci: [lo, hi], n, failed,
                          by_type: {kind: {accuracy, advice_rate, score, n}},
                          by_position: [{from, to, accuracy, advice_rate, score, n}], from and to in [0, 1]
-                         usage: {prompt_tokens, cached_tokens, completion_tokens, cost} of all its sessions, optional}}
+                         usage: {prompt_tokens, cached_tokens, completion_tokens, cost} of all its sessions, optional
+                         clears_envelope: whether the lower end of score_ci is above the envelope; agents only}}
     seconds              {stage: seconds}, or one number
     comparisons          [{a, b, difference, ci: [lo, hi], p}], paired differences in score, a minus b
     training             a list of rows: {step, loss} of imitation, and {iteration, score, accuracy, advice_rate, kl,
                          entropy, explained_variance} of PPO
     prices               {price: {agent: summary}}, the agents scored at other prices; a summary has at least score
+    published            [{agent, table, source, measure, price, advice_rate, accuracy, score, groups, same_questions}],
+                         what the paper reports, see `agile.published`; never ranked among the measured
+    envelope             {price: {score, by, published, same_questions}}, the best reference line or published figure at
+                         each price, which a better agent has to clear
     groups               {group: {agent: summary}} or {group: {price: {agent: summary}}}
     details              {name: text, number or mapping}, such as {recall: {scope, threshold, sweep: [a row each]}}
     notes                [text]
@@ -48,6 +53,8 @@ BASELINE_WORDS = {
     "never_ask": "Never asks; gives the most frequent answer.",
     "router": "Searches where search can answer, and asks on all else. Learns nothing.",
     "recall": "As router, but gives the answer of the most similar earlier advised question if that is similar enough.",
+    "calibrated_recall": "As router, but answers from what it asked before where a classifier, trained on the train "
+    "streams, trusts that.",
     "oracle": "Knows what no agent is told: the world's priors, and what memory holds. A bound, not a rival.",
 }
 

@@ -178,14 +178,14 @@ def test_oracle_refuses_items_without_priors() -> None:
 
 def test_run_baselines_runs_what_is_named() -> None:
     questions = stream(item("4", "4", "sum"), item("0", "yes", settled_by="k", prior=0.9, guess="yes"))
-    runs = run_baselines(NAMES, [questions], [questions], 0.3, Angles(), Sums())
+    runs = run_baselines(NAMES, [questions], [questions], [0.3], Angles(), Sums())[0.3]
     assert list(runs) == list(NAMES)
     assert {name: rates(run.outcomes, 0.3)["score"] for name, run in runs.items()} == pytest.approx(
-        {"always_ask": 0.7, "never_ask": 1.0, "router": 0.85, "recall": 0.85, "oracle": 1.0}
+        {"always_ask": 0.7, "never_ask": 1.0, "router": 0.85, "recall": 0.85, "calibrated_recall": 1.0, "oracle": 1.0}
     )
-    assert list(run_baselines(["router"], [], [questions], 0.3, Angles(), Sums())) == ["router"]
+    assert list(run_baselines(["router"], [], [questions], [0.3], Angles(), Sums())[0.3]) == ["router"]
     with pytest.raises(AgileError, match="Unknown baseline 'recal'; did you mean 'recall'"):
-        run_baselines(["recal"], [], [questions], 0.3, Angles(), Sums())
+        run_baselines(["recal"], [], [questions], [0.3], Angles(), Sums())
 
 
 def test_real_groups_give_the_known_reference_points(data: Path) -> None:
@@ -193,7 +193,7 @@ def test_real_groups_give_the_known_reference_points(data: Path) -> None:
     task = ProductQA(data / "productqa")
     train = ProductQA(data / "productqa", max_items=300).streams("train")  # enough to tell the majority
     names = ["always_ask", "never_ask", "router"]
-    runs = run_baselines(names, train, task.streams("test"), 0.3, make_encoder("hashing"), task)
+    runs = run_baselines(names, train, task.streams("test"), [0.3], make_encoder("hashing"), task)[0.3]
     scores = {name: rates(run.outcomes, 0.3, macro=True)["score"] for name, run in runs.items()}
     assert scores == pytest.approx({"always_ask": 0.7, "never_ask": 0.717, "router": 0.793}, abs=0.01)
     groups = {name: rates(group, 0.3)["accuracy"] for name, group in by_stream(runs["router"].outcomes).items()}

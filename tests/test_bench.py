@@ -18,7 +18,7 @@ from agile.tokens import build_tokenizer
 from agile.types import AgentSpec
 from tests.tiny import TinyRun, agile
 
-BASELINES = ["always_ask", "never_ask", "router", "recall", "oracle"]
+BASELINES = ["always_ask", "never_ask", "router", "recall", "calibrated_recall", "oracle"]
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def test_report_of_a_run(tiny_run: TinyRun) -> None:
     assert list(report["agents"]) == ["sft", "ppo", *BASELINES]
     for name, agent in report["agents"].items():
         assert ("usage" in agent) == (name in ("sft", "ppo"))
-        assert set(agent) - {"usage"} == {
+        assert ("clears_envelope" in agent) == (name in ("sft", "ppo"))
+        assert set(agent) - {"usage", "clears_envelope"} == {
             *("accuracy", "advice_rate", "score", "score_ci", "n", "failed", "by_type", "by_position")
         }
         assert agent["n"] == 16

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from agile.config import RunConfig, differences, load_config
 from agile.errors import AgileError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
 def value(config: RunConfig, key: str) -> Any:
@@ -193,6 +193,14 @@ def test_saved_config_is_the_same_config(path: Path, tmp_path: Path) -> None:
     config = load_config(path, ["task.data=some/where", "evaluate.prices=[.1]"])
     (tmp_path / "saved.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_the_papers_main_table_trains_what_the_model_s_own_config_does() -> None:
+    main, own = (
+        load_config(Path(__file__).parents[1] / "configs" / name, ["task.data=some/where"])
+        for name in ("paper/main.yaml", "productqa-vicuna-13b.yaml")
+    )
+    assert [d for d in differences(own, main) if not d.startswith("evaluate.")] == []
 
 
 def test_differences_name_key_and_both_values() -> None:

@@ -133,11 +133,10 @@ def rights(skills: Sequence[np.ndarray], share: float = 0.6) -> list[Outcome]:
     ]
 
 
-MANY_SHORT, FEW_LONG, ONE = [10, 14, 18, 30] * 4, [300, 400, 500, 700], [400]
+MANY_SHORT, FEW_LONG, ONE = [10, 14, 18, 30] * 4, [150, 200, 250, 350], [300]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("carry", [0.0, 0.6])
 @pytest.mark.parametrize(
     ("lengths", "spread", "macro"),
     [
@@ -147,24 +146,24 @@ MANY_SHORT, FEW_LONG, ONE = [10, 14, 18, 30] * 4, [300, 400, 500, 700], [400]
         (FEW_LONG, 0.0, True),
         (ONE, 0.0, True),
     ],
+    ids=["many short", "many short, macro", "few long", "few long, macro", "one"],
 )
-def test_intervals_cover_and_tests_reject_as_often_as_they_say(
-    lengths: list[int], spread: float, macro: bool, carry: float
-) -> None:
-    """95 % of intervals hold the truth; of pairs of equally good agents that find the same questions hard, 5 % differ.
+def test_intervals_cover_and_tests_reject_as_often_as_they_say(lengths: list[int], spread: float, macro: bool) -> None:
+    """About 95 % of intervals hold the truth; of equally good agents that find the same questions hard, 5 % differ.
 
-    With 400 trials each figure has a standard error of .011.
+    Neighbours in a stream correlate by .6. With 200 trials each figure has a standard error of .016.
     """
-    rng, trials = np.random.default_rng(0), 400
+    rng, trials = np.random.default_rng(7), 200
     covered = rejected = 0
-    for _ in range(trials):
-        hardness, a, b = (dependent(rng, lengths, spread, carry) for _ in range(3))
+    for trial in range(trials):
+        hardness, a, b = (dependent(rng, lengths, spread, 0.6) for _ in range(3))
         first, second = (rights([(h + o) / np.sqrt(2) for h, o in zip(hardness, own, strict=True)]) for own in (a, b))
-        low, high = summarise(first, 0.3, macro=macro, num_resamples=400)["score_ci"]
+        low, high = summarise(first, 0.3, macro=macro, seed=trial, num_resamples=400)["score_ci"]
         covered += low <= 0.6 <= high
-        rejected += paired_difference(first, second, 0.3, macro=macro, num_resamples=400)["p"] < 0.05
-    assert 0.915 <= covered / trials <= 0.985, f"covered {covered} of {trials}"
-    assert 0.02 <= rejected / trials <= 0.085, f"rejected {rejected} of {trials}"
+        paired = paired_difference(first, second, 0.3, macro=macro, seed=trial, num_resamples=400)
+        rejected += paired["p"] < 0.05
+    assert 0.9 <= covered / trials <= 0.99, f"covered {covered} of {trials}"
+    assert 0.01 <= rejected / trials <= 0.1, f"rejected {rejected} of {trials}"
 
 
 def test_few_streams_widen_the_interval_by_student_s_t() -> None:

@@ -185,14 +185,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.evaluate": NOUNS,
     "agile.published": NOUNS,
     "agile.expert_worth": (*NOUNS, "agile.evaluate"),
-    "agile.baselines": (*NOUNS, "agile.evaluate", "agile.memory.encoders"),
+    "agile.baselines": (*NOUNS, "agile.evaluate", "agile.memory.encoders", "agile.calibrated"),
+    "agile.calibrated": (*NOUNS, "agile.memory.encoders"),
     "agile.plots": (),
     "agile.show": (*NOUNS, "agile.tokens"),
     "agile.report": (*NOUNS, "agile.plots", "agile.show"),
 }
 ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
-    *("agile.experts", "agile.expert_play"),
+    *("agile.dry_run", "agile.experts", "agile.expert_play"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
     *("agile.sft_data", "agile.judge"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
@@ -240,6 +241,15 @@ def test_config_opens_with_its_command_and_hardware(path: Path) -> None:
     assert opening
     assert re.search(rf"agile (demo\b|\w+ configs/{path.name}\b)", opening[0]), f"{path.name}: no command on top"
     assert re.search(r"\b(CPU|GPU|cores?)\b", opening[0]), f"{path.name}: the opening comment names no hardware"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/paper/*.yaml")), ids=lambda path: path.name)
+def test_tables_of_the_paper_say_what_they_take(path: Path) -> None:
+    opening = path.read_text().partition("\ntask:")[0]
+    assert all(line.startswith("# ") for line in opening.splitlines())
+    assert f"agile bench configs/paper/{path.name} " in opening
+    for word in ("Model:", "hardware:", "Hours:", "Money:"):
+        assert word in opening, f"{path.name} does not name its {word.lower().rstrip(':')}"
 
 
 def test_no_path_of_one_machine() -> None:

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from agile.published import GROUPS, HEADLINE, REFERENCES, clears, envelope, published_rows
+from agile.published import GROUPS, HEADLINE, REFERENCES, clears, envelope, published_rows, set_beside
 
 FOUR = ["all_pans", "camera_cases", "leggings", "rifle_scopes"]
 
@@ -84,3 +84,36 @@ def test_an_agent_clears_the_envelope_with_the_whole_of_its_interval() -> None:
     assert clears({"score_ci": [0.81, 0.9]}, line)
     assert not clears({"score_ci": [0.8, 0.9]}, line)
     assert not clears({"score_ci": [0.81, 0.9]}, None)
+
+
+def test_a_report_is_told_at_every_price() -> None:
+    def summaries(low: float) -> dict[str, Any]:
+        return {
+            name: {"score": low + 0.1, "score_ci": [low, low + 0.2], "n": 9} for name in ("ppo", "recall", "oracle")
+        }
+
+    report: dict[str, Any] = {"task": "productqa", "advice_price": 0.3, "agents": summaries(0.8)}
+    report["prices"] = {"0.1": summaries(0.85), "0.3": summaries(0.8)}
+    set_beside(report, FOUR, whole=True)
+    assert len(report["published"]) == len(published_rows("productqa", FOUR))
+    assert {price: line["by"] for price, line in report["envelope"].items()} == {"0.3": "recall", "0.1": "recall"}
+    assert report["agents"]["ppo"]["clears_envelope"] is False
+    assert report["prices"]["0.1"]["ppo"]["clears_envelope"] is False
+    assert all("clears_envelope" not in report["agents"][name] for name in ("recall", "oracle"))
+    report = {
+        "task": "minishop",
+        "advice_price": 0.3,
+        "agents": {"ppo": {"score": 0.9, "score_ci": [0.8, 1.0], "n": 9}},
+    }
+    report["agents"]["router"] = {"score": 0.7, "score_ci": [0.6, 0.8], "n": 9}
+    set_beside(report, ["shop"], whole=True)
+    assert report["agents"]["ppo"]["clears_envelope"] is True and report["published"] == []
+
+
+@pytest.mark.parametrize(("n", "same"), [(4183, True), (1272, False)])
+def test_dev_sets_are_known_by_their_size(n: int, same: bool) -> None:
+    report: dict[str, Any] = {"task": "medmcqa", "advice_price": 0.4}
+    report |= {"agents": {"always_ask": {"score": 0.6, "n": n}}}
+    set_beside(report, ["dev"], whole=True)
+    assert {row["same_questions"] for row in report["published"]} == {same}
+    assert report["envelope"]["0.4"]["by"] == "gpt4-MedPrompt"

@@ -36,11 +36,12 @@ class PromptedConfig(Section):
 
 
 class EvaluateConfig(Section):
-    baselines: tuple[Literal["always_ask", "never_ask", "router", "recall", "oracle"], ...] = (
+    baselines: tuple[Literal["always_ask", "never_ask", "router", "recall", "calibrated_recall", "oracle"], ...] = (
         "always_ask",
         "never_ask",
         "router",
         "recall",
+        "calibrated_recall",
         "oracle",
     )
     agents: tuple[Literal["sft", "ppo", "dpo", "prompted"], ...] = ("sft", "ppo", "dpo")
