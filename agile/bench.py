@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-from rich import get_console
-from rich.progress import Progress
-
 from agile.build import Setup
+from agile.calibration import calibration
 from agile.config import RunConfig, differences, load_config
 from agile.errors import AgileError
-from agile.evaluate import Outcome, by_stream, outcomes, paired_difference, summarise
-from agile.executor import Executor
-from agile.expert_play import play_experts
-from agile.prompted import check_key, prompted_policy, spent
-from agile.protocols import Policy
-from agile.published import set_beside
+from agile.evaluate import Outcome, by_stream, paired_difference, rates, summarise
+from agile.measure import Measured, best_of, joined, measure
+from agile.memory_use import SIMILAR, memory_use
+from agile.prompted import check_key
+from agile.published import published_ablation, set_beside
 from agile.report import save_plots, write_report
-from agile.rollout import collect, run_loop
-from agile.run_folder import claim, writing
-from agile.session_log import JsonLines, append_sessions, read_lines
-from agile.show import describe
-from agile.tasks.scoring import unreadable
-from agile.tokens import ActionCodec
-from agile.types import Session, Trajectory, Usage, to_json
+from agile.run_folder import claim
+from agile.session_log import read_lines
+from agile.types import Usage, to_json
 
-NUM_EXAMPLES = 6
+BIN = 200  # questions of a stream in one part of `along_stream`
 
 
-def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[str, Any]:
-    """Score the config's baselines, and its agents where `checkpoint` (a run folder) has them; writes the report.
+def bench(config: RunConfig, out: Path, checkpoints: Sequence[Path] = ()) -> dict[str, Any]:
+    """Score the config's baselines, and its agents where run folders (`checkpoints`) have them; writes the report.
+
+    Of several runs each is measured by itself, with its own seed, into `<out>/<its name>`; `out` has the pooled report.
 
     Returns:
         The report, see `agile.report`.
@@ -44,89 +37,78 @@ def bench(config: RunConfig, out: Path, checkpoint: Path | None = None) -> dict[
         AgileError: Data, checkpoint or folder is not as expected, all of it known before anything is played.
     """
     started = time.monotonic()
-    agents = [] if checkpoint is None else _trained(config, checkpoint)
-    prompted = "prompted" in config.evaluate.agents
-    if prompted:
+    if "prompted" in config.evaluate.agents:
         check_key(config.evaluate.prompted)
     if config.task.judge is not None:
         check_key(config.task.judge, "task.judge")
-    if checkpoint is None or checkpoint.resolve() != out.resolve():
-        _claim(out, config)
-    setup = Setup(config, checkpoint if checkpoint is not None and config.task.data is None else out)
-    streams, price, macro = setup.task.streams("test"), config.task.advice_price, setup.task.macro
-    if agents or prompted:
-        setup.embed(streams)
-    seconds = {"embedding": time.monotonic() - started}
+    if len(checkpoints) < 2:
+        run = checkpoints[0] if checkpoints else None
+        report = _report(config, _measure(config, out, run), started)
+        if run is not None and (run / "metrics.jsonl").exists():
+            report["training"] = _training(run / "metrics.jsonl")
+        return _written(report, out)
 
-    began = time.monotonic()
-    runs = setup.baselines()
-    seconds["baselines"] = time.monotonic() - began
-
-    results: dict[str, list[Outcome]] = {}
-    examples: list[dict[str, Any]] = []
-    usages: dict[str, Usage] = {}
-    details = {n: {k: v for k, v in r.detail.items() if k != "sweep"} for n, r in runs.items() if r.detail}
-    for name, folder in [*agents, *([("prompted", None)] * prompted)]:
+    configs = _configs_of(config, checkpoints)
+    for run, own in configs.items():
+        _trained(own, run)
+    _claim(out, config)
+    parts: dict[str, Measured] = {}
+    for run, own in configs.items():
         began = time.monotonic()
-        if folder is None:
-            trajectories, executor, details[name] = play_prompted(setup, out)
-        else:
-            trajectories, executor = play_agent(setup, folder, name, out)
-        results[name] = outcomes(trajectories)
-        if said := {**unreadable(s for t in trajectories for s in t.sessions), **setup.figures(trajectories)}:
-            details[name] = {**details.get(name, {}), **said}
-        usages[name] = sum((s.usage for t in trajectories for s in t.sessions), Usage())
-        examples = _examples(trajectories, executor)
-        seconds[name] = time.monotonic() - began
-    experts = play_experts(setup, out)
-    details |= experts.details
-    seconds |= experts.seconds
-    worth = experts.report(results, macro=macro) if experts.asked else {}
-    if worth:
-        details["experts"] = {"who was asked": worth["experts"], "what each is worth": worth["gains"]}
-    results |= experts.results | {name: run.outcomes for name, run in runs.items()}
-    if setup.task.skipped:
-        setup.tell_skipped()
-        details["rows left out"] = {"number": len(setup.task.skipped)}
+        parts[run.name] = _measure(own, out / run.name, run)
+        _written(_report(own, parts[run.name], began), out / run.name)
+    report = _report(config, joined(parts), started)
+    report["seeds"] = _seeds(config, parts, [own.seed for own in configs.values()])
+    return _written(report, out)
 
-    report: dict[str, Any] = {
-        "task": config.task.name,
-        "advice_price": price,
-        "agents": {name: summarise(o, price, macro=macro, seed=config.seed) for name, o in results.items()},
-        "comparisons": _comparisons(results, price, macro, config.seed),
-        "details": details,
-        "examples": examples,
-        "notes": list(config.evaluate.notes),
-    }
-    if worth:
-        report["experts"] = worth
-    if setup.task.skipped:
-        report["skipped_rows"] = list(setup.task.skipped)
-    for name, usage in usages.items():
-        if usage != Usage():
-            report["agents"][name]["usage"] = to_json(usage)
-    if config.evaluate.prices:
-        report |= _prices(setup, dict(agents), results, out, macro, seconds)
-    set_beside(report, [stream.id for stream in streams], whole=config.task.max_items is None)
-    if checkpoint is not None and (checkpoint / "metrics.jsonl").exists():
-        report["training"] = _training(checkpoint / "metrics.jsonl")
-    report["seconds"] = {**seconds, "total": time.monotonic() - started}
+
+def _written(report: dict[str, Any], out: Path) -> dict[str, Any]:
     write_report(report, out)
     save_plots(report, out)
     return report
 
 
-def _trained(config: RunConfig, run: Path) -> list[tuple[str, Path]]:
+def _measure(config: RunConfig, out: Path, run: Path | None) -> Measured:
+    folders = {} if run is None else _trained(config, run)
+    if run is None or run.resolve() != out.resolve():
+        _claim(out, config)
+    return measure(Setup(config, run if run is not None and config.task.data is None else out), out, folders)
+
+
+def _configs_of(config: RunConfig, runs: Sequence[Path]) -> dict[Path, RunConfig]:
+    """The config for each run: with the seed of its training, which also makes MiniShop's worlds.
+
+    Raises:
+        AgileError: Two runs have one name or one seed.
+    """
+    found: dict[Path, RunConfig] = {}
+    for run in runs:
+        evaluate = config.evaluate.model_copy(update={"checkpoint": (run,)})
+        found[run] = config.model_copy(update={"seed": _config_of(run).seed, "evaluate": evaluate})
+    for what, values in (("name", [run.name for run in found]), ("seed", [own.seed for own in found.values()])):
+        if len(set(values)) < len(runs):
+            raise AgileError(
+                f"evaluate.checkpoint names {len(runs)} runs of the {what}s {', '.join(map(str, values))}; expected "
+                f"another {what} for each. Train them with seed=0, seed=1, ... into folders of their own."
+            )
+    return found
+
+
+def _config_of(run: Path) -> RunConfig:
+    if not (run / "config.yaml").exists():
+        raise AgileError(
+            f"{run} is no run (it has no config.yaml). Give evaluate.checkpoint a folder of `agile train`."
+        )
+    return load_config(run / "config.yaml")
+
+
+def _trained(config: RunConfig, run: Path) -> dict[str, Path]:
     """Names and folders of the agents to score, those that the run trained.
 
     Raises:
         AgileError: The run lacks one, or MiniShop's worlds would not be the run's: some of them it trained on.
     """
-    if not (run / "config.yaml").exists():
-        raise AgileError(
-            f"{run} is no run (it has no config.yaml). Give evaluate.checkpoint a folder of `agile train`."
-        )
-    trained = load_config(run / "config.yaml")
+    trained = _config_of(run)
     played = [n for n in config.evaluate.agents if n in trained.stages]
     names = [n for n in played if n != "ppo" or trained.ppo.num_iterations]
     for name in names:
@@ -143,7 +125,7 @@ def _trained(config: RunConfig, run: Path) -> list[tuple[str, Path]]:
                 f"{run} was trained on worlds of another config: {'; '.join(changed)}. Other test worlds may be among "
                 f"those it learned from; take its own: agile bench {run / 'config.yaml'} evaluate.checkpoint={run}"
             )
-    return [(name, run / name) for name in names]
+    return {name: run / name for name in names}
 
 
 def _claim(out: Path, config: RunConfig) -> None:
@@ -152,146 +134,136 @@ def _claim(out: Path, config: RunConfig) -> None:
     claim(out, config).close()
 
 
-def play_agent(
-    setup: Setup, folder: Path, name: str, out: Path, price: float | None = None
-) -> tuple[list[Trajectory], Executor]:
-    """Play the test streams greedily with the model in `folder`; sessions go to `<out>/test-<name>.jsonl`.
-
-    Args:
-        price: Of advice, if it is not the config's; sessions then go to `<out>/test-<name>-<price>.jsonl`.
-    """
-    tokenizer = setup.tokenizer(folder)
-    executor = setup.executor(tokenizer)
-    log = f"test-{name}.jsonl"
-    if price is not None:
-        executor.desk.price = price
-        log = f"test-{name}-{price:g}.jsonl"
-    policy = setup.greedy(tokenizer, folder)
-    with closing(policy):
-        return _play(setup, executor, policy, name, out / log), executor
+# --------------------------------------------------------------------------------------------------------------------
+# From what was measured to a report
 
 
-def play_prompted(setup: Setup, out: Path) -> tuple[list[Trajectory], Executor, dict[str, Any]]:
-    """Play the test streams with the model of `evaluate.prompted`; also what its requests took in this process."""
-    config = setup.config.evaluate.prompted
-    tokenizer = setup.carrier()
-    executor = setup.executor(tokenizer, codec=ActionCodec(tokenizer, setup.agent.spec))
-    executor.limits = replace(executor.limits, max_stage_s=None)  # the endpoint has a patience of its own
-    policy = prompted_policy(config, executor.codec, setup.config.task.advice_price, out)
-    endpoint = policy.endpoint
-    try:
-        trajectories = _play(
-            setup,
-            executor,
-            policy,
-            "prompted",
-            out / "test-prompted.jsonl",
-            max_failed=setup.config.rollout.max_failed,
-            close=endpoint.close,
-            remark=lambda: spent(endpoint),
-        )
-    finally:
-        get_console().print(f"The endpoint: {spent(endpoint)}; {endpoint.num_cached} answers were there already.")
-    detail = {
-        "model": config.model,
-        "actions": "as tools" if policy.native else "as text",
-        "requests sent": endpoint.num_requests,
-        "answers kept from before": endpoint.num_cached,
-        "paid in this run": endpoint.spent.cost,
+def _report(config: RunConfig, found: Measured, started: float) -> dict[str, Any]:
+    price, macro, seed = config.task.advice_price, found.macro, config.seed
+    report: dict[str, Any] = {
+        "task": config.task.name,
+        "advice_price": price,
+        "agents": {name: summarise(o, price, macro=macro, seed=seed) for name, o in found.results.items()},
+        "comparisons": _comparisons(found.results, price, macro, seed),
+        "details": found.details,
+        "examples": found.examples,
+        "notes": list(config.evaluate.notes),
     }
-    return trajectories, executor, detail
-
-
-def _play(
-    setup: Setup,
-    executor: Executor,
-    policy: Policy,
-    name: str,
-    log_path: Path,
-    *,
-    max_failed: float = 1.0,
-    close: Callable[[], Awaitable[None]] | None = None,
-    remark: Callable[[], str] = str,
-) -> list[Trajectory]:
-    """Play the test streams and keep the sessions.
-
-    Args:
-        max_failed: Share of failed sessions above which it stops: there the endpoint is to blame, not the agent.
-        close: Awaited at the end, however it comes.
-        remark: What the progress bar says beside the name.
-    """
-    streams = setup.task.streams("test")
-    with Progress(transient=True, disable=not get_console().is_terminal) as progress:
-        bar = progress.add_task(f"test {name}", total=sum(len(s.items) for s in streams))
-
-        async def run() -> list[Trajectory]:
-            try:
-                return await collect(
-                    executor,
-                    policy,
-                    streams,
-                    setup.memory,
-                    seed=setup.config.seed,
-                    max_failed=max_failed,
-                    max_concurrent=setup.config.rollout.concurrency,
-                    on_session=lambda session: progress.update(
-                        bar, advance=1, description=" ".join(["test", name, remark()]).rstrip()
-                    ),
-                )
-            finally:
-                if close is not None:
-                    await close()
-
-        trajectories = run_loop(run())
-    draft = log_path.with_name(f".{log_path.name}")
-    with writing(log_path):
-        draft.unlink(missing_ok=True)
-        log = JsonLines(draft)
-        append_sessions(log, [s for t in trajectories for s in t.sessions], agent=name)
-        log.close()
-        os.replace(draft, log_path)
-    return trajectories
+    for name, agent in report["agents"].items():
+        agent["expert_calls"] = sum(o.advised for o in found.results[name])
+        if found.usages.get(name, Usage()) != Usage():
+            agent["usage"] = to_json(found.usages[name])
+        if name in found.seconds_of:
+            agent["seconds"] = found.seconds_of[name]
+        if along := _along_stream(found.results[name], price):
+            agent["along_stream"] = along
+    if found.experts:
+        report["experts"] = found.experts
+    if found.skipped_rows:
+        report["skipped_rows"] = found.skipped_rows
+    if found.own:
+        report["calibration"] = {name: calibration(told) for name, told in found.own.items() if told}
+    if found.uses:
+        report["memory_use"] = {
+            name: {"similar": SIMILAR, "by_similarity": memory_use(near), "exact": memory_use(exact) if exact else None}
+            for name, (near, exact) in found.uses.items()
+        }
+    if found.ablations:
+        report["ablations"] = _ablations(found, price, macro, seed)
+    if found.prices:
+        report |= _prices(found)
+    set_beside(report, found.groups, whole=config.task.max_items is None)
+    report["seconds"] = {**found.seconds, "total": time.monotonic() - started}
+    return report
 
 
 def _comparisons(results: dict[str, list[Outcome]], price: float, macro: bool, seed: int) -> list[dict[str, Any]]:
     """The learned agent against imitation and every baseline."""
-    best = next((name for name in ("dpo", "ppo", "sft") if name in results), "prompted")
+    best = best_of(results)
     return [
         {"a": best, "b": other, **paired_difference(results[best], results[other], price, macro=macro, seed=seed)}
         for other in results
-        if best in results and other != best
+        if best is not None and other != best
     ]
 
 
-def _prices(
-    setup: Setup,
-    folders: Mapping[str, Path],
-    played: Mapping[str, list[Outcome]],
-    out: Path,
-    macro: bool,
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    """Agents and baselines at other prices: in all, and for each group.
+def _ablations(found: Measured, price: float, macro: bool, seed: int) -> dict[str, Any]:
+    """Each ablation beside the whole agent, on the same questions, and beside what the paper reports."""
+    best = best_of(found.results)
+    assert best is not None
+    whole = found.results[best]
+    rows: dict[str, Any] = {}
+    for name, results in found.ablations.items():
+        summary = summarise(results, price, macro=macro, seed=seed)
+        pair = paired_difference(results, whole, price, macro=macro, seed=seed)
+        rows[name] = {
+            **{k: summary[k] for k in ("accuracy", "advice_rate", "score", "score_ci", "n", "failed", "by_type")},
+            **pair,
+            "paper": published_ablation(name),
+        }
+        rows[name]["verdict"] = _verdict(pair, rows[name]["paper"])
+        if found.prices:
+            rows[name]["prices"] = {
+                f"{c:g}": {
+                    **rates(ablations[name], c, macro),
+                    "difference": float(rates(ablations[name], c, macro)["score"])
+                    - float(rates(played[best], c, macro)["score"]),
+                }
+                for c, (played, ablations) in found.prices.items()
+            }
+    return {"agent": best, "rows": rows}
 
-    Args:
-        folders: Of the trained agents; those that see the price play anew at each.
-        played: What the others did at the config's price, which is what they do at every price.
-    """
-    began = time.monotonic()
+
+def _verdict(pair: Mapping[str, Any], paper: Mapping[str, Any] | None) -> str:
+    """How the direction of a difference in score compares with the paper's."""
+    if paper is None:
+        return "not in the paper"
+    low, high = pair["ci"]
+    if low <= 0 <= high:
+        return "not clear"
+    return "as in the paper" if (pair["difference"] > 0) == (paper["difference"] > 0) else "against the paper"
+
+
+def _prices(found: Measured) -> dict[str, Any]:
+    """Agents and baselines at other prices: in all, and for each group."""
     prices: dict[str, Any] = {}
     groups: dict[str, Any] = {}
-    for price in setup.config.evaluate.prices:
-        runs = setup.baselines(price)
-        results = {name: run.outcomes for name, run in runs.items()}
-        for name in played.keys() - runs.keys():
-            anew = setup.agent.show_price and name in folders and price != setup.config.task.advice_price
-            results[name] = outcomes(play_agent(setup, folders[name], name, out, price)[0]) if anew else played[name]
-        prices[f"{price:g}"] = {name: summarise(o, price, macro=macro) for name, o in results.items()}
-        for name, found in results.items():
-            for group, part in by_stream(found).items():
+    for price, (results, _) in found.prices.items():
+        prices[f"{price:g}"] = {name: summarise(o, price, macro=found.macro) for name, o in results.items()}
+        for name, played in results.items():
+            for group, part in by_stream(played).items():
                 groups.setdefault(group, {}).setdefault(f"{price:g}", {})[name] = summarise(part, price)
-    seconds["prices"] = time.monotonic() - began
     return {"prices": prices, "groups": groups}
+
+
+def _along_stream(results: Sequence[Outcome], price: float) -> list[dict[str, Any]]:
+    """Figures of every 200 questions of the streams; nothing where no stream has more than that."""
+    parts: dict[int, list[Outcome]] = {}
+    for outcome in results:
+        parts.setdefault(outcome.position // BIN, []).append(outcome)
+    if len(parts) < 2:
+        return []
+    return [{"from": BIN * k, "to": BIN * (k + 1), **rates(parts[k], price)} for k in sorted(parts)]
+
+
+def _seeds(config: RunConfig, parts: Mapping[str, Measured], seeds: Sequence[int]) -> dict[str, Any]:
+    """Each run's figures of every agent and ablation, their mean and spread (standard deviation)."""
+    first = next(iter(parts.values()))
+    price, macro = config.task.advice_price, first.macro
+    best = best_of(first.results)
+    found: dict[str, Any] = {}
+    for name in [*first.results, *(f"{best} {ablation}" for ablation in first.ablations)]:
+        rows: list[dict[str, Any]] = []
+        for (run, part), seed in zip(parts.items(), seeds, strict=True):
+            results = part.results.get(name) or part.ablations[name.partition(" ")[2]]
+            rows.append({"run": run, "seed": seed, **rates(results, price, macro)})
+        figures = {key: [row[key] for row in rows] for key in ("accuracy", "advice_rate", "score")}
+        found[name] = {
+            "runs": rows,
+            "mean": {key: mean(values) for key, values in figures.items()},
+            "spread": {key: stdev(values) for key, values in figures.items()},
+        }
+    return found
 
 
 def _training(path: Path) -> list[dict[str, Any]]:
@@ -303,12 +275,3 @@ def _training(path: Path) -> list[dict[str, Any]]:
         elif row["step"] % 10 == 0:
             rows.append({"step": row["step"], "loss": row["loss"]})
     return rows
-
-
-def _examples(trajectories: Sequence[Trajectory], executor: Executor) -> list[dict[str, Any]]:
-    """Sessions worth reading: the first of each kind, advised and not."""
-    found: dict[tuple[str, bool], Session] = {}
-    for session in (s for t in trajectories for s in t.sessions):
-        found.setdefault((session.kind, session.advised), session)
-    chosen = list(found.values())[:NUM_EXAMPLES]
-    return [to_json(describe(session, executor.codec)) for session in chosen]

@@ -30,7 +30,7 @@ from agile.executor import Executor, Limits
 from agile.experts import make_advisor, recorded_answers
 from agile.imitation import Imitation, jobs
 from agile.judge import judged
-from agile.lora import add_adapter
+from agile.lora import adapter_config, add_adapter, is_adapted
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
 from agile.model import check_context, load_lm, small_llama
@@ -39,7 +39,7 @@ from agile.policies.vllm import VLLMPolicy
 from agile.policies.vllm_server import VLLMServerPolicy
 from agile.prompted import prompted_policy
 from agile.prompts import instructions
-from agile.protocols import Advisor, Memory, Task, TeachableAgent, TrainablePolicy
+from agile.protocols import Advisor, Agent, Memory, Task, TeachableAgent, TrainablePolicy
 from agile.run_folder import writing
 from agile.seeding import derive_seed
 from agile.tasks.hotpotqa import HotPotQA
@@ -49,7 +49,7 @@ from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
 from agile.tokens import ActionCodec, Turns, add_action_tokens, build_tokenizer
 from agile.tools.passages import MAX_SEARCHES, bm25, dense
-from agile.types import Stream, Trajectory
+from agile.types import AgentSpec, Stream, Trajectory
 
 HOTPOT_STREAM = 10  # its questions share nothing, so short streams play more of them at once
 
@@ -142,12 +142,13 @@ class Setup:
         streams, validation = self.task.streams("train"), self.config.validation
         if not validation.every:
             return ()
-        if validation.num_streams >= len(streams):
+        num = validation.num_streams or min(8, max(1, len(streams) // 10))
+        if num >= len(streams):
             raise AgileError(
-                f"validation.num_streams is {validation.num_streams}, but there are {len(streams)} train streams, and "
-                "some must be left to learn from. Lower validation.num_streams, or take more train groups or worlds."
+                f"validation.num_streams is {num}, but there are {len(streams)} train streams, and some must be left "
+                "to learn from. Lower validation.num_streams, or take more train groups or worlds."
             )
-        return streams[-validation.num_streams :]
+        return streams[-num:]
 
     @cached_property
     def agent(self) -> TeachableAgent:
@@ -318,6 +319,7 @@ class Setup:
                 gpu_memory_utilization=vllm.gpu_memory_utilization,
                 enforce_eager=vllm.enforce_eager,
                 block_size=vllm.block_size,
+                adapter=adapter_config(lm, str(folder)) if self.config.swaps_adapters and is_adapted(lm) else None,
             )
         return VLLMServerPolicy(
             folder,
@@ -339,13 +341,16 @@ class Setup:
             policy.update_weights(lm.named_parameters(remove_duplicate=False), 0)
         return policy
 
-    def codec(self, tokenizer: PreTrainedTokenizerFast) -> ActionCodec:
+    def codec(self, tokenizer: PreTrainedTokenizerFast, spec: AgentSpec | None = None) -> ActionCodec:
         """Tokenizer, actions and prompt format.
+
+        Args:
+            spec: A table of actions that is not the agent's whole one.
 
         Raises:
             AgileError: The chat template cannot be extended turn by turn, see `agile.chat_template`.
         """
-        prompt, spec = self.config.prompt, self.agent.spec
+        prompt, spec = self.config.prompt, spec or self.agent.spec
         price = None if self.agent.show_price else self.config.task.advice_price
         told = "" if prompt.instructions == "none" else instructions(spec, price)
         keep = prompt.thinking == "keep"
@@ -371,12 +376,13 @@ class Setup:
         advisor: Advisor | None = None,
         codec: ActionCodec | None = None,
         *,
+        agent: Agent | None = None,
         counterfactual: bool = False,
     ) -> Executor:
-        rollout = self.config.rollout
+        rollout, agent = self.config.rollout, agent or self.agent
         return Executor(
-            self.agent,
-            codec or self.codec(tokenizer),
+            agent,
+            codec or self.codec(tokenizer, agent.spec),
             self.task.tools,
             AdviceDesk(advisor or self.advisor(), self.config.task.advice_price),
             self.task.score,

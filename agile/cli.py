@@ -237,6 +237,9 @@ def bench(
     OpenAI-compatible endpoint (`evaluate.prompted`). What it answered is kept: stopped and started again, nothing is
     paid for twice.
 
+    `evaluate.ablations=[memory,reflection,advice,tools,rl]` also plays the trained agent without each of these, and
+    several runs in `evaluate.checkpoint=[RUN1,RUN2]` are pooled; docs/benchmark.md says how to read it all.
+
     Prints the table, and writes `report.json`, `report.html`, `report.png` and the agents' sessions to
     `runs/<name of the config>-bench`.
 
@@ -259,7 +262,7 @@ def bench(
         from agile.bench import bench as run
         from agile.report import render_table
 
-        if set(loaded.evaluate.agents) - {"prompted"} and loaded.evaluate.checkpoint is None:
+        if set(loaded.evaluate.agents) - {"prompted"} and not loaded.evaluate.checkpoint:
             console.print("No trained agents; evaluate.checkpoint=RUN adds the agents of a run.")
         render_table(run(loaded, out, loaded.evaluate.checkpoint), console)
         console.print(f"Report: {out / 'report.html'}", soft_wrap=True)

@@ -26,7 +26,7 @@ def run_demo(config: RunConfig, out: Path, console: Console, *, resume: bool) ->
         f"Everything goes to {out}; stopped, --resume goes on."
     )
     train(config, out, resume=resume)
-    report = bench(config, out, out)
+    report = bench(config, out, (out,))
     console.print()
     render_table(report, console)
     console.print(f"\n{headline(report)}\nReport: {out / 'report.html'}\nTalk to it: agile chat {out}", soft_wrap=True)

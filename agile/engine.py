@@ -185,7 +185,8 @@ class Engine:
         """One optimizer step; returns the norm, before clipping, of the gradient of all processes' losses.
 
         Parameter groups of which nothing requires a gradient stay as they are, their momentum too. So does everything
-        in a step that is skipped: `num_skipped` counts it, on every process alike, for the norm is that of all.
+        in a step that is skipped: `num_skipped` counts it, on every process alike, for the norm is that of all. The
+        schedule of learning rates goes on: a step is a step.
 
         Raises:
             AgileError: The last `max_skipped` steps were skipped.
@@ -196,7 +197,10 @@ class Engine:
             torch.nn.utils.clip_grads_with_norm_(trained, self._max_grad_norm, norm)
             self._norm = float(norm)
         self.lr = float(self.optimizer.param_groups[0]["lr"])
+        place = self._scheduler.last_epoch
         self._engine.step()
+        if self._scheduler.last_epoch == place:  # so ZeRO leaves it where the gradient is not finite
+            self._scheduler.step()
         if self._sharded:  # ZeRO takes gradients away; it too leaves out a step that is not finite
             self._norm = float(self._engine.get_global_grad_norm())
         self._count_skipped()
@@ -309,15 +313,14 @@ class Engine:
 
     def _check_layout(self, path: Path) -> None:
         saved = json.loads(path.read_text()) if path.exists() else {}
+        checkpoint = path.with_suffix("")
+        ranks.check_same_number(f"The checkpoint {checkpoint}", saved.get("processes", ranks.world_size()))
         for name, value in self._layout.items():
             if saved.get(name, value) != value:
-                many = f"torchrun --nproc-per-node={saved[name]} -m agile.cli train ..., or as many on several nodes"
-                one = "agile train without a launcher"
-                how = f"engine.{name}={saved[name]}" if name != "processes" else one if saved[name] == 1 else many
                 raise AgileError(
-                    f"The checkpoint {path.with_suffix('')} was written with {name} = {saved[name]}, but now {name} is "
-                    f"{value}; what the processes saved cannot be cut anew. Go on with {how}, or start a new run from "
-                    "the agents it exported: model.path=RUN/sft."
+                    f"The checkpoint {checkpoint} was written with engine.{name}={saved[name]}, but now it is {value}; "
+                    f"what was saved cannot be cut anew. Go on with engine.{name}={saved[name]}, or start another run "
+                    "from the agents it exported: model.path=RUN/sft (docs/training.md)."
                 )
 
     def close(self) -> None:

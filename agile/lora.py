@@ -72,6 +72,10 @@ def add_adapter(
     lm.eval()
 
 
+def is_adapted(lm: nn.Module) -> bool:
+    return hasattr(lm, "peft_config")
+
+
 @contextmanager
 def adapter_off(lm: nn.Module) -> Iterator[None]:
     """Within it the model is the one that it was before `add_adapter`."""

@@ -180,8 +180,14 @@ def memory(config: RunConfig, num_gpus: int, gpu_gib: float, action_share: float
         action_share: Share of the tokens that the LLM samples: logits are computed for these alone.
 
     Raises:
-        AgileError: There would not be work for so many GPUs, or the model's shape is not known.
+        AgileError: There would not be work for so many GPUs, the model's shape is not known, or TRL trains.
     """
+    if by_trl := [stage for stage in config.stages if stage in ("dpo", "reward-model")]:
+        ours = [stage for stage in config.stages if stage not in by_trl] or ["sft", "ppo"]
+        raise AgileError(
+            f"agile plan counts what AGILE's own stages take, but stages has {', '.join(by_trl)}, which TRL trains on "
+            f"one GPU. Plan stages=[{','.join(ours)}]; a DPO of all weights takes 20 bytes a parameter and activations."
+        )
     check_processes(config, num_gpus)
     engine, ppo = config.engine, config.ppo
     shape = architecture(config)
@@ -203,8 +209,8 @@ def memory(config: RunConfig, num_gpus: int, gpu_gib: float, action_share: float
         working = step_bytes(counts.trained, zero_stage=engine.zero_stage, num_gpus=num_gpus)
         items.append(Item("AdamW's step", working, "works on all its weights at once", "stepping"))
     items += buckets(counts, zero_stage=engine.zero_stage, size=size)
-    stage = ppo if ppo.num_iterations else config.sft
-    tokens = max(s.micro_batch_tokens for s, used in ((config.sft, config.sft.num_steps), (ppo, stage is ppo)) if used)
+    stages = [*([config.sft] if config.sft.num_steps else []), *([ppo] if config.plays else [])]
+    tokens = max((stage.micro_batch_tokens for stage in stages), default=0)
     tokens = max(tokens, config.rollout.max_context_tokens)  # a longer sequence is alone
     passes: dict[str, Any] = {"num_tokens": tokens, "num_actions": max(1, round(action_share * tokens))}
     passes |= {"dtype": getattr(torch, engine.dtype), "separate_critic": config.model.critic == "separate"}
@@ -213,7 +219,7 @@ def memory(config: RunConfig, num_gpus: int, gpu_gib: float, action_share: float
     )
     kept = activation_bytes(shape, **passes, checkpointing=engine.gradient_checkpointing, learning=True)
     items.append(Item("activations", kept, note, "learning"))
-    if stage is ppo:
+    if config.plays:
         items.append(
             Item("scoring", activation_bytes(shape, **passes, checkpointing=False, learning=False), note, "scoring")
         )

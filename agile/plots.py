@@ -111,18 +111,23 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
 def draw_all(report: Report, looks: Mapping[str, Look], prices: Report) -> dict[str, str]:
     """SVG by name, for everything that the report has data for.
 
-    Names: advice, accuracy, frontier, types, prices, loss, training, kl, entropy, explained_variance.
+    Names: advice, accuracy, advice_along, accuracy_along, frontier, types, prices, loss, training, kl, entropy,
+    explained_variance.
     """
     agents = report["agents"]
     rows = report.get("training") or []
     plots: dict[str, str] = {}
 
     def add(name: str, title: str, draw: Callable[[Axes], None], size: tuple[float, float] = (4.5, 3.1)) -> None:
-        plots[name] = _svg(name, title, draw, looks, size)
+        plots[name] = draw_svg(name, title, draw, looks, size)
 
     for name, key in (("advice", "advice_rate"), ("accuracy", "accuracy")):
         if any(len(points) > 1 for points in _along_stream(agents, key).values()):
             add(name, f"{name} along the stream", partial(_position, agents=agents, looks=looks, key=key))
+    for name, key in (("advice_along", "advice_rate"), ("accuracy_along", "accuracy")):
+        long = {n: a for n, a in agents.items() if len(_points(a.get("along_stream") or [], "to", key)) > 1}
+        if long:
+            add(name, f"{key} every 200 questions", partial(_along, agents=long, looks=looks, key=key))
     kinds = list(dict.fromkeys(kind for agent in agents.values() for kind in agent.get("by_type") or {}))
     tall = (4.5, max(3.1, 0.8 + 0.1 * len(kinds) * (len(agents) + 1)))  # the two stand side by side
     if any(_points([agent], "advice_rate", "accuracy") for agent in agents.values()):
@@ -157,8 +162,12 @@ def draw_picture(report: Report) -> bytes:
     return buffer.getvalue()
 
 
-def _svg(
-    name: str, title: str, draw: Callable[[Axes], None], looks: Mapping[str, Look], size: tuple[float, float]
+def draw_svg(
+    name: str,
+    title: str,
+    draw: Callable[[Axes], None],
+    looks: Mapping[str, Look],
+    size: tuple[float, float] = (4.5, 3.1),
 ) -> str:
     """One plot as an <svg> element that scales with the page and takes its colours from the page's variables."""
     with matplotlib.rc_context(STYLE):
@@ -250,6 +259,15 @@ def _position(ax: Axes, agents: Report, looks: Mapping[str, Look], key: str) -> 
     _curves(ax, curves, looks)
 
 
+def _along(ax: Axes, agents: Report, looks: Mapping[str, Look], key: str) -> None:
+    curves = {name: _points(agent["along_stream"], "to", key) for name, agent in agents.items()}
+    low = min(y for points in curves.values() for _, y in points)
+    ax.set(ylim=(-0.03, 1.03) if key == "advice_rate" else (max(0, low - 0.05), 1.01))
+    ax.set(xlabel="questions of the stream that lie behind", ylabel=key.replace("_", " "))
+    ax.yaxis.set_major_formatter(PercentFormatter(1, 0))
+    _curves(ax, curves, looks)
+
+
 def _frontier(ax: Axes, report: Report, looks: Mapping[str, Look]) -> None:
     """Each agent a dot, with lines of equal score: accuracy = score + price * advice rate."""
     price = report["advice_price"]
@@ -277,6 +295,10 @@ def _frontier(ax: Axes, report: Report, looks: Mapping[str, Look]) -> None:
             ends = [ci[0] + price * x, ci[1] + price * x]
             ax.plot([x, x], ends, marker="_", ms=6, color=look.color, lw=1.2, zorder=3)
         ax.plot(x, y, zorder=4, **_dot(look, 6.5))
+    for row in report.get("published") or []:
+        place = row.get("advice_rate"), row.get("accuracy")
+        if row.get("price") == price and len(row["groups"]) != 1 and None not in place and place[1] > bottom:
+            ax.plot(*place, "D", mfc="none", mec=MUTED, ms=4.5, mew=0.8, zorder=2)
     _label_dots(ax, dots, looks)
 
 

@@ -40,9 +40,11 @@ class TrainablePolicy(Policy, Protocol):
 
     Attributes:
         temperature: Of sampling from the next request on; 0 is greedy.
+        forbidden: Ids that are not sampled from the next request on, as the names of actions that were taken away.
     """
 
     temperature: float
+    forbidden: Collection[int]
 
     def update_weights(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
         """Take over the weights, forget whatever was cached under the old ones, and stamp `version` from now on.

@@ -148,6 +148,41 @@ def clears(summary: Mapping[str, Any], line: Mapping[str, Any] | None) -> bool:
     return line is not None and summary["score_ci"][0] > line["score"]
 
 
+_ABLATED = {
+    "memory": "without memory",
+    "reflection": "without reflection",
+    "advice": "without advice",
+    "random_advice": "advice not adaptive",
+    "tools": "without tool",
+    "rl": "without RL",
+}
+
+
+def published_ablation(name: str) -> dict[str, Any] | None:
+    """The paper's figures of an ablation (`evaluate.ablations`): of its 13B agent on ProductQA at a price of 0.3.
+
+    Returns:
+        `advice_rate`, `accuracy`, `score`, `difference` and `advice_difference` to the whole agent, and `source`; None
+        if the paper has no such ablation.
+
+    >>> round(published_ablation("memory")["difference"], 3)
+    -0.03
+    """
+    rows = _TABLES["productqa"]
+    found = next((row for row in rows if row[0] == _ABLATION and row[1] == _ABLATED.get(name)), None)
+    whole = next(row for row in rows if row[:4] == (_MAIN, "agile-vic13b-ppo", SHORT, 0.3))
+    if found is None or found[6] is None or whole[6] is None:
+        return None
+    return {
+        "advice_rate": found[4],
+        "accuracy": found[5],
+        "score": found[6],
+        "difference": found[6] - whole[6],
+        "advice_difference": found[4] - whole[4],
+        "source": f"{SOURCE}, {_ABLATION}",
+    }
+
+
 def set_beside(report: dict[str, Any], groups: Sequence[str], whole: bool) -> None:
     """Add `published`, `envelope` and each agent's `clears_envelope` to a report.
 

@@ -74,6 +74,25 @@ def _group() -> Any:
     return _groups.get("main" if threading.current_thread() is threading.main_thread() else "other")
 
 
+def check_same_number(what: str, num: int) -> None:
+    """Whether there are as many processes as have written something.
+
+    Args:
+        what: Begins the message.
+
+    Raises:
+        AgileError: There are more or fewer.
+    """
+    if num == world_size():
+        return
+    launcher = f"under torchrun --nproc-per-node={num}, or as many processes on several nodes"
+    raise AgileError(
+        f"{what} was written by {num} process{'es' * (num > 1)}, but now there {'is' if world_size() == 1 else 'are'} "
+        f"{world_size()}: what each has saved cannot be cut anew. Go on {launcher if num > 1 else 'without a launcher'}"
+        ", or start another run from the agents that this one exported, model.path=RUN/sft (docs/training.md)."
+    )
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What all of them call, in the same order
 

@@ -302,7 +302,7 @@ class RunParts:
     def _trained(self) -> Path:
         """Where the agents are: a bench may stand in a folder of its own."""
         has_agents = any((self.run / name).is_dir() for name in ("sft", "ppo", "dpo"))
-        return self.run if has_agents else self.config.evaluate.checkpoint or self.run
+        return self.run if has_agents else next(iter(self.config.evaluate.checkpoint), self.run)
 
     @cached_property
     def setup(self) -> Setup:

@@ -6,12 +6,25 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
     agents               {name: {accuracy, advice_rate, score, score_ci: [lo, hi], n, failed,
                          by_type: {kind: {accuracy, advice_rate, score, n}},
                          by_position: [{from, to, accuracy, advice_rate, score, n}], from and to in [0, 1]
-                         usage: {prompt_tokens, cached_tokens, completion_tokens, cost} of all its sessions, optional
-                         clears_envelope: whether the lower end of score_ci is above the envelope; agents only}}
+                         usage: {prompt_tokens, cached_tokens, completion_tokens, cost} of all its sessions,
+                         expert_calls: answers that were paid, seconds: of playing,
+                         clears_envelope: whether the lower end of score_ci is above the envelope, agents only,
+                         along_stream: [{from, to, accuracy, advice_rate, score, n}] of every 200 questions;
+                         the last five optional}}
     seconds              {stage: seconds}, or one number
     comparisons          [{a, b, difference, ci: [lo, hi], p}], paired differences in score, a minus b
     training             a list of rows: {step, loss} of imitation, and {iteration, score, accuracy, advice_rate, kl,
                          entropy, explained_variance} of PPO
+    ablations            {agent, rows: {name: {accuracy, advice_rate, score, score_ci, n, failed, by_type,
+                         difference, ci, p: paired, ablation minus agent; paper: {advice_rate, accuracy, score,
+                         difference, advice_difference, source} or None; verdict: "as in the paper", "against the
+                         paper", "not clear" (the interval holds 0) or "not in the paper";
+                         prices: {price: {accuracy, advice_rate, score, n, difference}}, optional}}}
+    seeds                {agent or "<agent> <ablation>": {runs: [{run, seed, accuracy, advice_rate, score, n}],
+                         mean, spread: {accuracy, advice_rate, score}}}, spread a standard deviation
+    calibration          {agent: see `agile.calibration.calibration`}
+    memory_use           {agent: {similar, by_similarity, exact}}, each of the two as `agile.memory_use.memory_use`
+                         says, exact None where the task names no settling facts
     prices               {price: {agent: summary}}, the agents scored at other prices; a summary has at least score
     published            [{agent, table, source, measure, price, advice_rate, accuracy, score, groups, same_questions}],
                          what the paper reports, see `agile.published`; never ranked among the measured
@@ -20,8 +33,9 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
     groups               {group: {agent: summary}} or {group: {price: {agent: summary}}}
     details              {name: text, number or mapping}, such as {recall: {scope, threshold, sweep: [a row each]}}
     notes                [text]
-    examples             [{title, facts: [(name, text)], windows: [{end, parts: [{source, text, logprob}]}]}], the
-                         `View` of `agile.show`; or {title, spans: [(source, text)]}, or bare lists of spans
+    examples             [{heading, title, facts: [(name, text)], windows: [{end, parts: [{source, text, logprob}]}]}],
+                         the `View` of `agile.show` under a heading; or {title, spans: [(source, text)]}, or bare lists
+                         of spans
 
 All after `seconds` is optional: what is missing, None or NaN is left out of the page.
 """
@@ -32,7 +46,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -43,11 +57,29 @@ from rich.table import Table
 from rich.text import Text
 
 from agile.errors import AgileError
-from agile.plots import Look, draw_all, draw_picture, looks_of
-from agile.show import page_environment, view_from_json
+from agile.plots import draw_all, draw_picture, looks_of
+from agile.plots_bench import ABLATION_WORDS, draw_measured
+from agile.report_words import (
+    detail_tables,
+    envelope_of,
+    headline_of,
+    hero_of,
+    ranking,
+    show_count,
+    show_detail,
+    show_interval,
+    show_p,
+    show_percent,
+    show_score,
+    show_signed,
+    spend_columns,
+    spent,
+    summary_of,
+    tiles_of,
+)
+from agile.show import View, page_environment, view_from_json
 from agile.types import to_json
 
-DASH = "\N{EN DASH}"  # for what is not known, and between the ends of an interval
 BASELINE_WORDS = {
     "always_ask": "Asks a person every time.",
     "never_ask": "Never asks; gives the most frequent answer.",
@@ -125,171 +157,67 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Words and figures
-
-
-def _score(value: float | None) -> str:
-    return DASH if value is None else f"{value:.3f}"
-
-
-def _signed(value: float | None) -> str:
-    return DASH if value is None else f"{value:+.3f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _percent(value: float | None, digits: int = 1) -> str:
-    return DASH if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
-
-
-def _count(value: float | None) -> str:
-    return DASH if value is None else f"{value:,.0f}"
-
-
-def _money(value: float | None) -> str:
-    return DASH if not value else f"{value:,.2f}" if value >= 1 else f"{value:.4f}"
-
-
-def _p_value(value: float | None) -> str:
-    return "< 0.001" if value is not None and value < 0.001 else _score(value)
-
-
-def _interval(ci: Sequence[float | None] | None, show: Callable[[float | None], str] = _score, to: str = DASH) -> str:
-    return "" if not ci or None in ci else f"{show(ci[0])}{to}{show(ci[1])}"
-
-
-def _detail(value: Any) -> str:
-    """A detail as words; lists of mappings are left to `_detail_tables`."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key.replace('_', ' ')} {_detail(v)}" for key, v in value.items() if not _is_table(v))
-    if isinstance(value, list):
-        return ", ".join(map(_detail, value))
-    return DASH if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
-
-
-def _detail_tables(details: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Rows by title: every list of mappings that a detail holds, such as all thresholds that were tried."""
-    return {
-        f"{name}: {key}".replace("_", " "): rows
-        for name, detail in details.items()
-        if isinstance(detail, dict)
-        for key, rows in detail.items()
-        if _is_table(rows)
-    }
-
-
-def _scored(agents: Mapping[str, Any]) -> list[str]:
-    """Names of the agents that have a score, best first."""
-    return sorted((n for n in agents if agents[n].get("score") is not None), key=lambda n: (-agents[n]["score"], n))
-
-
-def _ranked(agents: Mapping[str, Any]) -> list[str]:
-    """All names, best score first, those without a score last."""
-    scored = _scored(agents)
-    return scored + [name for name in agents if name not in scored]
-
-
-def _spends(agents: Mapping[str, Any]) -> tuple[str, ...]:
-    """Columns for what agents took, those that at least one of them has."""
-    usages = [agent["usage"] for agent in agents.values() if agent.get("usage")]
-    tokens = any(u["prompt_tokens"] or u["completion_tokens"] for u in usages)
-    money = any(u["cost"] for u in usages)
-    return ("tokens each",) * tokens + ("cost each", "cost in all") * money
-
-
-def _spent(agent: Mapping[str, Any], column: str) -> str:
-    """One cell of those columns: tokens read and written in a session, money of a session and of all."""
-    usage, n = agent.get("usage"), agent.get("n")
-    if not usage or not n:
-        return DASH
-    if column == "tokens each":
-        return _count((usage["prompt_tokens"] + usage["completion_tokens"]) / n)
-    return _money(usage["cost"] / n if column == "cost each" else usage["cost"])
-
-
-def _ends(agent: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The advice rate in the first and in the last part of a stream."""
-    rates = [part.get("advice_rate") for part in agent.get("by_position") or []]
-    return None if len(rates) < 2 or rates[0] is None or rates[-1] is None else (rates[0], rates[-1])
-
-
-def _hero(agents: Mapping[str, Any]) -> str | None:
-    """The agent that the report is about: PPO, else SFT, else the best that a user could deploy."""
-    names = _scored(agents)
-    usable = [name for name in names if name != "oracle"] or names
-    return next((name for name in ("dpo", "ppo", "sft") if name in names), usable[0] if usable else None)
-
-
-def _headline(agents: Mapping[str, Any], looks: Mapping[str, Look]) -> str:
-    name = _hero(agents)
-    if name is None:
-        return "No agent was scored."
-    subject = {"dpo": "After DPO the agent", "ppo": "After PPO the agent", "sft": "After imitation the agent"}.get(name)
-    subject = subject or f"The best of the agents, {looks[name].label},"
-    if ends := _ends(agents[name]):
-        asks = f"{_percent(ends[0], 0)} of questions at the start of a stream and {_percent(ends[1], 0)} at the end"
-    else:
-        asks = f"{_percent(agents[name].get('advice_rate'), 0)} of questions"
-    return f"{subject} scores {_score(agents[name]['score'])}; it asks on {asks}."
-
-
-def _tiles(agents: Mapping[str, Any], looks: Mapping[str, Look]) -> list[tuple[str, str, str]]:
-    """The few figures at the top: label, value, remark."""
-    if (name := _hero(agents)) is None:
-        return []
-    hero, tiles = agents[name], []
-    interval = _interval(hero.get("score_ci"))
-    tiles.append(("Score", _score(hero["score"]), f"95 % interval {interval}" if interval else ""))
-    tiles.append(("Accuracy", _percent(hero.get("accuracy")), "advised sessions count as correct"))
-    tiles.append(("Asks", _percent(hero.get("advice_rate")), "of all questions"))
-    if name != "sft" and (sft := agents.get("sft", {}).get("score")) is not None:
-        tiles.append(("Against SFT", _signed(hero["score"] - sft), f"SFT scores {_score(sft)}"))
-    baselines = [n for n in _scored(agents) if not looks[n].learned and n != "oracle"]
-    if looks[name].learned and baselines:
-        best = agents[baselines[0]]["score"]
-        remark = f"{looks[baselines[0]].label} scores {_score(best)}"
-        tiles.append(("Against the best baseline", _signed(hero["score"] - best), remark))
-    low, high = (agents.get(n, {}).get("score") for n in ("router", "oracle"))
-    if looks[name].learned and low is not None and high is not None and high > low:
-        remark = f"from router, {_score(low)}, to oracle, {_score(high)}"
-        tiles.append(("Of the way to the oracle", _percent((hero["score"] - low) / (high - low), 0), remark))
-    return tiles
-
-
 def render_table(report: Mapping[str, Any], console: Console) -> None:
     """Print the agents by score, best first; those that do not learn are dimmed."""
     report = _plain(report)
     agents, looks = report["agents"], looks_of(report["agents"])
-    spends = _spends(agents)
+    spends = spend_columns(agents)
     title = Text(f"{report['task']}, advice at {report['advice_price']:g}", style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("agent", no_wrap=True)
     for column in ("score", "95 % interval", "accuracy", "asks", "sessions", "failed", *spends):
         table.add_column(column, justify="right")
-    for name in _ranked(agents):
+    for name in ranking(agents):
         agent = agents[name]
         cells = (
             looks[name].label,
-            _score(agent.get("score")),
-            _interval(agent.get("score_ci")),
-            _percent(agent.get("accuracy")),
-            _percent(agent.get("advice_rate")),
-            _count(agent.get("n")),
-            _count(agent.get("failed")),
-            *(_spent(agent, column) for column in spends),
+            show_score(agent.get("score")),
+            show_interval(agent.get("score_ci")),
+            show_percent(agent.get("accuracy")),
+            show_percent(agent.get("advice_rate")),
+            show_count(agent.get("n")),
+            show_count(agent.get("failed")),
+            *(spent(agent, column) for column in spends),
         )
         table.add_row(*map(Text, cells), style="bold" if looks[name].learned else "dim")
     console.print(table)
     names = looks_of(n for row in report.get("comparisons") or [] for n in (row["a"], row["b"]))
     for row in report.get("comparisons") or []:
-        line = f"{names[row['a']].label} against {names[row['b']].label}: {_signed(row.get('difference'))}"
-        interval = _interval(row.get("ci"), _signed, " to ")
+        line = f"{names[row['a']].label} against {names[row['b']].label}: {show_signed(row.get('difference'))}"
+        interval = show_interval(row.get("ci"), show_signed, " to ")
         console.print(Text(line + (f" ({interval})" if interval else "")))
+    if ablations := report.get("ablations"):
+        _print_ablations(ablations, console)
+    for name, seeds in (report.get("seeds") or {}).items():
+        runs = ", ".join(show_score(run["score"]) for run in seeds["runs"])
+        mean, spread = (show_score(seeds[key]["score"]) for key in ("mean", "spread"))
+        console.print(Text(f"{name}: {mean}, spread {spread} between seeds ({runs})"))
     for note in report.get("notes") or []:
         console.print(Text(note, style="dim"))
+
+
+def _print_ablations(ablations: Mapping[str, Any], console: Console) -> None:
+    label = looks_of([ablations["agent"]])[ablations["agent"]].label
+    table = Table(
+        title=Text(f"{label}, an ability taken away", style="bold"), title_justify="left", box=box.SIMPLE_HEAD
+    )
+    table.add_column("ablation", no_wrap=True)
+    for column in ("score", "difference", "95 % interval", "accuracy", "asks", "in the paper"):
+        table.add_column(column, justify="right")
+    table.add_column("direction")
+    for name, row in ablations["rows"].items():
+        cells = (
+            ABLATION_WORDS.get(name, name),
+            show_score(row.get("score")),
+            show_signed(row.get("difference")),
+            show_interval(row.get("ci"), show_signed, " to "),
+            show_percent(row.get("accuracy")),
+            show_percent(row.get("advice_rate")),
+            show_signed((row.get("paper") or {}).get("difference")),
+            row.get("verdict") or "",
+        )
+        table.add_row(*map(Text, cells))
+    console.print(table)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -301,34 +229,50 @@ def render_html(report: Mapping[str, Any]) -> str:
     report = _plain(report)
     agents, sweeps = report["agents"], _sweeps(report)
     compared = [row[side] for row in report.get("comparisons") or [] for side in ("a", "b")]
+    whole = [agent] if (agent := (report.get("ablations") or {}).get("agent")) else []
+    told = [*(report.get("calibration") or {}), *whole]
     swept = [name for sweep in sweeps.values() for summaries in sweep.values() for name in summaries]
-    looks = looks_of([*agents, *compared, *swept])
+    looks = looks_of([*agents, *compared, *swept, *told])
     environment = page_environment()
-    environment.filters.update(score=_score, signed=_signed, p_value=_p_value, percent=_percent, count=_count)
     environment.filters.update(
-        interval=_interval, signed_interval=lambda ci: _interval(ci, _signed, " to "), detail=_detail
+        score=show_score, signed=show_signed, p_value=show_p, percent=show_percent, count=show_count
+    )
+    environment.filters.update(
+        interval=show_interval, signed_interval=lambda ci: show_interval(ci, show_signed, " to "), detail=show_detail
     )
     seconds = report.get("seconds")
     stages = seconds if isinstance(seconds, dict) else {"in all": seconds}
     return environment.get_template("report.html.j2").render(
         report=report,
         agents=agents,
-        ranked=_ranked(agents),
-        spends=_spends(agents),
-        spent=_spent,
+        ranked=ranking(agents),
+        spends=spend_columns(agents),
+        spent=spent,
         looks=looks,
         index={name: k for k, name in enumerate(looks)},
-        headline=_headline(agents, looks),
-        tiles=_tiles(agents, looks),
-        plots=draw_all(report, looks, sweeps.get("all", {})),
+        headline=headline_of(agents, looks),
+        tiles=tiles_of(agents, looks),
+        plots=draw_all(report, looks, sweeps.get("all", {})) | draw_measured(report, looks, hero_of(agents)),
         kinds=list(dict.fromkeys(kind for agent in agents.values() for kind in agent.get("by_type") or {})),
         axis=_axis(agents),
         sweeps=sweeps,
-        tables=_detail_tables(report.get("details") or {}),
-        examples=[view_from_json(example) for example in report.get("examples") or []],
+        tables=detail_tables(report.get("details") or {}),
+        examples=_by_heading(report.get("examples") or []),
+        summary=summary_of(report, looks),
+        envelope=envelope_of(report, looks),
+        ablation_words=ABLATION_WORDS,
         baselines=BASELINE_WORDS,
         seconds={stage: value for stage, value in stages.items() if value is not None},
     )
+
+
+def _by_heading(examples: Sequence[Any]) -> dict[str, list[View]]:
+    """Sessions to read by the heading that they stand under."""
+    found: dict[str, list[View]] = {}
+    for example in examples:
+        heading = example.get("heading", "") if isinstance(example, dict) else ""
+        found.setdefault(heading, []).append(view_from_json(example))
+    return found
 
 
 def _axis(agents: Mapping[str, Any]) -> tuple[float, float]:

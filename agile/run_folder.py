@@ -173,13 +173,8 @@ class RunFolder:
         """Cut the logs of all processes back to the last checkpoint, and note where that was."""
         found = checkpoints(self.path)
         saved = json.loads((found[-1] / "state.json").read_text()) if found else {"sizes": {}}
-        if found and (processes := saved.get("processes", 1)) != ranks.world_size():
-            how = "without a launcher" if processes == 1 else f"with torchrun --nproc-per-node={processes}"
-            raise AgileError(
-                f"The run in {self.path} was trained by {processes} process{'es' * (processes > 1)}, now there "
-                f"{'is' if ranks.world_size() == 1 else 'are'} {ranks.world_size()}: what each has saved cannot be cut "
-                f"anew. Resume it {how}, or start another run from its agents (docs/training.md)."
-            )
+        if found:
+            ranks.check_same_number(f"The checkpoint {found[-1]}", saved.get("processes", 1))
         for log in (*self.path.glob("sessions-*.jsonl"), self.path / "metrics.jsonl"):
             os.truncate(log, min(saved["sizes"].get(log.name, 0), log.stat().st_size))  # less if somebody cut it
         if found:

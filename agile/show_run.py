@@ -23,7 +23,7 @@ from agile.session_log import Logged, last_step, logged_sessions
 from agile.show import View, describe, print_view, render_page
 from agile.stages.ppo import ppo_engine
 from agile.stages.rewards import discounts, terminal_rewards
-from agile.train.ppo import advantages, lay_out, lineage_terms, score_rows
+from agile.train.ppo import advantages, credited, score_rows
 from agile.types import Session, Trajectory
 
 NUM_LISTED = 20
@@ -130,18 +130,15 @@ def critic_of(parts: RunParts, logged: Logged) -> tuple[list[float], list[float]
     similarities = parts.setup.question_similarities()
     rewards = terminal_rewards(config, similarities, trajectories, np.random.default_rng(config.seed))
     ppo, flow = config.ppo, discounts(config.ppo)
-    credits = None
-    if flow.lineage:
-        credits = lineage_terms(
-            engine,
-            trajectories,
-            rewards,
-            discount=flow.lineage,
-            micro_batch_tokens=ppo.micro_batch_tokens,
-            share_prefixes=ppo.share_prefixes,
-            masked=config.rollout.masked,
-        )
-    rows, plan = lay_out(trajectories, rewards, config.rollout.masked, credits)
+    rows, plan, _ = credited(
+        engine,
+        trajectories,
+        rewards,
+        flow,
+        micro_batch_tokens=ppo.micro_batch_tokens,
+        share_prefixes=ppo.share_prefixes,
+        masked=config.rollout.masked,
+    )
     scored = score_rows(
         engine,
         None,

@@ -34,7 +34,7 @@ def check_processes(config: RunConfig, num: int) -> None:
             "model.path=RUN/ppo preferences.data=RUN/preferences.jsonl."
         )
     work = {"sft.batch_size": config.sft.batch_size}
-    if config.ppo.num_iterations:
+    if config.plays:
         work["ppo.batch_size"] = config.ppo.batch_size
         if config.ppo.rollouts_per_stream == 1:
             work["ppo.streams_per_iteration"] = config.ppo.streams_per_iteration
@@ -44,6 +44,20 @@ def check_processes(config: RunConfig, num: int) -> None:
                 f"{name} is {size}, fewer than the {num} processes of this run: some would never have work. Start at "
                 f"most {size}, or set {name}={num} or more."
             )
+
+
+def check_streams(num_train: int, num_validation: int, num: int) -> None:
+    """Whether so many processes have streams to play.
+
+    Raises:
+        AgileError: Some would have none.
+    """
+    if num_train < num:
+        raise AgileError(
+            f"The task has {num_train} train streams to learn from, fewer than the {num} processes of this run: some "
+            f"would never have work. Start at most {num_train}, take more train groups or worlds, or set fewer aside "
+            f"for validation ({num_validation} are)."
+        )
 
 
 def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
@@ -58,13 +72,14 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
     run = RunFolder(out, config, resume=resume)
     setup = Setup(config, out)
     with ranks.main_first():
+        check_streams(len(setup.train_streams), len(setup.validation_streams), ranks.world_size())
         setup.embed([*setup.train_streams, *setup.validation_streams])
     # also on resume: what a save and a load add to its files is no part of the run
     tokenizer = ranks.broadcast(setup.tokenizer())
     executor = setup.executor(tokenizer, counterfactual=config.ppo.credit == "lineage")
     if "sft" in config.stages and (run.place is None or run.place.stage == "sft"):
         imitate(config, run, setup, executor)
-    if "ppo" in config.stages and config.ppo.num_iterations:
+    if config.plays:
         reinforce(config, run, setup, executor)
     train_on_preferences(config, run, setup)
     run.close()

@@ -24,19 +24,15 @@ each where only the forward pass is computed.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import logging
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +41,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 from agile import ranks
@@ -59,6 +54,7 @@ from agile.train.ppo import Discounts, update
 from agile.train.preference import import_trl
 from agile.train.sft import train_sft
 from agile.types import Segment, SegmentEnd, Session, SessionStatus, Source, Span, Trajectory
+from benchmarks.turns import Measured, in_turns, matmul_peak, peak_memory, show
 
 LR, CONFIGS = 1e-4, Path(__file__).parents[1] / "configs"
 CLIPPED = PPOCoefficients(
@@ -86,14 +82,6 @@ class Task:
     num_epochs: int
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Tokens that went through the model with a gradient, padding not counted, and seconds."""
-
-    tokens: int
-    seconds: float
-
-
 def flops(rows: Sequence[Row], model: PreTrainedModel, per_weight: int = 6) -> float:
     """Floating-point operations of a pass over rows, forward and backward (6) or forward alone (2)."""
     config = model.config.get_text_config()
@@ -108,25 +96,16 @@ def flops(rows: Sequence[Row], model: PreTrainedModel, per_weight: int = 6) -> f
     return per_weight * (trunk * float(lengths.sum()) + attention + heads)
 
 
-def matmul_peak() -> float:
-    """Operations/s of a large product in float32, the best of a few."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    found = []
-    for _ in range(6):
-        started = time.perf_counter()
-        torch.mm(a, b)
-        found.append(2 * 1024**3 / (time.perf_counter() - started))
-    return max(found)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Imitation
 
 
-def agile_sft(task: Task, *, share_prefixes: bool = False, pad: bool = False) -> Callable[[], Measured]:
+def agile_sft(
+    task: Task, *, share_prefixes: bool = False, pad: bool = False, zero_stage: int = 0
+) -> Callable[[], Measured]:
     """Imitation on the engine; `pad` makes every sequence as long as the longest of its batch, as padding would."""
     model = ActorCritic(task.new_model())
-    engine = Engine(model, lr=LR, groups=[{"params": list(model.lm.parameters())}])
+    engine = Engine(model, lr=LR, groups=[{"params": list(model.lm.parameters())}], zero_stage=zero_stage)
     rows = padded_by_batch(task) if pad else task.rows
     ends: list[float] = []
 
@@ -344,62 +323,6 @@ def trl_grpo(task: Task, folder: Path) -> Callable[[], Measured]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# In turns
-
-
-def peak_memory(run: Callable[[], Measured]) -> tuple[Measured, float]:
-    """What a run measured, and by how many MiB the process grew at most while it ran (Linux; else 0)."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    status, before = Path("/proc/self/status"), 0.0
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = _kib(status, "VmRSS")
-    measured = run()
-    return measured, (_kib(status, "VmHWM") - before) / 1024 if before else 0.0
-
-
-def _kib(status: Path, name: str) -> float:
-    return float(next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1])
-
-
-def in_turns(competitors: dict[str, Callable[[], Measured]], repeats: int, rate: float) -> dict[str, dict[str, float]]:
-    """Medians of each; a first round is not counted. The first competitor is what the others are compared to.
-
-    Args:
-        rate: Floating-point operations per token, over the machine's peak.
-    """
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in competitors}
-    for repeat in range(repeats + 1):
-        for name, run in competitors.items():
-            measured, memory = peak_memory(run)
-            if repeat:
-                found[name].append((measured.tokens / measured.seconds, memory))
-    first = next(iter(found.values()))
-    return {
-        name: {
-            "tokens_per_s": statistics.median(speed for speed, _ in runs),
-            "ratio": statistics.median(mine / theirs for (mine, _), (theirs, _) in zip(runs, first, strict=True)),
-            "peak_mib": statistics.median(memory for _, memory in runs),
-            "share_of_peak": statistics.median(speed for speed, _ in runs) * rate,
-        }
-        for name, runs in found.items()
-    }
-
-
-def show(title: str, rows: dict[str, dict[str, float]], console: Console) -> None:
-    table = Table(title=title)
-    table.add_column("", no_wrap=True)
-    for column in ("tokens/s", "ratio", "peak MiB", "of matmul's peak"):
-        table.add_column(column, justify="right")
-    for name, row in rows.items():
-        shares = f"{row['share_of_peak']:.0%}" if row.get("share_of_peak") else ""
-        table.add_row(name, f"{row['tokens_per_s']:.0f}", f"{row['ratio']:.2f}", f"{row['peak_mib']:.0f}", shares)
-    console.print(table)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # ZeRO
 
 
@@ -422,25 +345,7 @@ def zero_stages(arguments: Sequence[str]) -> dict[str, dict[str, float]]:
 def one_stage(task: Task, stage: int) -> None:
     """What a process of `zero_stages` does; `train_sft` shares each batch among them. The first one says how fast."""
     torch.manual_seed(0)
-    model = ActorCritic(task.new_model())
-    engine = Engine(model, lr=LR, groups=[{"params": list(model.lm.parameters())}], zero_stage=stage)
-    ends: list[float] = []
-
-    def run() -> Measured:
-        train_sft(
-            engine,
-            task.rows,
-            batch_size=task.batch_size,
-            micro_batch_tokens=task.micro_batch_tokens,
-            num_steps=task.num_steps + 1,
-            seed=0,
-            on_step=lambda step, loss: ends.append(time.perf_counter()),
-        )
-        batches = minibatches(task.rows, task.batch_size, np.random.default_rng([0, 0]))
-        tokens = [sum(len(task.rows[i]) for i in batch) for batch in batches]
-        return Measured(sum(tokens[1 : task.num_steps + 1]), ends[-1] - ends[0])
-
-    measured, memory = peak_memory(run)
+    measured, memory = peak_memory(agile_sft(task, zero_stage=stage))
     if ranks.is_main():
         print(json.dumps({"tokens_per_s": measured.tokens / measured.seconds, "peak_mib": memory}), flush=True)
 

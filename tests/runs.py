@@ -35,6 +35,17 @@ def run_config(*overrides: str) -> RunConfig:
     return load_config(CONFIG, [*SETTINGS, *overrides])
 
 
+def saved_model(folder: Path, *overrides: str) -> str:
+    """The small model of these runs with random weights, saved for others to start from."""
+    from agile.build import Setup
+
+    setup = Setup(run_config(*overrides), folder / "data")
+    tokenizer = setup.tokenizer()
+    setup.language_model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def metrics(run: Path, stage: str | None = None) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, of one stage or all, without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -50,10 +50,10 @@ def test_report_of_a_run(tiny_run: TinyRun) -> None:
     report = json.loads((tiny_run.path / "report.json").read_text())
     assert list(report["agents"]) == ["sft", "ppo", *BASELINES]
     for name, agent in report["agents"].items():
-        assert ("usage" in agent) == (name in ("sft", "ppo"))
-        assert ("clears_envelope" in agent) == (name in ("sft", "ppo"))
-        assert set(agent) - {"usage", "clears_envelope"} == {
-            *("accuracy", "advice_rate", "score", "score_ci", "n", "failed", "by_type", "by_position")
+        learned = name in ("sft", "ppo")
+        assert ("usage" in agent) == ("seconds" in agent) == ("clears_envelope" in agent) == learned
+        assert set(agent) - {"usage", "seconds", "clears_envelope"} == {
+            *("accuracy", "advice_rate", "score", "score_ci", "n", "failed", "by_type", "by_position", "expert_calls")
         }
         assert agent["n"] == 16
         assert agent["score"] == pytest.approx(agent["accuracy"] - 0.3 * agent["advice_rate"])
@@ -80,10 +80,12 @@ def test_sessions_are_kept_and_agree_with_the_report(tiny_run: TinyRun) -> None:
 @pytest.mark.usefixtures("no_drawing")
 def test_bench_elsewhere_gives_the_same_figures(tiny_run: TinyRun, tmp_path: Path) -> None:
     overrides = ["evaluate.agents=[ppo]", "evaluate.baselines=[router]"]
-    report = bench(config_of(tiny_run.path, *overrides), tmp_path / "out", tiny_run.path)
+    report = bench(config_of(tiny_run.path, *overrides), tmp_path / "out", [tiny_run.path])
     assert list(report["agents"]) == ["ppo", "router"]
     earlier = json.loads((tiny_run.path / "report.json").read_text())["agents"]
-    assert json.loads(json.dumps(report["agents"])) == {name: earlier[name] for name in ("ppo", "router")}
+    found = json.loads(json.dumps(report["agents"]))
+    found["ppo"]["seconds"] = earlier["ppo"]["seconds"]
+    assert found == {name: earlier[name] for name in ("ppo", "router")}
     assert (tmp_path / "out" / "test-ppo.jsonl").read_bytes() == (tiny_run.path / "test-ppo.jsonl").read_bytes()
     assert load_config(tmp_path / "out" / "config.yaml") == config_of(tiny_run.path, *overrides)
 
@@ -96,7 +98,7 @@ def test_imitation_alone(run: Path) -> None:
     (run / "config.yaml").write_text(
         (run / "config.yaml").read_text().replace("num_iterations: 1", "num_iterations: 0")
     )
-    assert list(bench(config, run, run)["agents"]) == ["sft", "router"]
+    assert list(bench(config, run, [run])["agents"]) == ["sft", "router"]
 
 
 @pytest.mark.usefixtures("no_drawing")
@@ -116,6 +118,45 @@ def test_official_files_are_reported_by_group_price_and_macro_mean(tmp_path: Pat
     by_group = [report["groups"][g]["0.5"]["router"]["score"] for g in report["groups"]]
     assert report["prices"]["0.5"]["router"]["score"] == pytest.approx(sum(by_group) / 2)
     assert report["prices"]["0.1"]["always_ask"]["score"] == pytest.approx(0.9)
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_ablations_play_the_same_questions_anew(run: Path, tmp_path: Path) -> None:
+    names = ["memory", "advice", "tools", "rl", "random_advice"]
+    config = config_of(run, "evaluate.baselines=[]", f"evaluate.ablations=[{','.join(names)}]")
+    report = bench(config, tmp_path / "out", [run])
+    assert report["ablations"]["agent"] == "ppo" and list(report["ablations"]["rows"]) == names
+    whole = report["agents"]["ppo"]
+    for name, row in report["ablations"]["rows"].items():
+        assert row["n"] == 16
+        assert row["difference"] == pytest.approx(row["score"] - whole["score"])
+        sessions = tmp_path / "out" / "ablations" / f"test-ppo-{name}.jsonl"
+        assert sessions.exists() == (name != "rl")  # nobody plays twice
+    assert report["ablations"]["rows"]["rl"]["score"] == report["agents"]["sft"]["score"]
+    assert report["ablations"]["rows"]["advice"]["advice_rate"] == 0
+    without = [session_from_json(r["session"]) for r in read_lines(tmp_path / "out/ablations/test-ppo-memory.jsonl")]
+    assert all(not s.retrieved and not s.written for s in without)
+    without = [session_from_json(r["session"]) for r in read_lines(tmp_path / "out/ablations/test-ppo-tools.jsonl")]
+    assert not any(s.called("SearchProduct") for s in without)
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_runs_of_several_seeds_are_pooled(run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run, tmp_path / "other")
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("seed: 0", "seed: 1", 1))
+    config = config_of(run, "evaluate.baselines=[router]", "evaluate.agents=[ppo]", "evaluate.ablations=[memory]")
+    report = bench(config, tmp_path / "out", [run, other])
+    assert report["agents"]["ppo"]["n"] == report["agents"]["router"]["n"] == 32
+    seeds = report["seeds"]
+    assert list(seeds) == ["ppo", "router", "ppo memory"]
+    assert [(r["run"], r["seed"]) for r in seeds["ppo"]["runs"]] == [("run", 0), ("other", 1)]
+    assert seeds["router"]["spread"]["score"] == 0  # the worlds were copied
+    assert seeds["ppo"]["mean"]["score"] == pytest.approx(report["agents"]["ppo"]["score"])
+    assert load_config(tmp_path / "out" / "other" / "config.yaml").seed == 1
+    with pytest.raises(AgileError, match=r"2 runs of the seeds 0, 0; expected another seed for each"):
+        (other / "config.yaml").write_text(text)
+        bench(config, tmp_path / "again", [run, other])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -227,5 +268,5 @@ def test_full_disk_leaves_the_last_report(run: Path, monkeypatch: pytest.MonkeyP
     before = {name: (run / name).read_bytes() for name in ("report.json", "test-ppo.jsonl")}
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(AgileError, match=r"Cannot write to .*test-sft.jsonl: No space left on device"):
-        bench(config_of(run, "evaluate.baselines=[]"), run, run)
+        bench(config_of(run, "evaluate.baselines=[]"), run, [run])
     assert before == {name: (run / name).read_bytes() for name in before}

@@ -33,7 +33,7 @@ def value(config: RunConfig, key: str) -> Any:
         ("task.data=some/where", Path("some/where")),
         ("task.data=~/x", Path.home() / "x"),
         ("memory.cache=~/x.sqlite", Path.home() / "x.sqlite"),
-        ("evaluate.checkpoint=~/x", Path.home() / "x"),
+        ("evaluate.checkpoint=~/x", (Path.home() / "x",)),
         ("model.path=~/x", str(Path.home() / "x")),
         ("model.path=1e5x", "1e5x"),
         ("threads=", None),
@@ -80,6 +80,9 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         ("evaluate.baselines=router", ["evaluate.baselines is 'router'", "expected a list, [a, b]"]),
         ("evaluate.baselines=[routr]", ["evaluate.baselines is 'routr'", "'router'"]),
         ("task=3", ["task is 3", "section of keys", "advice_price"]),
+        ("lora=16", ["lora is 16: expected a section of keys, rank, alpha", "lora.rank="]),
+        ("ppo.micro_batch_size=4", ["Did you mean ppo.micro_batch_tokens?"]),
+        ("ppo.learning_rate=1", ["Did you mean ppo.lr?"]),
         ("rollout.top_p=0.9", ["top_p is 0.9", "bias every importance ratio", "rollout.temperature"]),
         ("rollout.min_p=0.1", ["min_p is 0.1", "remove it"]),
         ("rollout.policy=vllm-server", ["vllm.servers is missing", "docs/vllm.md"]),
@@ -114,11 +117,15 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
             "ppo={estimator: reinforce++, value_coef: 0, value_warmup_epochs: 0, credit: lineage, gamma_session: 0.9}",
             ["credit is lineage, which asks the critic, but estimator is reinforce++"],
         ),
+        ("ppo.value_coef=0", ["ppo: estimator is gae", "value_coef is 0", "ppo.estimator=reinforce++"]),
+        ("ppo.num_iterations=1", ["trains the critic alone", "ppo.num_iterations=2", "ppo.value_warmup_epochs=0"]),
+        ("lora.rank=16", ["without model.path", "set model.path=MODEL, or leave lora out"]),
         ("expert=gpt", ["expert names 'gpt'", "experts has gold", "add it to experts"]),
         ("evaluate.experts=[gold,me]", ["evaluate.experts names 'me'", "experts has gold"]),
         ("experts.me.kind=recorded", ["experts.me", "answers is missing"]),
         ("experts.me.kind=model", ["experts.me", "endpoint.model is missing"]),
         ("experts.me.knd=model", ["Unknown key experts.me.knd", "experts.me.kind"]),
+        ("experts.me=2", ["experts.me is 2: expected a section of keys"]),
         ("experts.me.price=2", ["experts.me.price is 2", "less than or equal to 1"]),
         ("sft.stronger_model=gold", ["sft.stronger_model names 'gold'", "that is recorded"]),
         ("task.name=productqa", ["task: data is missing", "task.data=DIR"]),
@@ -134,6 +141,24 @@ def test_wrong_override_names_key_value_and_remedy(override: str, parts: list[st
     for part in parts:
         assert part in str(caught.value)
     assert "pydantic" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.critic=separate", "ppo={estimator: reinforce++, value_coef: 0, value_warmup_epochs: 0}"],
+            "model.critic is separate, .* ppo.estimator is reinforce.*set model.critic=shared",
+        ),
+        (["stages=[sft]", "validation.every=1"], "validation.every watch over PPO, but stages has no ppo"),
+        (["stages=[sft]", "guard.min_entropy=0.1"], "guard.min_entropy"),
+        (["stages=[sft]", "guard.action=rollback"], "guard.action"),
+    ],
+)
+def test_sections_that_do_not_go_together(overrides: list[str], message: str) -> None:
+    with pytest.raises(AgileError, match=message):
+        load_config(None, overrides)
+    load_config(None, ["stages=[sft]", "guard.max_grad_norm=1"])
 
 
 def test_a_value_is_no_section(tmp_path: Path) -> None:
@@ -208,3 +233,13 @@ def test_differences_name_key_and_both_values() -> None:
     new = load_config(None, ["ppo.lr=1e-3", "task.data=x"])
     assert differences(old, new) == ["task.data was None, is now 'x'", "ppo.lr was 0.0001, is now 0.001"]
     assert differences(old, old) == []
+
+
+def test_adapters_are_swapped_where_vllm_can_hold_all_that_learns() -> None:
+    lora = ["model.path=x", "lora.rank=4", "rollout.policy=vllm"]
+    servers = ["rollout.policy=vllm-server", "vllm.servers=[http://h:1]", "vllm.weights_dir=d"]
+    assert load_config(None, [*lora, "prompt.special_tokens=false"]).swaps_adapters
+    assert not load_config(None, lora).swaps_adapters, "rows of action tokens learn"
+    assert not load_config(None, [*lora, "prompt.special_tokens=false", "vllm.adapters=merge"]).swaps_adapters
+    assert not load_config(None, [*lora, "prompt.special_tokens=false", *servers]).swaps_adapters
+    assert not load_config(None, ["rollout.policy=vllm", "prompt.special_tokens=false"]).swaps_adapters

@@ -21,6 +21,7 @@ class Engine:
     """A policy that holds one weight, and notes what it was given."""
 
     temperature = 1.0
+    forbidden: Collection[int] = ()
 
     def __init__(self) -> None:
         self.weight, self.version = [-1.0], -1

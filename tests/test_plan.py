@@ -167,6 +167,8 @@ def test_one_that_does_not_fit_ends_with_1_and_says_what_would() -> None:
     [
         (["--gpus", "7", "ppo.streams_per_iteration=3"], "fewer than the 7 processes"),
         (["--gpus", "2", "rollout.policy=vllm"], "set rollout.policy=vllm-server"),
+        (["stages=[dpo]", "model.path=x", "preferences.data=x"], "stages has dpo, which TRL trains"),
+        (["stages=[sft,ppo,reward-model]"], "Plan stages=[sft,ppo]"),
         (["model.path=somebody/unknown"], "The shape of model.path=somebody/unknown is not known"),
         (["rollout.policy=vllm", "vllm.gpu_memory_utilization=0.001"], "vllm.gpu_memory_utilization"),
     ],

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from agile.config import load_config
 from agile.errors import AgileError
 from agile.session_log import logged_sessions
-from agile.training import check_processes
+from agile.training import check_processes, check_streams
 from tests.doors import actor_critic
 from tests.tiny import TINY
 
@@ -166,7 +166,7 @@ def test_killed_and_resumed_it_is_the_same_run(tmp_path: Path, words: tuple[str,
 
     refused = run(killed, *words, "--resume", num=1)
     assert refused.returncode == 2
-    assert "trained by 2 processes" in " ".join(refused.stderr.split())
+    assert "was written by 2 processes, but now there is 1" in " ".join(refused.stderr.split())
     trained(killed, *words, "--resume", num=2)
     assert_same(killed, whole, 0.0)
 
@@ -179,6 +179,12 @@ def test_more_processes_than_work_are_refused() -> None:
     with pytest.raises(AgileError, match=r"streams_per_iteration is 5, fewer than the 6"):
         check_processes(load_config(None, [*few, "ppo.batch_size=8"]), 6)
     check_processes(load_config(None, [*few, "ppo.num_iterations=0"]), 8)
+
+
+def test_more_processes_than_streams_are_refused() -> None:
+    check_streams(4, 0, 4)
+    with pytest.raises(AgileError, match=r"4 train streams .* fewer than the 5 processes .* at most 4.*\(2 are\)"):
+        check_streams(4, 2, 5)
 
 
 def test_vllm_inside_several_processes_is_refused() -> None:

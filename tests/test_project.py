@@ -137,6 +137,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.policies": (
         *NOUNS,
         "agile.attention",
+        "agile.lora",
         "agile.ranks",
         "agile.threads",
         "agile.tokens",
@@ -189,15 +190,22 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.calibrated": (*NOUNS, "agile.memory.encoders"),
     "agile.plots": (),
     "agile.show": (*NOUNS, "agile.tokens"),
-    "agile.report": (*NOUNS, "agile.plots", "agile.show"),
+    "agile.plots_bench": ("agile.plots",),
+    "agile.report_words": ("agile.plots", "agile.plots_bench"),
+    "agile.report": (*NOUNS, "agile.plots", "agile.plots_bench", "agile.report_words", "agile.show"),
+    "agile.ablations": (*NOUNS, "agile.tokens"),
+    "agile.calibration": (),
+    "agile.memory_use": NOUNS,
+    "agile.instructive": (*NOUNS, "agile.calibration"),
+    "agile.own_answers": (*NOUNS, "agile.calibration", "agile.executor", "agile.rollout", "agile.tokens"),
 }
 ENTRY_POINTS = {
     *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
-    *("agile.dry_run", "agile.experts", "agile.expert_play"),
+    *("agile.dry_run", "agile.experts", "agile.expert_play", "agile.measure", "agile.play"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
     *("agile.sft_data", "agile.judge"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
-    *("agile.stages.guard", "agile.stages.preference", "agile.stages.validation"),
+    *("agile.stages.collection", "agile.stages.guard", "agile.stages.preference", "agile.stages.validation"),
 }
 
 

@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from agile.calibration import Belief, calibration
 from agile.errors import AgileError
+from agile.memory_use import Use, memory_use
 from agile.plots import _apart, draw_all, looks_of
 from agile.report import render_html, render_table, save_plots, write_report
 
@@ -57,6 +59,37 @@ def made_up_agent(accuracy: tuple[float, float], advice: tuple[float, float], sa
     return {**whole, "score_ci": interval, "failed": 3 * (salt < 2), "by_type": by_type, "by_position": parts}
 
 
+def made_up_measurements() -> dict[str, Any]:
+    """What a bench adds to agents: ablations, seeds, calibration, memory."""
+    differences = {"memory": -0.05, "advice": -0.12, "random_advice": -0.02, "tools": -0.08, "reflection": 0.004,
+                   "poisoned_memory": -0.01, "rl": -0.042}  # fmt: skip
+    rows = {}
+    for name, difference in differences.items():
+        paper = None if name == "poisoned_memory" else {"difference": -0.03, "source": "arXiv 2405.14751v2"}
+        ends = [difference - 0.02, difference + 0.02]
+        prices = {f"{c:g}": {**summary(0.9, 0.2, 2400, c), "difference": difference * c} for c in (0.1, 0.3, 0.5)}
+        verdict = "against the paper" if difference > 0 else "as in the paper"
+        row = {"score_ci": ends, "failed": 0, "by_type": {}, "difference": difference, "ci": ends, "p": 0.01}
+        rows[name] = {**summary(0.9, 0.2, 2400), **row, "paper": paper, "verdict": verdict, "prices": prices}
+    told = [Belief("s", "fact", k % 7 == 0, (37 * k % 100) / 100, k / 200, 53 * k % 200 < k) for k in range(200)]
+    uses = [Use(list(KINDS)[k % 5], k, 200, k % 3 > 0, k % 2 > 0, k % 5 == 0, k % 4 > 0) for k in range(200)]
+    runs = [{"run": f"seed-{k}", "seed": k, **summary(0.9, 0.3 + k / 100, 800)} for k in range(3)]
+    figures = {"runs": runs, "mean": summary(0.9, 0.31, 800), "spread": {"accuracy": 0.0, "score": 0.003}}
+    figures_of_others = {"table": "ProductQA", "measure": "short answer", "source": "arXiv 2405.14751v2", "groups": []}
+    row = {"agent": "agile-vic13b-ppo", "price": PRICE, "advice_rate": 0.233, "accuracy": 0.854, "score": 0.784}
+    return {
+        "published": [{**figures_of_others, **row, "same_questions": False}],
+        "envelope": {f"{PRICE:g}": {"score": 0.8, "by": "recall", "published": False, "same_questions": True}},
+        "ablations": {"agent": "ppo", "rows": rows},
+        "seeds": {"ppo": figures, "router": figures, "ppo memory": figures},
+        "calibration": {name: calibration(told) for name in ("sft", "ppo")},
+        "memory_use": {
+            "ppo": {"similar": 0.46, "by_similarity": memory_use(uses), "exact": memory_use(uses)},
+            "sft": {"similar": 0.46, "by_similarity": memory_use(uses), "exact": None},
+        },
+    }
+
+
 def made_up_report() -> dict[str, Any]:
     """A report with every key that the page knows."""
     agents = {name: made_up_agent(*ends, salt=k) for k, (name, ends) in enumerate(AGENTS.items())}
@@ -81,7 +114,16 @@ def made_up_report() -> dict[str, Any]:
         }
         ppo.append(row | rest)
     difference = agents["ppo"]["score"] - agents["sft"]["score"]
+    for name, agent in agents.items():
+        agent["expert_calls"] = round(2400 * agent["advice_rate"])
+        if name in ("ppo", "sft"):
+            agent["along_stream"] = [
+                {"from": 200 * k, "to": 200 * k + 200, **summary(0.9, 0.5 - k / 40, 200)} for k in range(12)
+            ]
+            agent["seconds"] = 31.4
+            agent["usage"] = {"prompt_tokens": 90_000, "cached_tokens": 0, "completion_tokens": 9_000, "cost": 0.0}
     return {
+        **made_up_measurements(),
         "task": "minishop",
         "advice_price": PRICE,
         "agents": agents,
@@ -120,6 +162,8 @@ def made_up_report() -> dict[str, Any]:
         "notes": ["A tiny model trained from scratch in minutes on two cores."],
         "examples": [
             {
+                "heading": "Asked and need not have",
+                "facts": [("why", "Made to answer it is right."), ("gold", "yes")],
                 "title": "Question 3 of a stream: not known yet, so it asks, and writes down why",
                 "spans": [
                     ("executor", "[GetQuestion]"),
@@ -163,6 +207,7 @@ def page(folder: Path) -> str:
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of the words alone: drawing is what takes the time."""
     monkeypatch.setattr("agile.report.draw_all", lambda *_: {})
+    monkeypatch.setattr("agile.report.draw_measured", lambda *_: {})
 
 
 def bare_report(**more: Any) -> dict[str, Any]:
@@ -280,10 +325,21 @@ def test_page_shows_every_agent_every_plot_and_the_headline(page: str) -> None:
     assert (
         "After PPO the agent scores 0.859; it asks on 52\xa0% of questions at the start of a stream and 24\xa0%" in page
     )
-    assert page.count("<svg") == 10
+    assert page.count("<svg") == 17
     assert "0.848\N{EN DASH}0.869" in page
     variables = set(re.findall(r"(--[\w-]+):", page))
     assert set(re.findall(r"var\((--[\w-]+)\)", page)) <= variables
+
+
+def test_summary_says_what_matters(page: str) -> None:
+    for sentence in (
+        "Of 2,400 questions that it had not seen in training, PPO got 95\xa0% right and put 32\xa0% to a person.",
+        "Trained 3 times from other seeds it scores 0.807 on average, with a spread of 0.003 between them.",
+        "What it would miss most: it scores 0.120 less without advice.",
+        "The paper found the opposite without reflection.",
+    ):
+        assert sentence in page
+    assert re.search(r"<details class=\"reading\"><summary>Question 3 .*Made to answer it is right.</summary>", page)
 
 
 def test_agents_look_the_same_in_every_plot() -> None:
@@ -337,6 +393,14 @@ def test_what_is_missing_is_left_out(missing: str) -> None:
     assert ("word for word" in page) == ("examples" in report)
     assert ("Other prices" in page) == ("prices" in report or "groups" in report)
     assert ("Differences in score" in page) == ("comparisons" in report)
+    for heading, key in (
+        ("What each ability is worth", "ablations"),
+        ("Several seeds", "seeds"),
+        ("reference lines and published", "envelope"),
+        ("Does it know what it knows", "calibration"),
+        ("What memory did", "memory_use"),
+    ):
+        assert (heading in page) == (key in report)
     assert "Training" not in page and "What the agents do" not in page  # no plots, no headings for them
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from agile.training import train
-from tests.runs import assert_same_run, metrics, run_config
+from tests.runs import assert_same_run, metrics, run_config, saved_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -23,7 +23,8 @@ def test_an_adapter_learns_on_top_of_imitation(tmp_path: Path) -> None:
     from peft import PeftModel
 
     run = tmp_path / "run"
-    train(run_config("lora.rank=4", "ppo.lr=1e-2", "sft.num_steps=10", "sft.checkpoint_every=10"), run)
+    lora = ("lora.rank=4", f"model.path={saved_model(tmp_path / 'model')}")
+    train(run_config(*lora, "ppo.lr=1e-2", "sft.num_steps=10", "sft.checkpoint_every=10"), run)
     steps = [row for row in metrics(run) if row["stage"] == "ppo"]
     assert all(row["first_ratio"] == pytest.approx(1, abs=1e-6) for row in steps)
     assert steps[0]["kl"] == 0, "the reference is the policy that imitation left"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from agile.config.section import Count, Price, Section, UserPath
 
@@ -45,7 +46,12 @@ class EvaluateConfig(Section):
         "oracle",
     )
     agents: tuple[Literal["sft", "ppo", "dpo", "prompted"], ...] = ("sft", "ppo", "dpo")
-    checkpoint: UserPath | None = Field(None, description="Run folder whose agents `agile bench` scores.")
+    checkpoint: tuple[UserPath, ...] = Field(
+        (), description="Run folder whose agents `agile bench` scores; several, of different seeds, are pooled."
+    )
+    ablations: tuple[
+        Literal["memory", "reflection", "advice", "tools", "rl", "random_advice", "poisoned_memory"], ...
+    ] = Field((), description="What is taken from the trained agent, one at a time; see docs/benchmark.md.")
     experts: tuple[str, ...] = Field(
         (),
         description="Names of experts that are each asked about every test question, and what they are worth; who has "
@@ -56,6 +62,11 @@ class EvaluateConfig(Section):
         (), description="Further prices at which agents and baselines are scored; agents that see the price play anew."
     )
     notes: tuple[str, ...] = Field((), description="Sentences that the report carries.")
+
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return () if value is None else (value,) if isinstance(value, str | Path) else value
 
     @model_validator(mode="after")
     def _model_is_named(self) -> EvaluateConfig:

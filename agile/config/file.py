@@ -96,10 +96,14 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if error["type"] == "value_error":  # of several keys; it says itself which
         return f"{name}: {message}."
+    if error["type"] == "model_type":
+        fields = list(_section(keys).model_fields)
+        return (
+            f"{name} is {error['input']!r}: expected a section of keys, {', '.join(fields)}; for example "
+            f"{name}.{fields[0]}=..."
+        )
     section = _section(keys[:-1])
     default = section.model_fields[keys[-1]].default if keys else None
-    if isinstance(default, BaseModel):
-        return f"{name} is {error['input']!r}: expected a section of keys, {', '.join(type(default).model_fields)}."
     if error["type"] == "tuple_type":
         message = "expected a list, [a, b]"
     message = message.partition(", unable to")[0]  # to parse or interpret: the value says so itself
@@ -118,10 +122,15 @@ def _section(keys: Sequence[str]) -> Any:
     return section
 
 
+# what other trainers call it
+OTHER_NAMES = {"micro_batch_size": "micro_batch_tokens", "learning_rate": "lr", "epochs": "num_epochs"}
+
+
 def _nearest(keys: Sequence[str]) -> str:
     """Which key may have been meant: one of that name in another section, else a similar one in this section."""
     section = _section(keys[:-1])
+    here = [name for name in [OTHER_NAMES.get(keys[-1], "")] if name in section.model_fields]
     elsewhere = [key for key, _ in flat(RunConfig.model_construct().model_dump()) if key.split(".")[-1] == keys[-1]]
-    similar = difflib.get_close_matches(keys[-1], section.model_fields, n=1, cutoff=0.5)
-    near = elsewhere or [".".join([*keys[:-1], key]) for key in similar]
+    similar = here or difflib.get_close_matches(keys[-1], section.model_fields, n=1, cutoff=0.5)
+    near = elsewhere if elsewhere and not here else [".".join([*keys[:-1], key]) for key in similar]
     return f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(section.model_fields)}."

@@ -73,6 +73,11 @@ class VLLMConfig(Section):
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="Share of the memory that vLLM may take.")
     enforce_eager: bool = Field(False, description="Compile nothing: starts in seconds; steps are slower on a GPU.")
     block_size: Count | None = Field(None, description="Tokens per block of the prefix cache; vLLM's choice.")
+    adapters: Literal["swap", "merge"] = Field(
+        "swap",
+        description="What vLLM is given where lora trains: the adapter alone, if it can hold all that learns "
+        "(docs/models.md), or whole weights with the adapter merged.",
+    )
     servers: tuple[str, ...] = Field((), description="Addresses of the servers, such as http://127.0.0.1:8000.")
     name: str = Field("agile", description="What the servers call the model.")
     weights_dir: UserPath | None = Field(

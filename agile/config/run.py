@@ -62,6 +62,17 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     demo: DemoConfig = DemoConfig()
 
+    @property
+    def plays(self) -> bool:
+        """Whether PPO has anything to do."""
+        return "ppo" in self.stages and self.ppo.num_iterations > 0
+
+    @property
+    def swaps_adapters(self) -> bool:
+        """Whether vLLM gets adapters alone: it runs in this process, and no rows of action tokens learn beside them."""
+        merged = self.vllm.adapters == "merge" or self.prompt.special_tokens
+        return self.rollout.policy == "vllm" and self.lora is not None and not merged
+
     @model_validator(mode="after")
     def _stages_follow(self) -> RunConfig:
         order = ("sft", "ppo", "dpo", "reward-model")
@@ -74,10 +85,28 @@ class RunConfig(Section):
         if {"dpo", "reward-model"} & set(self.stages):
             if "sft" not in self.stages and self.model.path is None:
                 raise ValueError("stages trains on preferences alone, but model.path names no agent to start from")
-            if self.preferences.data is None and ("ppo" not in self.stages or not self.ppo.num_iterations):
+            if self.preferences.data is None and not self.plays:
                 raise ValueError(
                     "stages trains on preferences, but there are no sessions of PPO to take them from; give a file of "
                     "`agile preferences`: preferences.data=FILE"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _preferences_are_trained_by_trl(self) -> RunConfig:
+        engine, by_trl = self.engine, [stage for stage in self.stages if stage in ("dpo", "reward-model")]
+        if not by_trl:
+            return self
+        for key, value, ignored in (
+            ("lora", "an adapter", self.lora is not None),
+            ("engine.zero_stage", engine.zero_stage, engine.zero_stage > 1),
+            ("engine.offload", engine.offload, engine.offload != "none"),
+        ):
+            if ignored:
+                raise ValueError(
+                    f"stages has {by_trl[0]}, where TRL trains all weights in one process and on one device, but {key} "
+                    f"is {value}; leave {key} out, or train on preferences in a run of its own without it: "
+                    f"stages=[{by_trl[0]}] model.path=RUN/ppo preferences.data=FILE"
                 )
         return self
 
@@ -100,6 +129,15 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _guard_sees_what_it_limits(self) -> RunConfig:
         guard = self.guard
+        watches = {
+            "validation.every": self.validation.every > 0,
+            **{f"guard.{n}": getattr(guard, n) is not None for n in ("max_kl", "min_entropy", "max_score_drop")},
+            "guard.action": guard.action == "rollback",
+        }
+        if "ppo" not in self.stages and (set_keys := [key for key, is_set in watches.items() if is_set]):
+            raise ValueError(
+                f"{' and '.join(set_keys)} watch over PPO, but stages has no ppo; leave them out, or add ppo to stages"
+            )
         if guard.max_kl is not None and self.ppo.kl_coef == 0:
             raise ValueError("guard.max_kl is set, but ppo.kl_coef is 0, so that no reference is kept; set it above 0")
         if guard.max_score_drop is not None and not self.validation.every:
@@ -112,7 +150,21 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _adapters_share_the_trunk(self) -> RunConfig:
+    def _critic_is_asked(self) -> RunConfig:
+        if self.model.critic == "separate" and self.ppo.estimator != "gae":
+            raise ValueError(
+                f"model.critic is separate, a second trunk, but ppo.estimator is {self.ppo.estimator}, which asks no "
+                "critic; set model.critic=shared, which costs nothing, or ppo.estimator=gae"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_stand_beside_a_trained_trunk(self) -> RunConfig:
+        if self.lora is not None and self.model.path is None:
+            raise ValueError(
+                "lora trains a few weights beside frozen ones, but without model.path these are random; set "
+                "model.path=MODEL, or leave lora out"
+            )
         if self.lora is not None and self.model.critic == "separate":
             raise ValueError(
                 "lora trains a few weights beside a frozen trunk, but model.critic is separate, which trains a second "

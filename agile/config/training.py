@@ -143,8 +143,23 @@ class PPOConfig(OptimizerConfig):
         return self
 
     @model_validator(mode="after")
+    def _policy_learns(self) -> PPOConfig:
+        if self.num_iterations == 1 and self.value_warmup_epochs:
+            raise ValueError(
+                f"num_iterations is 1, but the first iteration trains the critic alone (value_warmup_epochs is "
+                f"{self.value_warmup_epochs}): the policy would learn nothing; set ppo.num_iterations=2 or more, or "
+                "ppo.value_warmup_epochs=0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _estimator_has_what_it_needs(self) -> PPOConfig:
         if self.estimator == "gae":
+            if self.value_coef == 0:
+                raise ValueError(
+                    "estimator is gae, which measures actions against a critic, but value_coef is 0, with which none "
+                    "learns; set ppo.value_coef above 0, or ppo.estimator=reinforce++"
+                )
             return self
         for name in ("value_coef", "value_warmup_epochs"):
             if getattr(self, name):
@@ -246,7 +261,9 @@ class ValidationConfig(Section):
     """Greedy play of train streams that nothing is learned from."""
 
     every: int = Field(0, ge=0, description="Iterations of PPO between; 0 for none.")
-    num_streams: Count = Field(8, description="The last train streams, set aside for it.")
+    num_streams: Count | None = Field(
+        None, description="The last train streams, set aside for it; by default a tenth of them, 1 to 8."
+    )
     select_best: bool = Field(False, description="Whether ppo/ is the agent that scored best in it, not the last one.")
 
     @model_validator(mode="after")

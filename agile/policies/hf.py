@@ -78,6 +78,9 @@ class HFPolicy:
         max_batch_size: Slots: most sequences that are sampled at once and kept. Further requests wait.
         reuse: Whether keys and values are kept between requests; without, each computes its whole prompt.
 
+    Attributes:
+        forbidden: Ids that are never sampled; the distribution is that of all others.
+
     Raises:
         AgileError: The model cannot have sequences of different lengths in one cache.
     """
@@ -92,6 +95,7 @@ class HFPolicy:
     ):
         self.model = model
         self.temperature = temperature
+        self.forbidden: Collection[int] = ()
         self.max_batch_size = max_batch_size
         self.reuse = reuse
         self._version = 0
@@ -312,6 +316,8 @@ class HFPolicy:
         requests = [r for group in passes for r in group]
         with slot_attention(self.model):
             logits = torch.cat([self._forward(group) for group in passes])  # (B, V)
+        if self.forbidden:
+            logits[:, list(self.forbidden)] = -torch.inf
         logprobs = (logits / (self.temperature or 1.0)).log_softmax(-1)
         scores = logprobs
         if self.temperature > 0:

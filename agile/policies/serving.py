@@ -181,6 +181,14 @@ class ServedModel:
         with quiet_loading():
             return self._logprobs(self.architecture.from_pretrained(self.folder, dtype="auto"))
 
+    def adapted_logprobs(self, adapter: Path) -> list[float]:
+        """`expected_logprobs` of the weights in the folder with an adapter that `save_adapter` wrote."""
+        from peft import PeftModel
+
+        with quiet_loading():
+            base = self.architecture.from_pretrained(self.folder, dtype="auto")
+            return self._logprobs(PeftModel.from_pretrained(base, adapter))
+
     def expected_logprobs(self, weights: dict[str, Tensor]) -> list[float]:
         """What transformers says of each token of `probe` but the first, under these weights, on the CPU."""
         dtype = next(iter(weights.values())).dtype

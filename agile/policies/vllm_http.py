@@ -1,11 +1,14 @@
-"""How vLLM servers are started, and what their answers mean."""
+"""vLLM servers: how they are started, what is known of each, and what their answers mean."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,32 @@ def server_command(
         ),
         *(str(part) for pair in optional.items() if pair[1] is not None for part in pair),
     ]
+
+
+@dataclass(slots=True, eq=False)
+class Server:
+    """What is known of a server."""
+
+    url: str
+    up: bool = True
+    active: int = 0
+    failures: int = 0  # since it last answered; requests under way at the same time count once
+    failed_at: float = 0.0  # when the last of them was counted
+    next_try: float = 0.0  # of a server that is down
+    last_error: str = ""
+    revival: asyncio.Task[None] | None = None
+    compared: bool = False  # with the model folder, whose weights it has to have until others are pushed
+    comparison: asyncio.Task[None] | None = None
+    push: threading.Lock = field(default_factory=threading.Lock)  # held while it is given weights
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """The weights that every server must hold."""
+
+    folder: Path
+    label: str
+    expected: list[float] | None
 
 
 class Failed(Exception):

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +22,7 @@ from torch import Tensor
 from agile import ranks, threads
 from agile.errors import AgileError
 from agile.policies.serving import TOLERANCE, ServedModel, check_logprobs, mean_difference
-from agile.policies.vllm_http import REMEDY, Busy, Failed, LoadFailed, patience, read_answer, reading
+from agile.policies.vllm_http import REMEDY, Busy, Failed, LoadFailed, Pushed, Server, patience, read_answer, reading
 from agile.types import Completion, Usage
 
 logger = logging.getLogger(__name__)
@@ -36,30 +35,6 @@ FRESH = "default"  # what vLLM calls the weights that a server was started with
 async def _aside(function: Callable[[], T]) -> T:
     """Run a blocking function; the end of the event loop does not wait for it, as it does for `asyncio.to_thread`."""
     return await asyncio.wrap_future(threads.start(function))
-
-
-@dataclass(slots=True, eq=False)
-class _Server:
-    url: str
-    up: bool = True
-    active: int = 0
-    failures: int = 0  # since it last answered; requests under way at the same time count once
-    failed_at: float = 0.0  # when the last of them was counted
-    next_try: float = 0.0  # of a server that is down
-    last_error: str = ""
-    revival: asyncio.Task[None] | None = None
-    compared: bool = False  # with the model folder, whose weights it has to have until others are pushed
-    comparison: asyncio.Task[None] | None = None
-    push: threading.Lock = field(default_factory=threading.Lock)  # held while it is given weights
-
-
-@dataclass(frozen=True, slots=True)
-class _Pushed:
-    """The weights that every server must hold."""
-
-    folder: Path
-    label: str
-    expected: list[float] | None
 
 
 class VLLMServerPolicy:
@@ -117,16 +92,17 @@ class VLLMServerPolicy:
         self.name = name
         self.dtype = dtype
         self.temperature = temperature
+        self.forbidden: Collection[int] = ()
         self.weights_dir = None if weights_dir is None else Path(weights_dir).absolute()
         self.timeout_s = timeout_s
         self.max_active = max_active
         self.retry_s = retry_s
         self.verify = verify
         self.version = 0
-        self._servers = [_Server(url.rstrip("/")) for url in servers]
+        self._servers = [Server(url.rstrip("/")) for url in servers]
         # tells this run's weights from another's on the same server
         self._run: str = ranks.broadcast(os.urandom(4).hex())
-        self._pushed: _Pushed | None = None
+        self._pushed: Pushed | None = None
         self._own: list[float] | None = None  # log-probabilities of the probe under the weights of the model folder
         self._own_lock = threading.Lock()
         self._written: list[Path] = []
@@ -154,12 +130,18 @@ class VLLMServerPolicy:
         self, prompt_ids: Sequence[int], *, max_tokens: int, stop: Collection[int], seed: int
     ) -> Completion:
         self.model.check_request(prompt_ids, max_tokens)
+        bias = {"logit_bias": {str(i): -100.0 for i in self.forbidden}} if self.forbidden else {}
         body = self._body(
-            prompt_ids, temperature=self.temperature, max_tokens=max_tokens, seed=seed, stop_token_ids=sorted(stop)
+            prompt_ids,
+            temperature=self.temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_token_ids=sorted(stop),
+            **bias,
         )
         asked_at = time.monotonic()
         spent_s, delay_s = 0.0, 0.25  # `spent_s` on tries and pauses, not on waiting for room
-        failed: set[_Server] = set()
+        failed: set[Server] = set()
         while True:
             server = await self._choose(asked_at, failed)
             began_at = time.monotonic()
@@ -193,7 +175,7 @@ class VLLMServerPolicy:
             "sampling_params": {**fixed, **penalties, "temperature": 1.0, **sampling},
         }
 
-    async def _choose(self, asked_at: float, failed: Collection[_Server]) -> _Server:
+    async def _choose(self, asked_at: float, failed: Collection[Server]) -> Server:
         """A server with room, of which those that `failed` this request come last."""
         ready: asyncio.Future[None] | None = None
         try:
@@ -216,7 +198,7 @@ class VLLMServerPolicy:
             if ready:
                 ready.cancel()
 
-    def _leave(self, server: _Server) -> None:
+    def _leave(self, server: Server) -> None:
         """One request less at a server: one that waits may go there."""
         server.active -= 1
         loop = asyncio.get_running_loop()
@@ -226,7 +208,7 @@ class VLLMServerPolicy:
                 ready.set_result(None)
                 break
 
-    async def _generate(self, server: _Server, body: dict[str, Any]) -> Completion:
+    async def _generate(self, server: Server, body: dict[str, Any]) -> Completion:
         server.active += 1
         try:
             response = await self._async_client().post(f"{server.url}/inference/v1/generate", json=body)
@@ -251,7 +233,7 @@ class VLLMServerPolicy:
         self._answered = time.monotonic()
         return completion
 
-    async def _compare(self, server: _Server) -> None:
+    async def _compare(self, server: Server) -> None:
         """Refuse a server that was started from other weights; requests that come meanwhile wait together."""
         loop = asyncio.get_running_loop()
         task = server.comparison
@@ -260,7 +242,7 @@ class VLLMServerPolicy:
         await asyncio.shield(task)
         server.compared = True
 
-    def _check_own(self, server: _Server) -> None:
+    def _check_own(self, server: Server) -> None:
         found, labels = self._ask_probe(server)
         self._check_label(server, labels)
         with self._own_lock:
@@ -273,7 +255,7 @@ class VLLMServerPolicy:
                 "explains. Start it from that folder, or push weights by update_weights."
             )
 
-    def _check_label(self, server: _Server, labels: set[str]) -> None:
+    def _check_label(self, server: Server, labels: set[str]) -> None:
         expected = self._pushed.label if self._pushed else FRESH
         if labels == {expected}:
             return
@@ -297,7 +279,7 @@ class VLLMServerPolicy:
     # ----------------------------------------------------------------------------------------------------------------
     # Servers that fail, and come back
 
-    async def _note_failure(self, server: _Server, error: Failed, began_at: float) -> None:
+    async def _note_failure(self, server: Server, error: Failed, began_at: float) -> None:
         server.last_error = str(error)
         if not server.up or (began_at < server.failed_at and not error.gone):
             return  # with this request others failed, and one of them was counted
@@ -309,7 +291,7 @@ class VLLMServerPolicy:
         if server.up and dead:
             self._take_out(server, error)
 
-    async def _is_healthy(self, server: _Server) -> bool:
+    async def _is_healthy(self, server: Server) -> bool:
         """Whether a server that left a request without an answer is busy rather than dead."""
         try:
             timeout = patience(min(10.0, self._request_timeout_s))
@@ -318,14 +300,14 @@ class VLLMServerPolicy:
             return False
         return response.status_code < 500
 
-    def _take_out(self, server: _Server, error: Exception) -> None:
+    def _take_out(self, server: Server, error: Exception) -> None:
         server.up = False
         server.last_error = str(error)
         others = sum(s.up for s in self._servers)
         server.next_try = time.monotonic() + (self.retry_s if others else 0.5)
         logger.warning("%s is left out (%s); %d other servers are left.", server.url, error, others)
 
-    async def _revive(self, server: _Server) -> None:
+    async def _revive(self, server: Server) -> None:
         """Look whether a server is back, and give it the current weights before anyone uses it."""
         try:
             await _aside(lambda: self._check(server))
@@ -339,7 +321,7 @@ class VLLMServerPolicy:
             return
         self._take_back(server)
 
-    def _take_back(self, server: _Server) -> None:
+    def _take_back(self, server: Server) -> None:
         server.up, server.failures, server.compared = True, 0, False  # it may have been restarted
         logger.warning("%s is back.", server.url)
 
@@ -353,7 +335,7 @@ class VLLMServerPolicy:
     # ----------------------------------------------------------------------------------------------------------------
     # What a server must be like
 
-    def _ask(self, server: _Server, path: str, body: dict[str, Any] | None = None, timeout_s: float = 60.0) -> Any:
+    def _ask(self, server: Server, path: str, body: dict[str, Any] | None = None, timeout_s: float = 60.0) -> Any:
         """GET, or POST of a body; also from threads."""
         method = "GET" if body is None else "POST"
         try:
@@ -362,7 +344,7 @@ class VLLMServerPolicy:
             raise Failed.of(error) from None
         return read_answer(response)
 
-    def _check(self, server: _Server) -> None:
+    def _check(self, server: Server) -> None:
         """Refuse a server that would sample something else than asked for.
 
         Raises:
@@ -394,7 +376,7 @@ class VLLMServerPolicy:
                     f"{self.temperature:g}. Start it with --logprobs-mode processed_logprobs."
                 )
 
-    def _ask_top(self, server: _Server, **sampling: Any) -> dict[int, float]:
+    def _ask_top(self, server: Server, **sampling: Any) -> dict[int, float]:
         """The likeliest first tokens of a completion."""
         body = self._body(self.model.probe, max_tokens=1, seed=0, **sampling)
         answer = self._ask(server, "/inference/v1/generate", body)
@@ -432,7 +414,7 @@ class VLLMServerPolicy:
         self.model.write(weights, folder)
         self._written = [f for f in self._written if f != folder] + [folder]
         expected = self.model.written_logprobs(folder) if self.verify else None
-        self._pushed = pushed = _Pushed(folder, label, expected)
+        self._pushed = pushed = Pushed(folder, label, expected)
         end = time.monotonic() + self.timeout_s
         refusals: list[LoadFailed] = []
         errors = self._push_all([s for s in self._servers if s.up], pushed)
@@ -448,12 +430,12 @@ class VLLMServerPolicy:
             shutil.rmtree(old, ignore_errors=True)
         self._written = self._written[-2:]
 
-    def _push_all(self, servers: Iterable[_Server], pushed: _Pushed) -> list[Exception | None]:
+    def _push_all(self, servers: Iterable[Server], pushed: Pushed) -> list[Exception | None]:
         futures = [threads.start(partial(self._try_push, server, pushed)) for server in servers]
         wait(futures)
         return [future.result() for future in futures]
 
-    def _try_push(self, server: _Server, pushed: _Pushed) -> Exception | None:
+    def _try_push(self, server: Server, pushed: Pushed) -> Exception | None:
         """Push to a server, which is left out if it fails and used again if it was."""
         try:
             if not server.up:
@@ -472,7 +454,7 @@ class VLLMServerPolicy:
             self._take_back(server)
         return None
 
-    def _push(self, server: _Server, pushed: _Pushed) -> None:
+    def _push(self, server: Server, pushed: Pushed) -> None:
         """Have a server load the weights, forget what it cached under the old ones, and prove it.
 
         Raises:
@@ -500,7 +482,7 @@ class VLLMServerPolicy:
             if pushed.expected is not None:
                 check_logprobs(self._ask_probe(server)[0], pushed.expected, self.dtype, server.url)
 
-    def _ask_probe(self, server: _Server) -> tuple[list[float], set[str]]:
+    def _ask_probe(self, server: Server) -> tuple[list[float], set[str]]:
         """The server's log-probabilities of the probe, and what it calls its weights."""
         probe = self.model.probe
         answer = self._ask(server, "/inference/v1/generate", self._body(probe, max_tokens=1, prompt_logprobs=0))

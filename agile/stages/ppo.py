@@ -5,21 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from agile import ranks
 from agile.build import Setup
 from agile.config import PPOConfig, RolloutConfig, RunConfig
-from agile.copies import copies
 from agile.credit import Estimator
 from agile.engine import Engine
 from agile.errors import AgileError
@@ -29,18 +26,18 @@ from agile.export import Trained
 from agile.lag import Collector, staleness
 from agile.losses import PPOCoefficients
 from agile.model import ActorCritic
-from agile.prices import priced
-from agile.reference import adapter_free, frozen
-from agile.rollout import collect, lengths, status_counts
+from agile.protocols import TrainablePolicy
+from agile.reference import Reference, adapter_free, frozen
+from agile.rollout import status_counts
 from agile.run_folder import Place, RunFolder
-from agile.seeding import derive_seed
+from agile.stages.collection import Collection
 from agile.stages.guard import VALIDATION_SCORE, Course, trouble
 from agile.stages.progress import advance, progress_bar
 from agile.stages.rewards import discounts, terminal_rewards
 from agile.stages.validation import is_validated, validate
 from agile.train.kl import KLControl
 from agile.train.ppo import train_ppo
-from agile.types import Session, Stream, Trajectory
+from agile.types import Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +81,18 @@ def lr_factor(ppo: PPOConfig, iteration: int) -> float:
     return 1 - iteration / ppo.num_iterations if ppo.lr_schedule == "linear" else 1.0
 
 
+def coefficients(ppo: PPOConfig) -> PPOCoefficients:
+    """Those of the loss."""
+    return PPOCoefficients(
+        clip=ppo.clip,
+        value_clip=ppo.value_clip or math.inf,
+        value_coef=ppo.value_coef,
+        kl_coef=ppo.kl_coef,
+        entropy_coef=ppo.entropy_coef,
+        max_importance_weight=ppo.max_importance_weight,
+    )
+
+
 def ppo_engine(config: RunConfig, setup: Setup, tokenizer: PreTrainedTokenizerFast, start: Path) -> Engine:
     """The policy and its critic as PPO trains them, from the agent in the folder `start`."""
     ppo = config.ppo
@@ -100,147 +109,124 @@ def ppo_engine(config: RunConfig, setup: Setup, tokenizer: PreTrainedTokenizerFa
     )
 
 
-def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor) -> None:
-    """Train the agent `sft` and a critic on its own sessions, from where the run stands; writes the agent `ppo`."""
-    ppo, rollout, task = config.ppo, config.rollout, config.task
-    kl_control = KLControl(ppo.kl_coef, ppo.kl_target)
-    tokenizer = executor.codec.tokenizer
-    torch.manual_seed(config.seed)
-    engine = ppo_engine(config, setup, tokenizer, run.path / "sft")
-    lm = engine.module.lm
-    reference = None
-    if ppo.kl_coef and config.lora:
-        reference = adapter_free(engine)
-    elif ppo.kl_coef:
-        start = ActorCritic(setup.language_model(tokenizer, run.path / "sft"))
-        reference = frozen(start, engine, offload=ppo.reference == "offload")
-    done, course = 0, Course()
+def reference_policy(
+    config: RunConfig, setup: Setup, engine: Engine, tokenizer: PreTrainedTokenizerFast, start: Path
+) -> Reference | None:
+    """What KL is taken to: the agent in the folder `start`, frozen; None if KL has no weight."""
+    if not config.ppo.kl_coef:
+        return None
+    if config.lora:
+        return adapter_free(engine)
+    agent = ActorCritic(setup.language_model(tokenizer, start))
+    return frozen(agent, engine, offload=config.ppo.reference == "offload")
+
+
+def restore(config: RunConfig, run: RunFolder, engine: Engine, kl_control: KLControl) -> tuple[int, Course]:
+    """Take up PPO where the run stands; returns how many iterations are done, and how they went."""
+    guard = config.guard
     if run.place and run.place.stage == "ppo":
         run.load(engine)
         done, course = run.place.step, Course(**run.state["course"])
         kl_control.coef = run.state["kl_coef"]
-        if config.guard.action == "rollback" and not run.has(Place("ppo", course.good_step)):
+        if guard.action == "rollback" and not run.has(Place("ppo", course.good_step)):
             course.good_step = course.saved_step = done  # until now the run was to be stopped
-    elif config.guard.action == "rollback":
+        return done, course
+    course = Course()
+    if guard.action == "rollback":
         run.save(Place("ppo", 0), engine, state={"course": asdict(course), "kl_coef": kl_control.coef})
+    return 0, course
+
+
+@dataclass
+class Aftermath:
+    """What follows an iteration: its figures are logged and validated, the guard looks at them, and it is saved."""
+
+    run: RunFolder
+    setup: Setup
+    engine: Engine
+    executor: Executor
+    policy: TrainablePolicy
+    collector: Collector
+    course: Course
+    kl_control: KLControl
+    show: Callable[[int, str], None]
+    started: float = field(default_factory=time.monotonic)
+
+    def save(self, iteration: int) -> None:
+        course = self.course
+        kept = [Place("ppo", i) for i in (course.good_step, course.saved_step, course.best_step) if i is not None]
+        state = {"course": asdict(course), "kl_coef": self.kl_control.coef}
+        self.run.save(Place("ppo", iteration), self.engine, self.collector.ahead(), state=state, keep=kept)
+
+    def __call__(self, iteration: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
+        config, course = self.setup.config, self.course
+        ppo, guard = config.ppo, config.guard
+        figures: dict[str, Any] = {
+            **rates(outcomes(trajectories), [s.price for t in trajectories for s in t.sessions]),
+            **{f"status/{status}": n for status, n in status_counts(trajectories).items()},
+            "staleness": staleness(trajectories, iteration - 1),
+            "skipped_steps": self.engine.num_skipped,
+            **metrics,
+        }
+        if is_validated(config.validation.every, iteration, ppo.num_iterations):
+            figures |= validate(self.setup, self.executor, self.policy, self.collector, iteration)
+        now = time.monotonic()
+        figures["seconds"], self.started = now - self.started, now
+        self.run.log("ppo", iteration, figures)
+        self.show(iteration, f"score {figures['score']:.3f}")
+        if reason := trouble(guard, figures, course.best_score):
+            self.run.log("guard", iteration, {"reason": reason, "action": guard.action, "to": course.good_step})
+            course.respond(guard, iteration, reason)
+            self.run.load(self.engine, Place("ppo", course.good_step))
+            course.good_step = course.saved_step = iteration
+            self.save(iteration)
+            return
+        course.good_step = course.saved_step
+        # the policy stood still in the warm-up: a rollback goes back to a critic that is warm
+        if iteration == 1 and guard.action == "rollback" and ppo.value_warmup_epochs:
+            course.good_step = course.saved_step = iteration
+        is_best = VALIDATION_SCORE in figures and course.validated(iteration, figures[VALIDATION_SCORE])
+        if is_best or iteration % ppo.checkpoint_every == 0 or iteration == ppo.num_iterations:
+            course.saved_step = iteration
+        if course.saved_step == iteration or self.run.is_late():
+            self.save(iteration)
+
+
+def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor) -> None:
+    """Train the agent `sft` and a critic on its own sessions, from where the run stands; writes the agent `ppo`."""
+    ppo, rollout, start = config.ppo, config.rollout, run.path / "sft"
+    kl_control = KLControl(ppo.kl_coef, ppo.kl_target)
+    tokenizer = executor.codec.tokenizer
+    torch.manual_seed(config.seed)
+    engine = ppo_engine(config, setup, tokenizer, start)
+    reference = reference_policy(config, setup, engine, tokenizer, start)
+    done, course = restore(config, run, engine, kl_control)
     # the policy has weights of its own where the trainer's are in shards, or change while it plays
     shares_model = rollout.policy == "hf" and rollout.lag == 0 and config.engine.zero_stage < 3
-    sampled = lm
+    sampled = lm = engine.module.lm
+    weights = engine.adapter_weights if config.swaps_adapters else engine.weights
     if rollout.policy == "hf" and not shares_model:
-        sampled = setup.language_model(tokenizer, run.path / "sft")
+        sampled = setup.language_model(tokenizer, start)
         torch.nn.Module.to(sampled, engine.device, lm.dtype)
-    policy = setup.policy(sampled, tokenizer, run.path / "sft", temperature=rollout.temperature)
-    streams = setup.train_streams
-    count = min(ppo.streams_per_iteration, len(streams))
-
-    def chosen(iteration: int) -> list[Stream]:
-        rng = np.random.default_rng(derive_seed(config.seed, "streams", iteration))
-        at_prices = priced(
-            [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))],
-            task.advice_price,
-            first_price=task.first_price,
-            drawn_from=task.training_prices,
-            progress=iteration / max(1, ppo.num_iterations - 1),
-            rng=rng,
-        )
-        return copies(at_prices, ppo.rollouts_per_stream)
-
-    ended: list[Session] = []
-
-    async def play(iteration: int) -> list[Trajectory]:
-        all_streams = chosen(iteration)
-        return await collect(
-            executor,
-            policy,
-            [all_streams[i] for i in ranks.own_share(lengths(all_streams))],
-            setup.memory,
-            seed=derive_seed(config.seed, "ppo", iteration),
-            max_failed=rollout.max_failed,
-            max_concurrent=rollout.concurrency,
-            on_session=ended.append,
-        )
-
+    policy = setup.policy(sampled, tokenizer, start, temperature=rollout.temperature)
     engine_dtype = "float32" if rollout.policy == "hf" or config.vllm.dtype == "auto" else config.vllm.dtype
     exact = lm.dtype == torch.float32 and engine_dtype == "float32"
-    collector = Collector(
-        policy,
-        play,
-        (lambda: ()) if shares_model else engine.weights,
-        copied=lambda weight: weight.detach().cpu().clone(),
-        num_iterations=ppo.num_iterations,
-        lag=rollout.lag,
-        played=run.ahead() if done else {},
-    )
-
-    def collected(iteration: int) -> Sequence[Trajectory]:
-        ended.clear()
-        try:
-            own = collector.collect(iteration)
-        except AgileError:  # too many failed: what they say of it is in the log
-            run.log_sessions(ended, stage="ppo", step=iteration + 1)
-            raise
-        run.log_sessions([s for t in own for s in t.sessions], stage="ppo", step=iteration + 1)
-        return ranks.gather_shares(own, lengths(chosen(iteration)))
-
-    with progress_bar() as progress, closing(policy), closing(collector):
+    collection = Collection(run, setup, executor, policy, (lambda: ()) if shares_model else weights, resumed=done > 0)
+    with progress_bar() as progress, closing(policy), closing(collection):
         bar = progress.add_task("PPO", total=ppo.num_iterations, completed=done, note="")
-        started = time.monotonic()
-
-        def save(iteration: int) -> None:
-            kept = [Place("ppo", i) for i in (course.good_step, course.saved_step, course.best_step) if i is not None]
-            state = {"course": asdict(course), "kl_coef": kl_control.coef}
-            run.save(Place("ppo", iteration), engine, collector.ahead(), state=state, keep=kept)
-
-        def on_iteration(iteration: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
-            nonlocal started
-            figures: dict[str, Any] = {
-                **rates(outcomes(trajectories), [s.price for t in trajectories for s in t.sessions]),
-                **{f"status/{status}": n for status, n in status_counts(trajectories).items()},
-                "staleness": staleness(trajectories, iteration - 1),
-                "skipped_steps": engine.num_skipped,
-                **metrics,
-            }
-            if is_validated(config.validation.every, iteration, ppo.num_iterations):
-                figures |= validate(setup, executor, policy, collector, iteration)
-            figures["seconds"] = time.monotonic() - started
-            started = time.monotonic()
-            run.log("ppo", iteration, figures)
-            advance(progress, bar, iteration, f"score {figures['score']:.3f}")
-            if reason := trouble(config.guard, figures, course.best_score):
-                run.log("guard", iteration, {"reason": reason, "action": config.guard.action, "to": course.good_step})
-                course.respond(config.guard, iteration, reason)
-                run.load(engine, Place("ppo", course.good_step))
-                course.good_step = course.saved_step = iteration
-                save(iteration)
-                return
-            course.good_step = course.saved_step
-            # the policy stood still in the warm-up: a rollback goes back to a critic that is warm
-            if iteration == 1 and config.guard.action == "rollback" and ppo.value_warmup_epochs:
-                course.good_step = course.saved_step = iteration
-            is_best = VALIDATION_SCORE in figures and course.validated(iteration, figures[VALIDATION_SCORE])
-            if is_best or iteration % ppo.checkpoint_every == 0 or iteration == ppo.num_iterations:
-                course.saved_step = iteration
-            if course.saved_step == iteration or run.is_late():
-                save(iteration)
-
+        show = partial(advance, progress, bar)
+        follow = Aftermath(run, setup, engine, executor, policy, collection.collector, course, kl_control, show)
         train_ppo(
             engine,
             reference,
-            collect=collected,
+            collect=collection.collect,
             rewards=partial(terminal_rewards, config, setup.question_similarities()),
-            on_iteration=on_iteration,
+            on_iteration=follow,
             first_iteration=done,
             num_iterations=ppo.num_iterations,
             value_warmup_epochs=ppo.value_warmup_epochs,
             discounts=discounts(ppo),
-            coefficients=PPOCoefficients(
-                clip=ppo.clip,
-                value_clip=ppo.value_clip or math.inf,
-                value_coef=ppo.value_coef,
-                kl_coef=ppo.kl_coef,
-                entropy_coef=ppo.entropy_coef,
-                max_importance_weight=ppo.max_importance_weight,
-            ),
+            coefficients=coefficients(ppo),
             batch_size=ppo.batch_size,
             micro_batch_tokens=ppo.micro_batch_tokens,
             share_prefixes=ppo.share_prefixes,
@@ -256,5 +242,5 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
         )
     if config.validation.select_best and course.best_step is not None:
         run.load(engine, Place("ppo", course.best_step))
-    run.export("ppo", Trained.gather(engine, str(run.path / "sft")), tokenizer)
+    run.export("ppo", Trained.gather(engine, str(start)), tokenizer)
     engine.close()

@@ -38,7 +38,10 @@ def train_on_preferences(config: RunConfig, run: RunFolder, setup: Setup) -> Non
     for stage in stages:
         section: PreferenceStageConfig = config.dpo if stage == "dpo" else config.reward_model
         names = ("lr", "batch_size", "micro_batch_size", "num_epochs", "warmup_steps", "weight_decay", "max_grad_norm")
-        schedule = Schedule(**{name: getattr(section, name) for name in names})
+        schedule = Schedule(
+            **{name: getattr(section, name) for name in names},
+            gradient_checkpointing=config.engine.gradient_checkpointing,
+        )
         total = section.num_epochs * -(-len(kept) // section.batch_size)
         with progress_bar() as progress:
             bar: TaskID = progress.add_task(stage, total=total, note="")

@@ -191,6 +191,32 @@ def lay_out(
     return rows, plan
 
 
+def credited(
+    engine: Engine,
+    trajectories: Sequence[Trajectory],
+    rewards: Sequence[Sequence[float]],
+    discounts: Discounts,
+    *,
+    micro_batch_tokens: int,
+    share_prefixes: bool,
+    masked: Collection[SessionStatus],
+) -> tuple[list[Row], list[list[Played]], dict[str, float]]:
+    """`lay_out` with the credit `lineage`, where it is asked for, and its mean size under the name that is logged."""
+    if not discounts.lineage:
+        return *lay_out(trajectories, rewards, masked), {}
+    credits = lineage_terms(
+        engine,
+        trajectories,
+        rewards,
+        discount=discounts.lineage,
+        micro_batch_tokens=micro_batch_tokens,
+        share_prefixes=share_prefixes,
+        masked=masked,
+    )
+    size = float(np.mean(np.abs(np.concatenate(credits))))
+    return *lay_out(trajectories, rewards, masked, credits), {"lineage": size}
+
+
 def advantages(
     plan: Sequence[Sequence[Played]],
     rows: Sequence[Row],
@@ -306,20 +332,15 @@ def update(
         Means over the action tokens of all steps that were not skipped, NaN if all were; `first_ratio` is the mean
         ratio at the first minibatch, which must be 1; `epochs`, how many were done, skipped steps left out.
     """
-    credit: dict[str, float] = {}
-    credits = None
-    if discounts.lineage:
-        credits = lineage_terms(
-            engine,
-            trajectories,
-            rewards,
-            discount=discounts.lineage,
-            micro_batch_tokens=micro_batch_tokens,
-            share_prefixes=share_prefixes,
-            masked=masked,
-        )
-        credit = {"lineage": float(np.mean(np.abs(np.concatenate(credits))))}
-    rows, plan = lay_out(trajectories, rewards, masked, credits)
+    rows, plan, credit = credited(
+        engine,
+        trajectories,
+        rewards,
+        discounts,
+        micro_batch_tokens=micro_batch_tokens,
+        share_prefixes=share_prefixes,
+        masked=masked,
+    )
     with nullcontext() if reference is None else reference.scoring():
         scored = score_rows(
             engine,

@@ -45,6 +45,7 @@ class Schedule:
     warmup_steps: int
     weight_decay: float
     max_grad_norm: float
+    gradient_checkpointing: bool = False
 
 
 def import_trl() -> ModuleType:
@@ -93,6 +94,8 @@ def train_dpo(
 ) -> PreTrainedModel:
     """Direct preference optimisation by TRL's DPOTrainer; the reference is the model as it comes.
 
+    A model of bfloat16 learns in float32, its passes are in bfloat16, and it is given back in bfloat16.
+
     Args:
         beta: How strongly it is held to the reference.
         on_log: Called with the optimizer step and TRL's own figures, those on `held_out` (`eval_*`) at the end.
@@ -100,14 +103,15 @@ def train_dpo(
     trl = import_trl()
     with tempfile.TemporaryDirectory() as folder:
         arguments = trl.DPOConfig(**_arguments(schedule, lm, folder, seed), beta=beta, max_length=None)
+        reference, dtype = copy.deepcopy(lm), lm.dtype
         trainer = trl.DPOTrainer(
-            model=lm,
-            ref_model=copy.deepcopy(lm),
+            model=_learning(lm),
+            ref_model=reference,
             args=arguments,
             processing_class=tokenizer,
             **_parts(pairs, held_out, on_log),
         )
-        return _run(trainer)
+        return _run(trainer, dtype)
 
 
 def train_reward_model(
@@ -128,12 +132,13 @@ def train_reward_model(
     trl = import_trl()
     torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(str(source), num_labels=1)
+    dtype = model.dtype
     with tempfile.TemporaryDirectory() as folder:
         arguments = trl.RewardConfig(**_arguments(schedule, model, folder, seed), max_length=None)
         trainer = trl.RewardTrainer(
-            model=model, args=arguments, processing_class=tokenizer, **_parts(pairs, held_out, on_log)
+            model=_learning(model), args=arguments, processing_class=tokenizer, **_parts(pairs, held_out, on_log)
         )
-        return _run(trainer)
+        return _run(trainer, dtype)
 
 
 def _arguments(schedule: Schedule, model: PreTrainedModel, folder: str, seed: int) -> dict[str, Any]:
@@ -150,7 +155,7 @@ def _arguments(schedule: Schedule, model: PreTrainedModel, folder: str, seed: in
         "max_grad_norm": schedule.max_grad_norm,
         "bf16": model.dtype == torch.bfloat16,
         "use_cpu": not torch.cuda.is_available(),
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": schedule.gradient_checkpointing,
         "save_strategy": "no",
         "logging_steps": 1,
         "report_to": "none",
@@ -175,10 +180,17 @@ def _parts(pairs: Sequence[Pair], held_out: Sequence[Pair], on_log: OnLog) -> di
     }
 
 
-def _run(trainer: Any) -> PreTrainedModel:
+def _learning(model: PreTrainedModel) -> PreTrainedModel:
+    """With weights in float32: small steps would be lost in those of bfloat16."""
+    torch.nn.Module.to(model, torch.float32)
+    return model
+
+
+def _run(trainer: Any, dtype: torch.dtype) -> PreTrainedModel:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.evaluate()
     model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model)
+    torch.nn.Module.to(model, dtype)
     model.eval()
     return model

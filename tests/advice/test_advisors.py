@@ -16,7 +16,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from agile.advice import AdviceDesk, CallbackAdvisor, DatasetAdvisor, NoisyAdvisor, TerminalAdvisor
+from agile.advice import (
+    NOTHING_READABLE,
+    AdviceDesk,
+    CallbackAdvisor,
+    DatasetAdvisor,
+    NoisyAdvisor,
+    RecordedAdvisor,
+    TerminalAdvisor,
+    wrong_answer,
+)
 from agile.errors import AgileError
 from agile.protocols import Advisor
 from agile.types import Advice, AdviceRequest, AdviceStatus, Item
@@ -255,3 +264,27 @@ def test_line_typed_after_a_timeout_answers_the_next_question() -> None:
     first, second = asyncio.run(two())
     assert first.status is AdviceStatus.TIMEOUT
     assert second.answer == "yes"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Recorded answers, and wrong ones
+
+
+def test_recorded_answers_are_given_and_null_is_one_that_nobody_can_read() -> None:
+    known = RecordedAdvisor({"q0": "B"}, "m")
+    assert ask(known) == Advice("B", expert="m", price=0.3)
+    assert ask(RecordedAdvisor({"q0": None}, "m")) == Advice(NOTHING_READABLE, expert="m", price=0.3)
+    assert ask(RecordedAdvisor({"q1": "B"}, "m")).status is AdviceStatus.REFUSED
+
+
+@pytest.mark.parametrize(("gold", "wrong"), [("yes", "no"), ("No", "yes"), ("a pan", "unknown")])
+def test_wrong_answers_of_short_ones(gold: str, wrong: str) -> None:
+    assert wrong_answer(request(Item("q0", "?", gold, "fact"))) == wrong
+
+
+def test_wrong_answers_are_other_options_evenly() -> None:
+    item = Item("q0", "?", "B", "k", context={"options": dict.fromkeys("ABCD", "words")})
+    given = [wrong_answer(request(item, f"s/{n}")) for n in range(300)]
+    assert set(given) == {"A", "C", "D"}
+    assert min(map(given.count, "ACD")) > 60
+    assert given == [wrong_answer(request(item, f"s/{n}")) for n in range(300)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import LlamaForCausalLM
 from agile.batching import make_batch
 from agile.engine import Engine
 from agile.errors import AgileError
+from agile.lora import adapter_config, adapter_weights, add_adapter, plain_parameters
 from agile.model import ActorCritic
 from agile.policies.vllm import VLLMPolicy
 from agile.types import Completion
@@ -266,3 +268,31 @@ def test_it_shares_the_process_with_the_trainer_and_tied_weights_are_taken_over(
 def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, arguments: dict[str, Any], reason: str) -> None:
     with pytest.raises(AgileError, match=reason):
         VLLMPolicy(save(make_model(), tmp_path), enforce_eager=True, **arguments)
+
+
+def learn(lm: LlamaForCausalLM, seed: int) -> None:
+    """Change the adapter's weights."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in adapter_weights(lm):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.timeout(2400)
+def test_an_adapter_is_swapped_and_agrees_with_merged_weights(policy: VLLMPolicy, tmp_path: Path) -> None:
+    lm = make_model(3)
+    folder = save(lm, tmp_path / "model")
+    add_adapter(lm, rank=3, alpha=6)
+    with closing(start(folder, max_num_seqs=16, adapter=adapter_config(lm, str(folder)))) as swapping:
+        assert largest_error(lm, swapping) < 1e-4, "an adapter that learned nothing is the model"
+        for version in range(1, 4):
+            learn(lm, version)
+            assert largest_error(lm, swapping) > 1e-3, "the test needs an adapter that learned something"
+            swapping.update_weights(adapter_weights(lm), version)
+            assert largest_error(lm, swapping) < 1e-4
+            assert {c.policy_version for c in sample(swapping, PROMPTS)} == {version}
+        swapped = sample(swapping, PROMPTS)
+    policy.update_weights(((name, value()) for name, _, value in plain_parameters(lm)), 3)
+    for one, other in zip(sample(policy, PROMPTS), swapped, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)

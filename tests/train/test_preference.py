@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,29 @@ def test_a_run_of_all_stages_leaves_agents_that_play(tmp_path: Path) -> None:
     assert [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] == lines
 
 
+@pytest.mark.slow
+def test_a_model_of_bfloat16_learns_in_float32() -> None:
+    """Steps of 1e-6 of its size would be rounded away; TRL's figures show that it moved."""
+    codec = make_codec("word")
+    lm = small_llama(codec.tokenizer, num_layers=2, hidden_size=32, num_heads=2, max_tokens=64, seed=0)
+    torch.nn.Module.to(lm, torch.bfloat16)
+    kept, held_out = split_pairs(colour_pairs(codec, 60), 0.2, seed=0)
+    logs: list[Mapping[str, float]] = []
+    schedule = replace(SCHEDULE, lr=2e-5, num_epochs=3, gradient_checkpointing=True)
+    trained = train_dpo(
+        lm,
+        codec.tokenizer,
+        kept,
+        held_out,
+        beta=0.1,
+        schedule=schedule,
+        seed=0,
+        on_log=lambda step, figures: logs.append(figures),
+    )
+    assert trained.dtype == torch.bfloat16
+    assert [line for line in logs if "rewards/margins" in line][-1]["rewards/margins"] > 1e-4
+
+
 def test_without_trl_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(AgileError, match=r"\.\[trl\]"):
@@ -123,6 +147,12 @@ def test_a_file_of_another_format_is_refused_by_its_line(tmp_path: Path) -> None
         (["stages=[dpo]", "preferences.data=x"], "model.path names no agent"),
         (["stages=[sft,dpo]"], "preferences.data=FILE"),
         (["stages=[sft,ppo,dpo]", "ppo.num_iterations=0"], "preferences.data=FILE"),
+        (["stages=[sft,ppo,dpo]", "lora.rank=4", "model.path=x"], "has dpo, .* but lora is an adapter"),
+        (["stages=[sft,ppo,dpo]", "engine.zero_stage=2"], "engine.zero_stage is 2; leave engine.zero_stage out"),
+        (
+            ["stages=[sft,ppo,reward-model]", "engine={zero_stage: 1, offload: optimizer}"],
+            "engine.offload is optimizer",
+        ),
         (["dpo.batch_size=6", "dpo.micro_batch_size=4"], "does not divide"),
     ],
 )

@@ -1,0 +1,224 @@
+"""What is measured for a report: every agent, ablation and baseline on the same test questions, at every price."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from agile.build import Setup
+from agile.calibration import Belief
+from agile.evaluate import Outcome, outcomes, rates
+from agile.expert_play import play_experts
+from agile.instructive import instructive
+from agile.memory_use import SIMILAR, Use, bearing, exact_uses, uses_by_similarity
+from agile.own_answers import beliefs
+from agile.play import Played, play_agent, play_prompted
+from agile.show import describe
+from agile.tasks.scoring import unreadable
+from agile.types import Item, Usage, to_json
+
+LEARNED = ("dpo", "ppo", "sft")  # from the last stage of training to the first
+By = dict[str, list[Outcome]]
+
+
+@dataclass(slots=True)
+class Measured:
+    """What a report is made of; of several runs it can be joined.
+
+    Attributes:
+        macro: Whether every stream counts alike, see `agile.protocols.Task`.
+        groups: Ids of the test streams.
+        results: Outcomes of every agent and baseline at the config's price.
+        ablations: Outcomes of the learned agent without something, by what is missing.
+        prices: Both at other prices: `(results, ablations)` by price.
+        own: Beliefs of the learned agents.
+        uses: What memory did for agents that were played: by similarity, and exactly where the task knows.
+        usages: What their completions took.
+        seconds_of: How long each was played.
+        seconds: Of each part of the work.
+        details, examples, experts, skipped_rows: As the report holds them; of several runs those of the first.
+    """
+
+    macro: bool = False
+    groups: tuple[str, ...] = ()
+    results: By = field(default_factory=dict)
+    ablations: By = field(default_factory=dict)
+    prices: dict[float, tuple[By, By]] = field(default_factory=dict)
+    own: dict[str, list[Belief]] = field(default_factory=dict)
+    uses: dict[str, tuple[list[Use], list[Use]]] = field(default_factory=dict)
+    usages: dict[str, Usage] = field(default_factory=dict)
+    seconds_of: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    experts: dict[str, Any] = field(default_factory=dict)
+    skipped_rows: list[Any] = field(default_factory=list)
+
+
+def best_of(names: Iterable[str]) -> str | None:
+    """The agent that a report is about: that of the last stage of training, else the prompted one."""
+    return next((name for name in (*LEARNED, "prompted") if name in names), None)
+
+
+def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
+    """Play all that the config names; sessions go to `<out>/test-<agent>.jsonl` and `<out>/ablations`.
+
+    Args:
+        folders: Of the trained agents.
+    """
+    config = setup.config.evaluate
+    began = time.monotonic()
+    streams = setup.task.streams("test")
+    found = Measured(setup.task.macro, tuple(stream.id for stream in streams))
+    prompted = "prompted" in config.agents
+    if folders or prompted:
+        setup.embed(streams)
+    found.seconds["embedding"] = time.monotonic() - began
+
+    began = time.monotonic()
+    runs = setup.baselines()
+    found.seconds["baselines"] = time.monotonic() - began
+    found.details = {n: {k: v for k, v in r.detail.items() if k != "sweep"} for n, r in runs.items() if r.detail}
+
+    items = {item.id: item for stream in streams for item in stream.items}
+    for name in [*folders, *(["prompted"] * prompted)]:
+        began = time.monotonic()
+        if name in folders:
+            played = play_agent(setup, folders[name], out / f"test-{name}.jsonl", probe=True)
+        else:
+            played = play_prompted(setup, out)
+            found.details[name] = played.detail
+        found.results[name] = outcomes(played.trajectories)
+        found.usages[name], found.seconds_of[name] = played.usage, played.seconds
+        found.uses[name] = uses_by_similarity(played.trajectories), exact_uses(played.trajectories, items)
+        told = beliefs(played.sessions, items, played.codec, played.own_answers, setup.task)
+        if name in folders:
+            found.own[name] = told
+        if name == best_of([*folders, *(["prompted"] * prompted)]):
+            found.examples = _examples(played, told, items)
+        if said := {**unreadable(played.sessions), **setup.figures(played.trajectories)}:
+            found.details[name] = {**found.details.get(name, {}), **said}
+        found.seconds[name] = time.monotonic() - began
+    experts = play_experts(setup, out)
+    found.details |= experts.details
+    found.seconds |= experts.seconds
+    if experts.asked:
+        found.experts = experts.report(found.results, macro=found.macro)
+        worth = {"who was asked": found.experts["experts"], "what each is worth": found.experts["gains"]}
+        found.details["experts"] = worth
+    found.results |= experts.results | {name: run.outcomes for name, run in runs.items()}
+    if setup.task.skipped:
+        setup.tell_skipped()
+        found.skipped_rows = list(setup.task.skipped)
+        found.details["rows left out"] = {"number": len(setup.task.skipped)}
+
+    began = time.monotonic()
+    found.ablations = _ablations(setup, out, folders, found.results)
+    if found.ablations:
+        found.seconds["ablations"] = time.monotonic() - began
+    began = time.monotonic()
+    for price in config.prices:
+        found.prices[price] = _at_price(setup, out, folders, found, price)
+    if config.prices:
+        found.seconds["prices"] = time.monotonic() - began
+    return found
+
+
+def _ablations(setup: Setup, out: Path, folders: Mapping[str, Path], whole: By, price: float | None = None) -> By:
+    """The learned agent without each of `evaluate.ablations`, at the config's price or another one."""
+    best = best_of(folders)
+    if best is None:
+        return {}
+    found: By = {}
+    advice_rate = float(rates(whole[best], 0.0)["advice_rate"])
+    for ablation in setup.config.evaluate.ablations:
+        if ablation == "rl":
+            if best == "ppo" and "sft" in whole:
+                found["rl"] = whole["sft"]
+            continue
+        log = f"test-{best}-{ablation}" + ("" if price is None else f"-{price:g}")
+        played = play_agent(
+            setup,
+            folders[best],
+            out / "ablations" / f"{log}.jsonl",
+            price=price,
+            ablation=ablation,
+            advice_rate=advice_rate,
+        )
+        found[ablation] = outcomes(played.trajectories)
+    return found
+
+
+def _at_price(setup: Setup, out: Path, folders: Mapping[str, Path], found: Measured, price: float) -> tuple[By, By]:
+    """Agents, ablations and baselines at another price; agents that do not see it do what they did."""
+    runs = setup.baselines(price)
+    results: By = {}
+    anew = setup.agent.show_price and price != setup.config.task.advice_price
+    for name, played in found.results.items():
+        if name in runs:
+            results[name] = runs[name].outcomes
+        elif anew and name in folders:
+            log = out / f"test-{name}-{price:g}.jsonl"
+            results[name] = outcomes(play_agent(setup, folders[name], log, price=price).trajectories)
+        else:
+            results[name] = played
+    return results, _ablations(setup, out, folders, results, price) if anew else found.ablations
+
+
+def _examples(played: Played, told: Sequence[Belief], items: Mapping[str, Item]) -> list[dict[str, Any]]:
+    """The most instructive sessions, to read."""
+    bore = {s.id: bearing(s, items[s.item_id], SIMILAR) for s in played.sessions}
+    examples = []
+    for chosen in instructive(played.sessions, {b.session_id: b for b in told}, bore):
+        session = chosen.session
+        view = to_json(describe(session, played.codec))
+        gold = items[session.item_id].answer
+        facts = [("why", chosen.why), ("gold", ", ".join(map(str, gold)) if isinstance(gold, list) else str(gold))]
+        own = played.own_answers.get(session.id)
+        if own is not None:
+            facts.append(("would say", f"{own.text} ({own.confidence:.0%})"))
+        examples.append({**view, "heading": chosen.heading, "facts": [*facts, *view["facts"]]})
+    return examples
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Several runs
+
+
+def joined(parts: Mapping[str, Measured]) -> Measured:
+    """What several runs measured as one: a question of each is another question.
+
+    Args:
+        parts: By the run's name, which is put before the ids of streams.
+    """
+    first = next(iter(parts.values()))
+    whole = Measured(first.macro, first.groups)
+    for run, part in parts.items():
+        _extend(whole.results, part.results, run)
+        _extend(whole.ablations, part.ablations, run)
+        for price, (results, ablations) in part.prices.items():
+            kept = whole.prices.setdefault(price, ({}, {}))
+            _extend(kept[0], results, run)
+            _extend(kept[1], ablations, run)
+        for name, told in part.own.items():
+            whole.own.setdefault(name, []).extend(told)
+        for name, (similar, exact) in part.uses.items():
+            both = whole.uses.setdefault(name, ([], []))
+            both[0].extend(similar)
+            both[1].extend(exact)
+        for name, usage in part.usages.items():
+            whole.usages[name] = whole.usages.get(name, Usage()) + usage
+        for mine, other in ((whole.seconds_of, part.seconds_of), (whole.seconds, part.seconds)):
+            for name, seconds in other.items():
+                mine[name] = mine.get(name, 0.0) + seconds
+    whole.details, whole.examples = first.details, first.examples
+    whole.experts, whole.skipped_rows = first.experts, first.skipped_rows
+    return whole
+
+
+def _extend(whole: By, part: By, run: str) -> None:
+    for name, found in part.items():
+        whole.setdefault(name, []).extend(replace(o, stream_id=f"{run}/{o.stream_id}") for o in found)

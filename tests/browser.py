@@ -1,0 +1,115 @@
+"""A page in a real headless browser, by the DevTools protocol over a pipe: no driver to install."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def find_browser() -> str | None:
+    """The program of a browser that is installed, if there is one."""
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+class Browser:
+    """One page of a headless Chromium.
+
+    Attributes:
+        complaints: What the console and the browser said that is a warning or worse.
+    """
+
+    def __init__(self, program: str) -> None:
+        self.complaints: list[str] = []
+        self._profile = tempfile.mkdtemp(prefix="agile-browser-")
+        commands, self._commands = os.pipe()
+        self._answers, answers = os.pipe()
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+
+        def place() -> None:  # the protocol's pipe is the file descriptors 3 and 4
+            high = [os.dup2(commands, 60), os.dup2(answers, 61)]
+            os.dup2(high[0], 3)
+            os.dup2(high[1], 4)
+
+        self._process = subprocess.Popen(
+            [program, *flags, "--remote-debugging-pipe", f"--user-data-dir={self._profile}", "about:blank"],
+            preexec_fn=place,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(commands)
+        os.close(answers)
+        self._buffer, self._number, self._session = b"", 0, ""
+        target = self._send("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self._send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self._send(f"{domain}.enable")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._commands)
+        os.close(self._answers)
+        shutil.rmtree(self._profile, ignore_errors=True)
+
+    def open(self, page: Path, width: int, *, dark: bool = False) -> None:
+        """Show a file at this width, in CSS pixels."""
+        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self._send("Emulation.setEmulatedMedia", features=scheme)
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self._send("Emulation.setDeviceMetricsOverride", **size)
+        self._send("Page.navigate", url=page.resolve().as_uri())
+        while self.value("document.readyState") != "complete":
+            pass
+
+    def value(self, expression: str) -> Any:
+        """What an expression gives in the page."""
+        return self._send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def picture(self, path: Path) -> None:
+        """Write the whole page as a PNG."""
+        taken = self._send("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(taken["data"]))
+
+    def _send(self, method: str, **params: Any) -> dict[str, Any]:
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._commands, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._receive()
+            if answer.get("id") == self._number:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']}")
+                return dict(answer["result"])
+            said = answer.get("params", {})
+            match answer.get("method"):
+                case "Log.entryAdded" if said["entry"]["level"] in ("warning", "error"):
+                    self.complaints.append(said["entry"]["text"])
+                case "Runtime.exceptionThrown":
+                    self.complaints.append(said["exceptionDetails"]["text"])
+                case "Runtime.consoleAPICalled" if said["type"] in ("warning", "error"):
+                    self.complaints.append(str(said["args"]))
+
+    def _receive(self) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            if not (data := os.read(self._answers, 65536)):
+                raise RuntimeError("the browser ended")
+            self._buffer += data
+        line, self._buffer = self._buffer.split(b"\0", 1)
+        return dict(json.loads(line))
