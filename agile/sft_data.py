@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -203,9 +204,18 @@ def _start_worker(
     global _worker
     import torch
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     setup = Setup(config, folder)
     _worker = setup.imitation(setup.executor(tokenizer)), list(jobs(streams, config.sft.sessions_per_item))
+
+
+def _end_with_parent() -> None:
+    """Nobody else tells a worker that its parent was killed; it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _play_numbers(start: int, end: int) -> list[dict[str, Any]]:

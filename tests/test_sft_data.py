@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 
 from agile.batching import Row
@@ -82,11 +87,21 @@ def test_killed_and_started_again_it_gives_the_same_file(built: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_several_processes_write_the_same_file(tmp_path: Path) -> None:
-    many = config("sft.sessions_per_item=4")
-    for workers in (1, 2):
-        build_sft_data(many, tmp_path / str(workers), QUIET, workers=workers)
-    assert (tmp_path / "1" / DATA).read_bytes() == (tmp_path / "2" / DATA).read_bytes()
+def test_several_processes_that_are_killed_write_the_same_file(tmp_path: Path) -> None:
+    many = config("sft.sessions_per_item=8")
+    build_sft_data(many, tmp_path / "one", QUIET, workers=1)
+    written = tmp_path / "killed" / DATA
+    command = [sys.executable, "-m", "agile.cli", "sft-data", str(tmp_path / "config.yaml"), "--workers", "2"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(many.model_dump(mode="json")))
+    process = subprocess.Popen([*command, f"out={written.parent}"], cwd=Path(__file__).parents[1])
+    while process.poll() is None and not (written.exists() and written.read_bytes().count(b"\n") > 1):
+        time.sleep(0.05)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it was over before it was killed"
+    build_sft_data(many, written.parent, QUIET, workers=2)
+    assert written.read_bytes() == (tmp_path / "one" / DATA).read_bytes()
+    assert len(workers) >= 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
 def test_a_file_of_something_else_is_refused(built: Path, tmp_path: Path) -> None:
