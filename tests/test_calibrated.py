@@ -101,13 +101,18 @@ PUBLISHED = {
     0.2: 0.888,
     0.1: 0.938,
 }  # over six test groups
-TRAIN_GROUPS = ("blades", "cell_phones", "dresses", "grips", "gun_holsters", "handheld_flashlights")
+MEASURED = {0.5: 0.7682, 0.4: 0.8063, 0.3: 0.8410, 0.2: 0.8852, 0.1: 0.9385}
+RECALL = {0.5: 0.7425, 0.4: 0.7795, 0.3: 0.8219, 0.2: 0.8731, 0.1: 0.9313}
+TRAIN_GROUPS = (
+    *("blades", "blu_ray_players", "camera_lenses", "cell_phones", "coffee_machines", "digital_scales"),
+    *("dresses", "everyday_bras", "grips", "gun_holsters", "handheld_flashlights", "headlight_bulbs"),
+)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # embeds 12,500 questions
+@pytest.mark.timeout(1800)  # embeds 18,500 questions
 def test_real_groups_give_the_known_figures(data: Path) -> None:
-    """With 6 of the 20 train groups it still comes near what was measured with all, and beats recall at every price."""
+    """With 12 of the 20 train groups it is within .01 of what was reached before, and beats recall at every price."""
     task = ProductQA(data / "productqa", train_groups=TRAIN_GROUPS)
     runs = run_baselines(
         ["recall", "calibrated_recall"],
@@ -119,5 +124,7 @@ def test_real_groups_give_the_known_figures(data: Path) -> None:
     )
     for price, published in PUBLISHED.items():
         recalled, calibrated = (rates(run.outcomes, price, macro=True)["score"] for run in runs[price].values())
-        assert calibrated == pytest.approx(published, abs=0.015)
+        assert recalled == pytest.approx(RECALL[price], abs=6e-5)
+        assert calibrated == pytest.approx(MEASURED[price], abs=0.002)  # other processors round embeddings differently
+        assert calibrated == pytest.approx(published, abs=0.01)
         assert calibrated > recalled
