@@ -266,11 +266,18 @@ class RunFolder:
                 model.save_pretrained(draft)
                 tokenizer.save_pretrained(draft)
 
-    def close(self) -> None:
-        """Wait for the other processes, and leave the folder to others."""
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.close(wait=error is None)  # after an error the others stand at some other barrier, or are gone
+
+    def close(self, *, wait: bool = True) -> None:
+        """Wait for the other processes, unless told not to, and leave the folder to others."""
         with writing(self.path):
             self._sessions.close()
-        ranks.barrier()
+        if wait:
+            ranks.barrier()
         if self._main is not None:
             self._main.tracking.close()
             with writing(self.path):

@@ -69,17 +69,16 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     check_processes(config, ranks.world_size())
-    run = RunFolder(out, config, resume=resume)
-    setup = Setup(config, out)
-    with ranks.main_first():
-        check_streams(len(setup.train_streams), len(setup.validation_streams), ranks.world_size())
-        setup.embed([*setup.train_streams, *setup.validation_streams])
-    # also on resume: what a save and a load add to its files is no part of the run
-    tokenizer = ranks.broadcast(setup.tokenizer())
-    executor = setup.executor(tokenizer, counterfactual=config.ppo.credit == "lineage")
-    if "sft" in config.stages and (run.place is None or run.place.stage == "sft"):
-        imitate(config, run, setup, executor)
-    if config.plays:
-        reinforce(config, run, setup, executor)
-    train_on_preferences(config, run, setup)
-    run.close()
+    with RunFolder(out, config, resume=resume) as run:
+        setup = Setup(config, out)
+        with ranks.main_first():
+            check_streams(len(setup.train_streams), len(setup.validation_streams), ranks.world_size())
+            setup.embed([*setup.train_streams, *setup.validation_streams])
+        # also on resume: what a save and a load add to its files is no part of the run
+        tokenizer = ranks.broadcast(setup.tokenizer())
+        executor = setup.executor(tokenizer, counterfactual=config.ppo.credit == "lineage")
+        if "sft" in config.stages and (run.place is None or run.place.stage == "sft"):
+            imitate(config, run, setup, executor)
+        if config.plays:
+            reinforce(config, run, setup, executor)
+        train_on_preferences(config, run, setup)
