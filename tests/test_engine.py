@@ -302,7 +302,7 @@ def test_every_process_gets_full_weights(stage: int, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     command = [*launcher, sys.executable, "-c", program, str(stage), str(tmp_path)]
     root = Path(__file__).parents[1]
-    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, check=True, timeout=100)
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, check=True, timeout=600)
     expected = trained_actor(0)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")

@@ -228,7 +228,7 @@ def test_two_processes_learn_and_export_what_one_does(stage: int, tmp_path: Path
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
     command = [*launcher, sys.executable, "-c", program, str(stage), str(tmp_path)]
     root = Path(__file__).parents[1]
-    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, check=True, timeout=280)
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, check=True, timeout=800)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "agent")
     for name, expected in learned(0).items():
         for rank in (0, 1):

@@ -203,7 +203,7 @@ def test_other_commands_refuse_a_launcher(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
     )
     assert done.returncode != 0
     assert done.stderr.count("agile bench runs in one process") == 1
