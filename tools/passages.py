@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-import bm25s
 import numpy as np
 from numpy.typing import NDArray
 
@@ -77,6 +76,8 @@ def bm25(query: str, passages: Sequence[str]) -> NDArray[np.float64]:
 
 def _bm25(query: str, texts: Sequence[str]) -> NDArray[np.float64]:
     """By the library bm25s, Lucene's variant with English stop words."""
+    import bm25s  # it loads numba where that is installed, and vLLM does not start in a process that has llvmlite
+
     words = bm25s.tokenize([query, *texts], stopwords="en", return_ids=False, show_progress=False)
     if not any(words[1:]):
         return np.zeros(len(texts))
