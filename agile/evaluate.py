@@ -57,7 +57,7 @@ def outcomes(trajectories: Iterable[Trajectory]) -> list[Outcome]:
                     session.index,
                     len(trajectory.sessions),
                     session.kind,
-                    session.reward.components.get("correct", 0.0) > 0.5,
+                    bool(session.correct),
                     session.advised,
                     session.failed,
                 )

@@ -97,7 +97,7 @@ class Imitation:
         """Why a session is no example to follow: it broke off, is wrong, or found nothing; empty if it is one."""
         if session.failed:
             return str(session.status)
-        if session.reward is not None and session.reward.components.get("correct", 1.0) < 0.5:
+        if session.correct is False:
             return "wrong"
         for name, most in self.max_calls.items():
             if sum(step.action.name == name for step in session.steps) >= most:

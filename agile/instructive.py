@@ -84,8 +84,7 @@ def _learnt(sessions: Sequence[Session], bore: Mapping[str, Collection[int]]) ->
     writers = {(s.stream_id, number): s for s in sessions if s.advised for number in s.written}
     readers: dict[str, list[Session]] = {}
     for session in sessions:
-        right = session.reward is not None and session.reward.components.get("correct", 0.0) > 0.5
-        if right and not session.advised:
+        if session.correct and not session.advised:
             known = {writers[key].id for n in bore.get(session.id, ()) if (key := (session.stream_id, n)) in writers}
             for writer_id in known:
                 readers.setdefault(writer_id, []).append(session)

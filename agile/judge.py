@@ -76,7 +76,7 @@ def judged(config: PromptedConfig, folder: Path, played: Sequence[tuple[Item, Se
     Raises:
         AgileError: See `judge`.
     """
-    right = [s.reward is not None and s.reward.components.get("correct", 0.0) > 0.5 for _, s in played]
+    right = [bool(s.correct) for _, s in played]
     open_cases = {
         i: (item.question, str(item.answer), s.answer)
         for i, (item, s) in enumerate(played)

@@ -136,8 +136,7 @@ def _grouped(uses: Sequence[Use], key: Callable[[Use], Any]) -> dict[Any, list[U
 
 
 def _use(session: Session, length: int, retrieved: bool, held: bool | None) -> Use:
-    right = session.reward is not None and session.reward.components.get("correct", 0.0) > 0.5
-    return Use(session.kind, session.index, length, retrieved, held, session.advised, right)
+    return Use(session.kind, session.index, length, retrieved, held, session.advised, bool(session.correct))
 
 
 def _shown(session: Session) -> list[Retrieved]:

@@ -113,7 +113,7 @@ def beliefs(
             predicted = [s.probability for s in said if s.name == Fn.PREDICT_ANSWER]
             if not predicted:
                 continue
-            confidence, right = predicted[-1], session.reward.components.get("correct", 0.0) > 0.5
+            confidence, right = predicted[-1], bool(session.correct)
         chosen = first.name_probability
         readiness = 1 - chosen if first.name == Fn.SEEK_ADVICE else chosen
         if not math.isnan(confidence):

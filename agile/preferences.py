@@ -154,7 +154,7 @@ def find_preferences(
     pairs: dict[tuple[str, str, str], Preference] = {}
     for session in sessions():
         counts["sessions"] += 1
-        if not _answered_wrong(session):
+        if session.correct is not False or session.failed or session.advised:
             continue
         counts["wrong"] += 1
         found = _corrected(session, codec, said, gold)
@@ -187,12 +187,6 @@ def _corrected(
     if decision is None:
         return "undecided"
     return preference(codec, decision, answer, session.id, source) or "not_exact"
-
-
-def _answered_wrong(session: Session) -> bool:
-    """Whether the agent came to a wrong answer without an expert's."""
-    known = session.reward is not None and session.reward.components.get("correct", 1.0) < 0.5
-    return known and not session.failed and not session.advised
 
 
 def run_preferences(run: Path, *, gold: bool = False) -> tuple[list[Preference], dict[str, int]]:

@@ -464,6 +464,12 @@ class Session:
     def failed(self) -> bool:
         return self.status is not SessionStatus.COMPLETED
 
+    @property
+    def correct(self) -> bool | None:
+        """Whether the task called it right (the component `correct` of its reward); None where that is not known."""
+        found = None if self.reward is None else self.reward.components.get("correct")
+        return None if found is None else found > 0.5
+
     def called(self, name: str) -> bool:
         return any(step.action.name == name for step in self.steps)
 

@@ -125,7 +125,7 @@ class HotPotQA:
     @staticmethod
     def figures(played: Sequence[tuple[Item, Session]]) -> dict[str, float]:
         """Means over sessions of exact match and F1: both 1 where advice counts as right, 0 where a session failed."""
-        exact = [float(s.reward is not None and s.reward.components["correct"] > 0.5) for _, s in played]
+        exact = [float(bool(s.correct)) for _, s in played]
         overlap = [
             right if s.advised or s.failed or s.answer is None else f1(item.answer, s.answer)
             for right, (item, s) in zip(exact, played, strict=True)
