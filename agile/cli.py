@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -503,6 +504,67 @@ def minishop(
         spec = MiniShopSpec(task.num_train_worlds, task.num_test_worlds, task.num_questions)
         write_minishop(out, spec, config.seed)
         console.print(f"{task.num_train_worlds} train and {task.num_test_worlds} test worlds: {out}", soft_wrap=True)
+
+
+grade = typer.Typer(name="grade", no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(grade, help="Check a grader of reinforcement fine-tuning, or grade samples with it.")
+AsJson = Annotated[bool, typer.Option("--json", help="For machines; errors go to stderr.")]
+
+
+@grade.command("validate")
+def grade_validate(
+    grader: Annotated[Path, typer.Argument(help="Grader file, JSON.", show_default=False)], as_json: AsJson = False
+) -> None:
+    """Check a grader file: fields, templates, formula, labels, range, Python source. Nothing of it is run.
+
+    Exit codes: 0 valid, 2 not.
+
+    - `agile grade validate grader.json`
+    """
+    with _one_screen():
+        from agile.tasks.graders.command import validate
+
+        validate(grader, console, as_json=as_json)
+
+
+@grade.command("run")
+def grade_run(
+    grader: Annotated[str, typer.Argument(help="Grader file, or function as module.name.", show_default=False)],
+    sample: Annotated[
+        Path, typer.Argument(help='{"model_sample": TEXT, "item": {...}}; .jsonl: one a line.', show_default=False)
+    ],
+    as_json: AsJson = False,
+    base_url: Annotated[
+        str, typer.Option(help="OpenAI-compatible endpoint of model graders.")
+    ] = "https://api.openai.com/v1",
+    api_key_env: Annotated[str, typer.Option(help="Variable that holds its key; empty for none.")] = "OPENAI_API_KEY",
+    cache: Annotated[
+        Path | None, typer.Option(help="SQLite file that keeps what models answered.", show_default=False)
+    ] = None,
+    time_s: Annotated[float, typer.Option("--time", min=0.1, help="Limit of a python grader, seconds.")] = 120.0,
+) -> None:
+    """Grade samples.
+
+    Exit codes: 0 graded, 1 graded with an error (which `errors` names), 2 not graded.
+
+    - `agile grade run grader.json sample.json`
+    - `agile grade run grader.json samples.jsonl --base-url http://localhost:8000/v1 --api-key-env "" --json`
+    - `agile grade run my_rewards.grade samples.jsonl`
+    """
+    with _one_screen():
+        from agile.tasks.graders import Limits
+        from agile.tasks.graders.command import find_grader, print_grades, read_cases, run
+
+        found, cases = find_grader(grader), read_cases(sample)
+        key = api_key_env or None
+        grades = run(found, cases, base_url=base_url, api_key_env=key, cache=cache, limits=Limits(time_s=time_s))
+        if as_json:
+            for result in grades:
+                typer.echo(json.dumps(result.to_json()))
+        else:
+            print_grades(grades, console)
+        if any(result.errors.kinds for result in grades):
+            raise typer.Exit(1)
 
 
 def main() -> None:
