@@ -143,6 +143,7 @@ def _report(config: RunConfig, found: Measured, started: float) -> dict[str, Any
     report: dict[str, Any] = {
         "task": config.task.name,
         "advice_price": price,
+        "advice_counts": config.task.advice_counts,
         "agents": {name: summarise(o, price, macro=macro, seed=seed) for name, o in found.results.items()},
         "comparisons": _comparisons(found.results, price, macro, seed),
         "details": found.details,

@@ -126,6 +126,7 @@ def made_up_report() -> dict[str, Any]:
         **made_up_measurements(),
         "task": "minishop",
         "advice_price": PRICE,
+        "advice_counts": "always",
         "agents": agents,
         "seconds": {"worlds": 2.1, "imitation": 182.4, "ppo": 301.0, "evaluation": 74.2},
         "comparisons": [
@@ -340,6 +341,24 @@ def test_summary_says_what_matters(page: str) -> None:
     ):
         assert sentence in page
     assert re.search(r"<details class=\"reading\"><summary>Question 3 .*Made to answer it is right.</summary>", page)
+
+
+ALWAYS, IF_RIGHT = (
+    "Advised sessions count as correct",
+    "An advised session counts as correct only if the expert was right",
+)
+
+
+@pytest.mark.parametrize(("counts", "said"), [("always", ALWAYS), ("if_right", IF_RIGHT), (None, "")])
+def test_page_says_when_an_advised_session_is_right(
+    counts: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agile.report.draw_all", lambda *_: {"accuracy": "<svg></svg>"})
+    monkeypatch.setattr("agile.report.draw_measured", lambda *_: {})
+    page = render_html(bare_report() | ({} if counts is None else {"advice_counts": counts}))
+    for sentence in (ALWAYS, IF_RIGHT):  # the remark on the tile, the caption of the plot, the definition
+        assert page.count(sentence) == (3 if sentence == said else 0)
+    assert ("baselines ask one who always is" in page) == (counts == "if_right")
 
 
 def test_agents_look_the_same_in_every_plot() -> None:
