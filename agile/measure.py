@@ -107,8 +107,6 @@ def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
     found.seconds |= experts.seconds
     if experts.asked:
         found.experts = experts.report(found.results, macro=found.macro)
-        worth = {"who was asked": found.experts["experts"], "what each is worth": found.experts["gains"]}
-        found.details["experts"] = worth
     found.results |= experts.results | {name: run.outcomes for name, run in runs.items()}
     if setup.task.skipped:
         setup.tell_skipped()

@@ -32,6 +32,9 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
                          what the paper reports, see `agile.published`; never ranked among the measured
     envelope             {price: {score, by, published, same_questions}}, the best reference line or published figure at
                          each price, which a better agent has to clear
+    experts              {experts: [{expert, accuracy, answered, unreadable, price, latency_s}], gains: [{agent, expert,
+                         accuracy, advice_rate, price, score, gain, worth_below}]}, see `agile.expert_worth`
+    skipped_rows         [what is wrong with each row of the task's files that was left out]
     groups               {group: {agent: summary}} or {group: {price: {agent: summary}}}
     details              {name: text, number or mapping}, such as {recall: {scope, threshold, sweep: [a row each]}}
     notes                [text]
@@ -65,6 +68,7 @@ from agile.report_words import (
     ADVICE_COUNTS,
     detail_tables,
     envelope_of,
+    expert_tables,
     headline_of,
     hero_of,
     ranking,
@@ -261,7 +265,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         kinds=list(dict.fromkeys(kind for agent in agents.values() for kind in agent.get("by_type") or {})),
         axis=_axis(agents),
         sweeps=sweeps,
-        tables=detail_tables(report.get("details") or {}),
+        tables=detail_tables(report.get("details") or {}) | expert_tables(report.get("experts") or {}),
         examples=_by_heading(report.get("examples") or []),
         summary=summary_of(report, looks),
         envelope=envelope_of(report, looks),

@@ -69,6 +69,12 @@ def detail_tables(details: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]
     }
 
 
+def expert_tables(experts: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by title: who was asked, and what each is worth to each agent."""
+    titles = {"experts": "experts: who was asked", "gains": "experts: what each is worth"}
+    return {title: experts[key] for key, title in titles.items() if experts.get(key)}
+
+
 def with_scores(agents: Mapping[str, Any]) -> list[str]:
     """Names of the agents that have a score, best first."""
     return sorted((n for n in agents if agents[n].get("score") is not None), key=lambda n: (-agents[n]["score"], n))

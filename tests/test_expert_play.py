@@ -65,6 +65,7 @@ def test_recorded_experts_alone_and_asked(folder: Path) -> None:
     }
     assert report["advice_counts"] == "if_right"
     assert (report["details"]["m"], report["details"]["asks m"]) == ({"unreadable": 1}, {"unreadable advice": 1})
+    assert "experts" not in report["details"]
     gold, recorded = report["experts"]["experts"]
     assert (gold["expert"], gold["accuracy"], gold["price"]) == ("gold", 1.0, 0.4)
     assert recorded == {

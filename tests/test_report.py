@@ -75,12 +75,16 @@ def made_up_measurements() -> dict[str, Any]:
     uses = [Use(list(KINDS)[k % 5], k, 200, k % 3 > 0, k % 2 > 0, k % 5 == 0, k % 4 > 0) for k in range(200)]
     runs = [{"run": f"seed-{k}", "seed": k, **summary(0.9, 0.3 + k / 100, 800)} for k in range(3)]
     figures = {"runs": runs, "mean": summary(0.9, 0.31, 800), "spread": {"accuracy": 0.0, "score": 0.003}}
+    expert = {"expert": "tired-doctor", "accuracy": 0.9, "answered": 1.0, "unreadable": 0.0, "price": 0.3}
+    gain = {"agent": "never_ask", "expert": "tired-doctor", **summary(0.9, 1.0, 2400), "gain": 0.1, "worth_below": 0.4}
     figures_of_others = {"table": "ProductQA", "measure": "short answer", "source": "arXiv 2405.14751v2", "groups": []}
     row = {"agent": "agile-vic13b-ppo", "price": PRICE, "advice_rate": 0.233, "accuracy": 0.854, "score": 0.784}
     return {
         "published": [{**figures_of_others, **row, "same_questions": False}],
         "envelope": {f"{PRICE:g}": {"score": 0.8, "by": "recall", "published": False, "same_questions": True}},
         "ablations": {"agent": "ppo", "rows": rows},
+        "experts": {"experts": [{**expert, "latency_s": None}], "gains": [gain]},
+        "skipped_rows": ["qa.jsonl, line 9: bad"],
         "seeds": {"ppo": figures, "router": figures, "ppo memory": figures},
         "calibration": {name: calibration(told) for name in ("sft", "ppo")},
         "memory_use": {
@@ -418,6 +422,8 @@ def test_what_is_missing_is_left_out(missing: str) -> None:
         ("reference lines and published", "envelope"),
         ("Does it know what it knows", "calibration"),
         ("What memory did", "memory_use"),
+        ("experts: who was asked", "experts"),
+        ("experts: what each is worth", "experts"),
     ):
         assert (heading in page) == (key in report)
     assert "Training" not in page and "What the agents do" not in page  # no plots, no headings for them
