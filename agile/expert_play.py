@@ -100,15 +100,14 @@ def _asked(
 ) -> Asked:
     answered: set[Key] = set()
     right: set[Key] = set()
-    sessions = [(t.stream_id, session) for t in played for session in t.sessions]
-    for stream_id, session in sessions:
+    sessions = [session for t in played for session in t.sessions]
+    for session in sessions:
         if session.advice is None or not session.advised:
             continue
-        key = (stream_id, session.item_id)
-        answered.add(key)
-        if setup.task.is_correct(items[key], session.advice.answer, False):
-            right.add(key)
-    num_unreadable = unreadable(session for _, session in sessions).get(UNREADABLE_ADVICE, 0)
+        answered.add(session.key)
+        if setup.task.is_correct(items[session.key], session.advice.answer, False):
+            right.add(session.key)
+    num_unreadable = unreadable(sessions).get(UNREADABLE_ADVICE, 0)
     return Asked(len(sessions), frozenset(answered), frozenset(right), num_unreadable, price, latency_s)
 
 

@@ -83,7 +83,7 @@ def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
     found.seconds["baselines"] = time.monotonic() - began
     found.details = {n: {k: v for k, v in r.detail.items() if k != "sweep"} for n, r in runs.items() if r.detail}
 
-    items = {item.id: item for stream in streams for item in stream.items}
+    items = {(stream.id, item.id): item for stream in streams for item in stream.items}
     for name in [*folders, *(["prompted"] * prompted)]:
         began = time.monotonic()
         if name in folders:
@@ -166,14 +166,14 @@ def _at_price(setup: Setup, out: Path, folders: Mapping[str, Path], found: Measu
     return results, _ablations(setup, out, folders, results, price) if anew else found.ablations
 
 
-def _examples(played: Played, told: Sequence[Belief], items: Mapping[str, Item]) -> list[dict[str, Any]]:
+def _examples(played: Played, told: Sequence[Belief], items: Mapping[tuple[str, str], Item]) -> list[dict[str, Any]]:
     """The most instructive sessions, to read."""
-    bore = {s.id: bearing(s, items[s.item_id], SIMILAR) for s in played.sessions}
+    bore = {s.id: bearing(s, items[s.key], SIMILAR) for s in played.sessions}
     examples = []
     for chosen in instructive(played.sessions, {b.session_id: b for b in told}, bore):
         session = chosen.session
         view = to_json(describe(session, played.codec))
-        gold = items[session.item_id].answer
+        gold = items[session.key].answer
         facts = [("why", chosen.why), ("gold", ", ".join(map(str, gold)) if isinstance(gold, list) else str(gold))]
         own = played.own_answers.get(session.id)
         if own is not None:

@@ -249,7 +249,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     )
     seconds = report.get("seconds")
     stages = seconds if isinstance(seconds, dict) else {"in all": seconds}
-    advised = ADVICE_COUNTS.get(report.get("advice_counts"), "")
+    advised = ADVICE_COUNTS.get(str(report.get("advice_counts")), "")
     return environment.get_template("report.html.j2").render(
         report=report,
         agents=agents,
