@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agile.memory_use import settles
 from agile.policies.scripted import ScriptedPolicy
 from agile.protocols import Memory
 from agile.tokens import ActionCodec
@@ -231,14 +232,7 @@ class ProductQATeacher:
 
 def in_sight(item: Item, entries: Sequence[Retrieved]) -> bool:
     """Whether metadata or one of the retrieved entries settles the question."""
-    if _shown(item):
-        return True
-    knowledge = item.context.get("knowledge")
-    return any(
-        (e.item.kind is MemoryKind.KNOWLEDGE and e.item.text == knowledge)
-        or (e.item.kind is MemoryKind.HISTORY and e.item.product == item.product and e.item.key == item.question)
-        for e in entries
-    )
+    return _shown(item) or any(settles(item, entry) for entry in entries)
 
 
 def _shown(item: Item) -> bool:

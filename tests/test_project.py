@@ -151,7 +151,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.rollout": (*NOUNS, "agile.executor", "agile.threads"),
     "agile.lag": (*NOUNS, "agile.rollout"),
     "agile.imitation": (*NOUNS, "agile.executor", "agile.policies"),
-    "agile.agents": (*NOUNS, "agile.tokens", "agile.policies", "agile.tools", "agile.tasks.choices"),
+    "agile.agents": (
+        *NOUNS,
+        *("agile.memory_use", "agile.policies", "agile.tasks.choices", "agile.tokens", "agile.tools"),
+    ),
     "agile.tasks": (*NOUNS, "agile.tools"),
     "agile.prices": NOUNS,
     "agile.copies": NOUNS,
