@@ -16,6 +16,7 @@ from agile.errors import AgileError
 from agile.evaluate import Outcome, rates
 from agile.memory.encoders import Encoder
 from agile.protocols import AnswerKey
+from agile.tasks.scoring import fold
 from agile.types import Item, Stream
 
 NAMES = ("always_ask", "never_ask", "router", "recall", "calibrated_recall", "oracle")
@@ -83,7 +84,7 @@ def never_ask(train_streams: Sequence[Stream], streams: Sequence[Stream], task: 
     counts: dict[str, Counter[str]] = {}
     for item in (item for stream in train_streams for item in stream.items):
         if isinstance(item.answer, str):
-            counts.setdefault(item.kind, Counter())[" ".join(item.answer.lower().split())] += 1
+            counts.setdefault(item.kind, Counter())[fold(item.answer)] += 1
     majority = {kind: counter.most_common(1)[0][0] for kind, counter in sorted(counts.items())}
     results = []
     for stream in streams:

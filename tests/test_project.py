@@ -189,8 +189,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.evaluate": NOUNS,
     "agile.published": NOUNS,
     "agile.expert_worth": (*NOUNS, "agile.evaluate"),
-    "agile.baselines": (*NOUNS, "agile.evaluate", "agile.memory.encoders", "agile.calibrated"),
-    "agile.calibrated": (*NOUNS, "agile.memory.encoders"),
+    "agile.baselines": (
+        *NOUNS,
+        *("agile.calibrated", "agile.evaluate", "agile.memory.encoders", "agile.tasks.scoring"),
+    ),
+    "agile.calibrated": (*NOUNS, "agile.memory.encoders", "agile.tasks.scoring"),
     "agile.plots": (),
     "agile.show": (*NOUNS, "agile.tokens"),
     "agile.plots_bench": ("agile.plots",),
