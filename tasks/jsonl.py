@@ -9,9 +9,9 @@ from typing import Any
 
 from agile.errors import AgileError
 from agile.tasks.choices import read_choice
-from agile.tasks.rows import cut, field, lines, optional_text, read_items, show, wrong
+from agile.tasks.rows import field, lines, optional_text, read_items, show, wrong
 from agile.tasks.scoring import AdviceCounts, fold, question_reward
-from agile.tasks.split import held_out
+from agile.tasks.split import train_and_test
 from agile.tools.sql import SqlSearch
 from agile.tools.tables import Table, open_table
 from agile.types import Item, Reward, Session, Stream
@@ -75,14 +75,7 @@ class JsonlTask:
     def streams(self, split: str) -> Sequence[Stream]:
         """The questions of `train` or `test`, read once."""
         if not self._streams:
-            train = self._read(self.data)
-            if self.test_data is None:
-                train, test = held_out(train, self.data)
-            else:
-                test = train if self.test_data == self.data else self._read(self.test_data)
-            for name, items in (("train", train), ("test", test)):
-                parts = cut(name, items, self.stream_length)
-                self._streams[name] = tuple(Stream(stream_id, part) for stream_id, part in parts)
+            self._streams = train_and_test(self._read, self.data, self.test_data, self.stream_length)
         return self._streams[split]
 
     def _read(self, path: Path) -> tuple[Item, ...]:
