@@ -129,6 +129,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.errors": (),
     "agile.seeding": (),
     "agile.ranks": ("agile.errors",),
+    "agile.screen": ("agile.errors", "agile.ranks"),
     "agile.prompts": NOUNS,
     "agile.tokens": NOUNS,
     "agile.memory": NOUNS,
