@@ -10,6 +10,8 @@ from typing import Any
 
 from agile.build import Setup
 from agile.calibration import Belief
+from agile.config import RunConfig, load_config
+from agile.errors import AgileError
 from agile.evaluate import Outcome, outcomes, rates
 from agile.expert_play import play_experts
 from agile.instructive import instructive
@@ -61,6 +63,30 @@ class Measured:
 def best_of(names: Iterable[str]) -> str | None:
     """The agent that a report is about: that of the last stage of training, else the prompted one."""
     return next((name for name in (*LEARNED, "prompted") if name in names), None)
+
+
+def trained_config(run: Path) -> RunConfig:
+    """The config that a run was trained with.
+
+    Raises:
+        AgileError: It is no run.
+    """
+    if not (run / "config.yaml").exists():
+        raise AgileError(
+            f"{run} is no run (it has no config.yaml). Give evaluate.checkpoint a folder of `agile train`."
+        )
+    return load_config(run / "config.yaml")
+
+
+def trained_agents(config: RunConfig, trained: RunConfig) -> list[str]:
+    """The agents to play of those that a run trains.
+
+    Args:
+        config: Names them, `evaluate.agents`.
+        trained: Of the run.
+    """
+    names = [name for name in config.evaluate.agents if name in trained.stages]
+    return [name for name in names if name != "ppo" or trained.ppo.num_iterations]
 
 
 def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
