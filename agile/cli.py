@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from agile import __version__, ranks
+from agile import __version__, cli_grade, ranks
 from agile.errors import AgileError
+from agile.screen import console, one_screen
+
+if TYPE_CHECKING:
+    from agile.config import RunConfig
 
 # Nothing heavy is imported up here: `agile --help` and a mistyped config are answered at once.
 
@@ -28,8 +27,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-console = Console(emoji=False, highlight=False)
-errors = Console(stderr=True, emoji=False, highlight=False)
 
 Config = Annotated[Path, typer.Argument(help="YAML file, see configs/.", show_default=False)]
 Overrides = Annotated[
@@ -44,36 +41,10 @@ Step = Annotated[
     int | None, typer.Option("--step", metavar="N", help="Only what this iteration of training played, from 1.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")]
-
-
 SkipBadRows = Annotated[
     bool,
     typer.Option("--skip-bad-rows", help="Leave bad rows of the task's files out and list them (task.skip_bad_rows)."),
 ]
-
-
-@contextmanager
-def _one_screen() -> Iterator[None]:
-    """What a user can mend is printed without a traceback; exit code 2."""
-    try:
-        yield
-    except AgileError as error:
-        with ranks.failing() as first:
-            if first:
-                errors.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        with ranks.failing() as first:
-            if first:
-                errors.print("\nStopped. What was saved is complete; demo and train go on from there by --resume.")
-        raise typer.Exit(130) from None
-    except Exception:
-        if ranks.world_size() == 1:
-            raise
-        with ranks.failing() as first:
-            if first:
-                traceback.print_exc()
-        raise typer.Exit(1) from None
 
 
 def _parse(words: Sequence[str], default_out: str) -> tuple[Path, list[str]]:
@@ -82,6 +53,35 @@ def _parse(words: Sequence[str], default_out: str) -> tuple[Path, list[str]]:
     if "" in outs:
         raise AgileError("out= names no folder. Write out=DIR, for example out=runs/mine.")
     return Path([default_out, *outs][-1]).expanduser(), [word for word in words if not word.startswith("out=")]
+
+
+def _load(
+    config: Path | None,
+    overrides: Sequence[str] | None,
+    default_out: str,
+    *,
+    seed: int | None = None,
+    skip_bad_rows: bool = False,
+) -> tuple[RunConfig, Path]:
+    """The config with what the command line changes of it, and the folder to write to."""
+    from agile.config import load_config
+
+    out, rest = _parse(overrides or [], default_out)
+    seeds = [] if seed is None else [f"seed={seed}"]
+    return load_config(config, [*seeds, *rest, *["task.skip_bad_rows=true"] * skip_bad_rows]), out
+
+
+def _logged(run: str) -> Path:
+    """The folder of a run that has logged sessions.
+
+    Raises:
+        AgileError: It has none.
+    """
+    from agile.session_log import session_logs
+
+    folder = Path(run.removeprefix("out=")).expanduser()
+    session_logs(folder)
+    return folder
 
 
 def _version(show: bool) -> None:
@@ -110,7 +110,7 @@ def agile(
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if ranks.world_size() > 1 and context.invoked_subcommand != "train":
-        with _one_screen():
+        with one_screen():
             ranks.join()
             raise AgileError(
                 f"agile {context.invoked_subcommand} runs in one process, but a launcher started {ranks.world_size()}. "
@@ -140,12 +140,8 @@ def demo(
     - `agile demo --seed 1 out=runs/demo-1`
     - `agile demo --resume`
     """
-    with _one_screen():
-        from agile.config import load_config
-
-        out, rest = _parse(overrides or [], "runs/demo")
-        seeds = [] if seed is None else [f"seed={seed}"]
-        config = load_config(Path(__file__).parent / "configs" / "demo.yaml", [*seeds, *rest])
+    with one_screen():
+        config, out = _load(Path(__file__).parent / "configs" / "demo.yaml", overrides, "runs/demo", seed=seed)
 
         from agile.demo import run_demo
 
@@ -171,12 +167,9 @@ def train(
     - `agile train configs/demo.yaml ppo.lr=1e-4 evaluate.baselines=[router] out=runs/mine`
     - `torchrun --nproc-per-node 8 -m agile.cli train CONFIG engine.zero_stage=2`
     """
-    with _one_screen():
-        from agile.config import load_config
-
+    with one_screen():
         ranks.join()
-        out, rest = _parse(overrides or [], f"runs/{config.stem}")
-        loaded = load_config(config, [*rest, *["task.skip_bad_rows=true"] * skip_bad_rows])
+        loaded, out = _load(config, overrides, f"runs/{config.stem}", skip_bad_rows=skip_bad_rows)
 
         from agile.training import train as run
 
@@ -214,7 +207,7 @@ def plan(
     - `agile plan configs/productqa-qwen2.5-7b.yaml --gpus 4 --gpu-memory 80 task.data=DIR`
     - `agile plan configs/productqa-vicuna-13b.yaml --gpus 8 --gpu-memory 40 engine.offload=optimizer task.data=DIR`
     """
-    with _one_screen():
+    with one_screen():
         from agile.plan import run_plan
 
         _, rest = _parse(overrides or [], "runs/plan")
@@ -249,11 +242,8 @@ def bench(
     - `agile bench configs/productqa-prompted.yaml task.data=DIR evaluate.prompted.model=NAME`
     - `agile bench configs/paper/main.yaml task.data=DIR --dry-run`
     """
-    with _one_screen():
-        from agile.config import load_config
-
-        out, rest = _parse(overrides or [], f"runs/{config.stem}-bench")
-        loaded = load_config(config, [*rest, *["task.skip_bad_rows=true"] * skip_bad_rows])
+    with one_screen():
+        loaded, out = _load(config, overrides, f"runs/{config.stem}-bench", skip_bad_rows=skip_bad_rows)
         if dry_run:
             from agile.dry_run import print_plan
 
@@ -284,7 +274,7 @@ def chat(
     - `agile chat`
     - `agile chat runs/demo-1 --memory mine.sqlite`
     """
-    with _one_screen():
+    with one_screen():
         folder = Path(run.removeprefix("out=")).expanduser()
 
         from agile.chat import run_chat
@@ -313,12 +303,8 @@ def show(
     - `agile show runs/demo --session shop_0001/3 --logprobs`
     - `agile show runs/demo --session shop_0001/3 --step 2 --values --html session.html`
     """
-    with _one_screen():
-        folder = Path(run.removeprefix("out=")).expanduser()
-
-        from agile.session_log import session_logs
-
-        session_logs(folder)
+    with one_screen():
+        folder = _logged(run)
 
         from agile.show_run import show as show_sessions
 
@@ -346,12 +332,8 @@ def replay(
     - `agile replay runs/demo --session shop_0001/3 --step 2`
     - `agile replay runs/demo --rescore runs/demo/sft`
     """
-    with _one_screen():
-        folder = Path(run.removeprefix("out=")).expanduser()
-
-        from agile.session_log import session_logs
-
-        session_logs(folder)
+    with one_screen():
+        folder = _logged(run)
 
         if rescore is not None:
             from agile.rescore import print_drifts, rescore_run
@@ -388,12 +370,8 @@ def preferences(
     - `agile preferences runs/demo --gold --out pairs.jsonl`
     - `agile train CONFIG stages=[dpo,reward-model] model.path=runs/demo/ppo preferences.data=pairs.jsonl`
     """
-    with _one_screen():
-        folder = Path(run.removeprefix("out=")).expanduser()
-
-        from agile.session_log import session_logs
-
-        session_logs(folder)
+    with one_screen():
+        folder = _logged(run)
 
         from agile.preferences import export_preferences
 
@@ -422,11 +400,8 @@ def sft_data(
     - `agile sft-data configs/productqa-qwen2.5-7b.yaml task.data=DIR --workers 16`
     - `agile sft-data configs/hotpotqa-tiny.yaml task.data=FILE sft.teacher.model=NAME`
     """
-    with _one_screen():
-        from agile.config import load_config
-
-        out, rest = _parse(overrides or [], f"runs/{config.stem}-sft-data")
-        loaded = load_config(config, [*rest, *["task.skip_bad_rows=true"] * skip_bad_rows])
+    with one_screen():
+        loaded, out = _load(config, overrides, f"runs/{config.stem}-sft-data", skip_bad_rows=skip_bad_rows)
 
         from agile.sft_data import build_sft_data, render_summary
 
@@ -459,7 +434,7 @@ def vllm_server(
     - `agile vllm-server runs/mine/sft --kv-cache-gib 1 --enforce-eager`
     - `agile train CONFIG rollout.policy=vllm-server vllm.servers=[http://127.0.0.1:8000] vllm.weights_dir=runs/weights`
     """
-    with _one_screen():
+    with one_screen():
         from agile.policies.vllm_http import saved_dtype, server_command
 
         command = server_command(
@@ -494,77 +469,18 @@ def minishop(
     - `agile minishop worlds`
     - `agile minishop worlds task.num_train_worlds=10 task.num_questions=60 --seed 1`
     """
-    with _one_screen():
-        from agile.config import load_config
+    with one_screen():
         from agile.tasks.minishop import MiniShopSpec, write_minishop
 
-        out, rest = _parse([folder if "=" in folder else f"out={folder}", *(overrides or [])], "runs/minishop")
-        config = load_config(None, [*([] if seed is None else [f"seed={seed}"]), *rest])
+        words = [folder if "=" in folder else f"out={folder}", *(overrides or [])]
+        config, out = _load(None, words, "runs/minishop", seed=seed)
         task = config.task
         spec = MiniShopSpec(task.num_train_worlds, task.num_test_worlds, task.num_questions)
         write_minishop(out, spec, config.seed)
         console.print(f"{task.num_train_worlds} train and {task.num_test_worlds} test worlds: {out}", soft_wrap=True)
 
 
-grade = typer.Typer(name="grade", no_args_is_help=True, rich_markup_mode="markdown")
-app.add_typer(grade, help="Check a grader of reinforcement fine-tuning, or grade samples with it.")
-AsJson = Annotated[bool, typer.Option("--json", help="For machines; errors go to stderr.")]
-
-
-@grade.command("validate")
-def grade_validate(
-    grader: Annotated[Path, typer.Argument(help="Grader file, JSON.", show_default=False)], as_json: AsJson = False
-) -> None:
-    """Check a grader file: fields, templates, formula, labels, range, Python source. Nothing of it is run.
-
-    Exit codes: 0 valid, 2 not.
-
-    - `agile grade validate grader.json`
-    """
-    with _one_screen():
-        from agile.tasks.graders.command import validate
-
-        validate(grader, console, as_json=as_json)
-
-
-@grade.command("run")
-def grade_run(
-    grader: Annotated[str, typer.Argument(help="Grader file, or function as module.name.", show_default=False)],
-    sample: Annotated[
-        Path, typer.Argument(help='{"model_sample": TEXT, "item": {...}}; .jsonl: one a line.', show_default=False)
-    ],
-    as_json: AsJson = False,
-    base_url: Annotated[
-        str, typer.Option(help="OpenAI-compatible endpoint of model graders.")
-    ] = "https://api.openai.com/v1",
-    api_key_env: Annotated[str, typer.Option(help="Variable that holds its key; empty for none.")] = "OPENAI_API_KEY",
-    cache: Annotated[
-        Path | None, typer.Option(help="SQLite file that keeps what models answered.", show_default=False)
-    ] = None,
-    time_s: Annotated[float, typer.Option("--time", min=0.1, help="Limit of a python grader, seconds.")] = 120.0,
-) -> None:
-    """Grade samples.
-
-    Exit codes: 0 graded, 1 graded with an error (which `errors` names), 2 not graded.
-
-    - `agile grade run grader.json sample.json`
-    - `agile grade run grader.json samples.jsonl --base-url http://localhost:8000/v1 --api-key-env "" --json`
-    - `agile grade run my_rewards.grade samples.jsonl`
-    """
-    with _one_screen():
-        from agile.tasks.graders import Limits
-        from agile.tasks.graders.command import find_grader, print_grades, read_cases, run
-
-        found, cases = find_grader(grader), read_cases(sample)
-        key = api_key_env or None
-        grades = run(found, cases, base_url=base_url, api_key_env=key, cache=cache, limits=Limits(time_s=time_s))
-        if as_json:
-            for result in grades:
-                typer.echo(json.dumps(result.to_json()))
-        else:
-            print_grades(grades, console)
-        if any(result.errors.kinds for result in grades):
-            raise typer.Exit(1)
+app.add_typer(cli_grade.app, name="grade")
 
 
 def main() -> None:

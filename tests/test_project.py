@@ -130,6 +130,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.errors": (),
     "agile.seeding": (),
     "agile.ranks": ("agile.errors",),
+    "agile.screen": ("agile.errors", "agile.ranks"),
     "agile.prompts": NOUNS,
     "agile.tokens": NOUNS,
     "agile.memory": NOUNS,
@@ -152,7 +153,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.rollout": (*NOUNS, "agile.executor", "agile.threads"),
     "agile.lag": (*NOUNS, "agile.rollout"),
     "agile.imitation": (*NOUNS, "agile.executor", "agile.policies"),
-    "agile.agents": (*NOUNS, "agile.tokens", "agile.policies", "agile.tools", "agile.tasks.choices"),
+    "agile.agents": (
+        *NOUNS,
+        *("agile.memory_use", "agile.policies", "agile.tasks.choices", "agile.tokens", "agile.tools"),
+    ),
     "agile.tasks": (*NOUNS, "agile.tools", "agile.policies.endpoint", "agile.memory.encoders"),
     "agile.prices": NOUNS,
     "agile.copies": NOUNS,
@@ -187,8 +191,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.evaluate": NOUNS,
     "agile.published": NOUNS,
     "agile.expert_worth": (*NOUNS, "agile.evaluate"),
-    "agile.baselines": (*NOUNS, "agile.evaluate", "agile.memory.encoders", "agile.calibrated"),
-    "agile.calibrated": (*NOUNS, "agile.memory.encoders"),
+    "agile.baselines": (
+        *NOUNS,
+        *("agile.calibrated", "agile.evaluate", "agile.memory.encoders", "agile.tasks.scoring"),
+    ),
+    "agile.calibrated": (*NOUNS, "agile.memory.encoders", "agile.tasks.scoring"),
     "agile.plots": (),
     "agile.show": (*NOUNS, "agile.tokens"),
     "agile.plots_bench": ("agile.plots",),
@@ -201,7 +208,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.own_answers": (*NOUNS, "agile.calibration", "agile.executor", "agile.rollout", "agile.tokens"),
 }
 ENTRY_POINTS = {
-    *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
+    *("agile.cli", "agile.cli_grade", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
     *("agile.dry_run", "agile.experts", "agile.expert_play", "agile.measure", "agile.play"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
     *("agile.sft_data", "agile.judge"),
