@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from openai.types.fine_tuning.alpha import GraderRunResponse
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from agile.cli import app
 from tests.stub_endpoint import said, stub_endpoint

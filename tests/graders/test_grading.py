@@ -111,10 +111,12 @@ def multi(formula: str, **graders: Any) -> dict[str, Any]:
 )
 def test_multi(grader: dict[str, Any], sample: str, reward: float, kinds: list[str]) -> None:
     result = grade(grader, sample)
-    assert (result.reward, result.errors.kinds) == (pytest.approx(reward), kinds)
+    assert result.reward == pytest.approx(reward)
+    assert result.errors.kinds == kinds
     assert result.sub_rewards.keys() == grader["graders"].keys()
     read = GraderRunResponse.model_validate(result.to_json())
-    assert (read.reward, read.metadata.type) == (pytest.approx(reward), "multi")
+    assert read.reward == pytest.approx(reward)
+    assert read.metadata.type == "multi"
 
 
 def test_errors_of_a_multi_name_the_grader() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from openai.types import graders as hosted
-from pydantic import TypeAdapter
+from pydantic import BaseModel
 
 from agile.errors import AgileError
 from agile.tasks.graders import load_grader, parse_grader
@@ -72,11 +72,11 @@ def test_usable_graders(grader: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("grader", [CHECK, LIKE, SCORE, PYTHON, LABEL])
 def test_what_the_hosted_service_takes_has_the_same_fields(grader: dict[str, Any]) -> None:
-    kinds = {"string_check": hosted.StringCheckGrader, "text_similarity": hosted.TextSimilarityGrader,
+    kinds: dict[str, type[BaseModel]] = {"string_check": hosted.StringCheckGrader, "text_similarity": hosted.TextSimilarityGrader,
              "score_model": hosted.ScoreModelGrader, "python": hosted.PythonGrader,
              "label_model": hosted.LabelModelGrader}  # fmt: skip
     kind = kinds[grader["type"]]
-    TypeAdapter(kind).validate_python(grader)
+    kind.model_validate(grader)
     assert kind.model_fields.keys() <= TYPES[grader["type"]].model_fields.keys()
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from agile.tasks.graders import confined, sandbox
+from agile.tasks.graders import confined
 from agile.tasks.graders.sandbox import Limits, run_python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the confinement is Linux's")
@@ -146,7 +147,7 @@ def test_a_source_that_is_no_python_is_an_error_of_the_grader() -> None:
 
 
 def test_where_nothing_confines_nothing_is_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sandbox.os, "uname", lambda: type("U", (), {"machine": "riscv64"}))
+    monkeypatch.setattr(os, "uname", lambda: type("U", (), {"machine": "riscv64"}))
     reward, errors = run_python("def grade(sample, item): return 1", SAMPLE, ITEM)
     assert (reward, errors.kinds) == (0.0, ["python_grader_server_error"])
     assert "Linux x86-64" in (errors.python_grader_server_error_type or "")
@@ -154,7 +155,7 @@ def test_where_nothing_confines_nothing_is_run(monkeypatch: pytest.MonkeyPatch, 
     # a kernel without Landlock, as the process inside would see it
     broken = tmp_path / "confined.py"
     broken.write_text(Path(confined.__file__).read_text().replace('"landlock_create_ruleset", 444', '"landlock", 999'))
-    monkeypatch.setattr(sandbox.confined, "__file__", str(broken))
+    monkeypatch.setattr(confined, "__file__", str(broken))
     reward, errors = run_python("def grade(sample, item): return 1", SAMPLE, ITEM)
     assert (reward, errors.kinds) == (0.0, ["python_grader_server_error"])
     assert "landlock" in errors.details[0]
