@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from agile import __version__, ranks
+from agile import __version__, cli_serve, ranks
+from agile.cli_parts import Config, Overrides, console
+from agile.cli_parts import one_screen as _one_screen
+from agile.cli_parts import parse as _parse
 from agile.errors import AgileError
 
 # Nothing heavy is imported up here: `agile --help` and a mistyped config are answered at once.
@@ -27,14 +25,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
-console = Console(emoji=False, highlight=False)
-errors = Console(stderr=True, emoji=False, highlight=False)
-
-Config = Annotated[Path, typer.Argument(help="YAML file, see configs/.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Changes of the config, such as ppo.lr=1e-4, and out=DIR.", metavar="a.b=value"),
-]
 Run = Annotated[str, typer.Argument(help="Run folder of `agile demo`, `train` or `bench`; out=RUN works too.")]
 SessionId = Annotated[
     str | None, typer.Option("--session", metavar="ID", help="Only the session of this id, such as shop_0001/3.")
@@ -49,38 +39,6 @@ SkipBadRows = Annotated[
     bool,
     typer.Option("--skip-bad-rows", help="Leave bad rows of the task's files out and list them (task.skip_bad_rows)."),
 ]
-
-
-@contextmanager
-def _one_screen() -> Iterator[None]:
-    """What a user can mend is printed without a traceback; exit code 2."""
-    try:
-        yield
-    except AgileError as error:
-        with ranks.failing() as first:
-            if first:
-                errors.print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        with ranks.failing() as first:
-            if first:
-                errors.print("\nStopped. What was saved is complete; demo and train go on from there by --resume.")
-        raise typer.Exit(130) from None
-    except Exception:
-        if ranks.world_size() == 1:
-            raise
-        with ranks.failing() as first:
-            if first:
-                traceback.print_exc()
-        raise typer.Exit(1) from None
-
-
-def _parse(words: Sequence[str], default_out: str) -> tuple[Path, list[str]]:
-    """The run folder, and the overrides without it."""
-    outs = [word.removeprefix("out=") for word in words if word.startswith("out=")]
-    if "" in outs:
-        raise AgileError("out= names no folder. Write out=DIR, for example out=runs/mine.")
-    return Path([default_out, *outs][-1]).expanduser(), [word for word in words if not word.startswith("out=")]
 
 
 def _version(show: bool) -> None:
@@ -503,6 +461,9 @@ def minishop(
         spec = MiniShopSpec(task.num_train_worlds, task.num_test_worlds, task.num_questions)
         write_minishop(out, spec, config.seed)
         console.print(f"{task.num_train_worlds} train and {task.num_test_worlds} test worlds: {out}", soft_wrap=True)
+
+
+cli_serve.add_to(app)
 
 
 def main() -> None:
