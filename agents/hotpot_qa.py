@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agile.agents.corpus import words_of_all
 from agile.policies.scripted import ScriptedPolicy
 from agile.protocols import Memory
 from agile.tokens import ActionCodec
@@ -73,10 +74,7 @@ class HotPotQAAgent:
     def corpus(self, items: Sequence[Item]) -> list[str]:
         """Texts that hold every word that sessions about `items` can show or should say, to train a tokenizer on."""
         texts = [f"{MISSING} {KNOWN} {UNKNOWN}", "expert: answer: none error : all 5 searches are used up"]
-        texts += ["no advice ( timeout refused failed )", "error : expected one of did not end takes no argument"]
-        texts += ["holds another action", *(action.name for action in self.spec.actions)]
-        if self.show_price:
-            texts.append("advice costs " + " ".join(f"{percent / 100:.2f}" for percent in range(1, 101)))
+        texts += words_of_all(self.spec, show_price=self.show_price)
         for item in items:
             texts += [self.question(item, 0.0, 1.0), item.answer, *item.context[PASSAGES], *item.context["supporting"]]
         return texts

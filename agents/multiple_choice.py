@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agile.agents.corpus import words_of_all
 from agile.policies.scripted import ScriptedPolicy
 from agile.protocols import Memory
 from agile.tasks.choices import read_choice
@@ -84,10 +85,7 @@ class MultipleChoiceAgent:
         texts = [f"round {i}" for i in range(10)]
         texts += [f"history {i / 20:.2f} knowledge {-i / 20:.2f}" for i in range(21)]
         texts += ["-> ( ) expert: answer: A: B: C: D: E: none A B C D E"]
-        texts += ["no advice ( timeout refused failed )", "error : expected one of did not end takes no argument"]
-        texts += ["holds another action", *(action.name for action in self.spec.actions)]
-        if self.show_price:
-            texts.append("advice costs " + " ".join(f"{percent / 100:.2f}" for percent in range(1, 101)))
+        texts += words_of_all(self.spec, show_price=self.show_price)
         for item in items:
             texts += [self.question(item, 0.0, 1.0), lesson_of(item), item.context["long_answer"]]
         return texts

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agile.agents.corpus import words_of_all
+from agile.memory_use import settles
 from agile.policies.scripted import ScriptedPolicy
 from agile.protocols import Memory
 from agile.tokens import ActionCodec
@@ -104,10 +106,7 @@ class ProductQAAgent:
         texts = [f"round {i} similar {i}" for i in range(10)]
         texts += [f"history {i / 20:.2f} knowledge {-i / 20:.2f}" for i in range(21)]
         texts += ["same other -> expert: answer: columns: none , |"]
-        texts += ["no advice ( timeout refused failed )", "error : expected one of did not end takes no argument"]
-        texts += ["holds another action", *(action.name for action in self.spec.actions)]
-        if self.show_price:
-            texts.append("advice costs " + " ".join(f"{percent / 100:.2f}" for percent in range(1, 101)))
+        texts += words_of_all(self.spec, show_price=self.show_price)
         for item in items:
             texts.append(self.question(item, 0.0, 1.0))
             texts += [str(item.context[key]) for key in ("sql", "knowledge", "long_answer")]
@@ -231,14 +230,7 @@ class ProductQATeacher:
 
 def in_sight(item: Item, entries: Sequence[Retrieved]) -> bool:
     """Whether metadata or one of the retrieved entries settles the question."""
-    if _shown(item):
-        return True
-    knowledge = item.context.get("knowledge")
-    return any(
-        (e.item.kind is MemoryKind.KNOWLEDGE and e.item.text == knowledge)
-        or (e.item.kind is MemoryKind.HISTORY and e.item.product == item.product and e.item.key == item.question)
-        for e in entries
-    )
+    return _shown(item) or any(settles(item, entry) for entry in entries)
 
 
 def _shown(item: Item) -> bool:

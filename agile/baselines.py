@@ -16,6 +16,7 @@ from agile.errors import AgileError
 from agile.evaluate import Outcome, rates
 from agile.memory.encoders import Encoder
 from agile.protocols import AnswerKey
+from agile.tasks.scoring import fold
 from agile.types import Item, Stream
 
 NAMES = ("always_ask", "never_ask", "router", "recall", "calibrated_recall", "oracle")
@@ -83,7 +84,7 @@ def never_ask(train_streams: Sequence[Stream], streams: Sequence[Stream], task: 
     counts: dict[str, Counter[str]] = {}
     for item in (item for stream in train_streams for item in stream.items):
         if isinstance(item.answer, str):
-            counts.setdefault(item.kind, Counter())[" ".join(item.answer.lower().split())] += 1
+            counts.setdefault(item.kind, Counter())[fold(item.answer)] += 1
     majority = {kind: counter.most_common(1)[0][0] for kind, counter in sorted(counts.items())}
     results = []
     for stream in streams:
@@ -105,21 +106,13 @@ def router(streams: Sequence[Stream], task: AnswerKey) -> list[Outcome]:
     return results
 
 
-def recall(streams: Sequence[Stream], price: float, encoder: Encoder, task: AnswerKey) -> BaselineRun:
+def sweep_recall(streams: Sequence[Stream], encoder: Encoder, task: AnswerKey) -> Swept:
     """The router, but it repeats the answer of the most similar question it asked about, if that is similar enough.
 
-    It looks among the earlier questions of the stream about the same product, or of the same group. Scope and threshold
-    are the best ones for this price on these very streams (mean of the streams' scores), which favours the baseline.
-
     Returns:
-        The outcomes at the best setting; `detail` holds its `scope` and `threshold`, and in `sweep` accuracy,
-        advice rate and score of every setting.
+        What it does at every scope (it looks among the earlier questions of the stream about the same product, or of
+        the same group) and threshold of similarity.
     """
-    return best_recall(sweep_recall(streams, encoder, task), price)
-
-
-def sweep_recall(streams: Sequence[Stream], encoder: Encoder, task: AnswerKey) -> Swept:
-    """What recall does at every scope and threshold."""
     swept: Swept = {(s, t): [] for s in SCOPES for t in THRESHOLDS}
     for stream in streams:
         routed = router([stream], task)
@@ -139,7 +132,14 @@ def sweep_recall(streams: Sequence[Stream], encoder: Encoder, task: AnswerKey) -
 
 
 def best_recall(swept: Swept, price: float) -> BaselineRun:
-    """Recall at the setting that scores best at this price, see `recall`."""
+    """Recall at the scope and threshold that score best for this price (mean of the streams' scores).
+
+    They are chosen on these very streams, which favours the baseline.
+
+    Returns:
+        The outcomes at the best setting; `detail` holds its `scope` and `threshold`, and in `sweep` accuracy,
+        advice rate and score of every setting.
+    """
     reached = {setting: rates(results, price, macro=True) for setting, results in swept.items()}
     scope, threshold = max(reached, key=lambda setting: reached[setting]["score"])
     sweep = [{"scope": s, "threshold": t, **figures} for (s, t), figures in reached.items()]

@@ -10,10 +10,10 @@ from typing import Any
 
 from agile.build import Setup
 from agile.calibration import calibration
-from agile.config import RunConfig, differences, load_config
+from agile.config import RunConfig, differences
 from agile.errors import AgileError
 from agile.evaluate import Outcome, by_stream, paired_difference, rates, summarise
-from agile.measure import Measured, best_of, joined, measure
+from agile.measure import Measured, best_of, joined, measure, trained_agents, trained_config
 from agile.memory_use import SIMILAR, memory_use
 from agile.prompted import check_key
 from agile.published import published_ablation, set_beside
@@ -84,7 +84,7 @@ def _configs_of(config: RunConfig, runs: Sequence[Path]) -> dict[Path, RunConfig
     found: dict[Path, RunConfig] = {}
     for run in runs:
         evaluate = config.evaluate.model_copy(update={"checkpoint": (run,)})
-        found[run] = config.model_copy(update={"seed": _config_of(run).seed, "evaluate": evaluate})
+        found[run] = config.model_copy(update={"seed": trained_config(run).seed, "evaluate": evaluate})
     for what, values in (("name", [run.name for run in found]), ("seed", [own.seed for own in found.values()])):
         if len(set(values)) < len(runs):
             raise AgileError(
@@ -94,23 +94,14 @@ def _configs_of(config: RunConfig, runs: Sequence[Path]) -> dict[Path, RunConfig
     return found
 
 
-def _config_of(run: Path) -> RunConfig:
-    if not (run / "config.yaml").exists():
-        raise AgileError(
-            f"{run} is no run (it has no config.yaml). Give evaluate.checkpoint a folder of `agile train`."
-        )
-    return load_config(run / "config.yaml")
-
-
 def _trained(config: RunConfig, run: Path) -> dict[str, Path]:
     """Names and folders of the agents to score, those that the run trained.
 
     Raises:
         AgileError: The run lacks one, or MiniShop's worlds would not be the run's: some of them it trained on.
     """
-    trained = _config_of(run)
-    played = [n for n in config.evaluate.agents if n in trained.stages]
-    names = [n for n in played if n != "ppo" or trained.ppo.num_iterations]
+    trained = trained_config(run)
+    names = trained_agents(config, trained)
     for name in names:
         if not (run / name / "config.json").exists():
             raise AgileError(
@@ -143,6 +134,7 @@ def _report(config: RunConfig, found: Measured, started: float) -> dict[str, Any
     report: dict[str, Any] = {
         "task": config.task.name,
         "advice_price": price,
+        "advice_counts": config.task.advice_counts,
         "agents": {name: summarise(o, price, macro=macro, seed=seed) for name, o in found.results.items()},
         "comparisons": _comparisons(found.results, price, macro, seed),
         "details": found.details,

@@ -447,7 +447,7 @@ class Setup:
         if not isinstance(self.task, HotPotQA):
             return {}
         items = {(stream.id, item.id): item for stream in self.task.streams("test") for item in stream.items}
-        played = [(items[t.stream_id, s.item_id], s) for t in trajectories for s in t.sessions]
+        played = [(items[s.key], s) for t in trajectories for s in t.sessions]
         found = self.task.figures(played)
         if (judge := self.config.task.judge) is not None:
             found |= judged(judge, self.folder, played)

@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 
 from agile.memory.encoders import Encoder
 from agile.protocols import AnswerKey
+from agile.tasks.scoring import fold
 from agile.types import Stream
 
 MAX_TRAIN = 1000  # questions of a train stream, from its start: more of them take long to embed and change little
@@ -113,7 +114,7 @@ def train(streams: Sequence[Stream], encoder: Encoder, task: AnswerKey, seed: in
     gives the same figures. Without train questions nothing is trusted.
     """
     items = [item for stream in streams for item in stream.items if isinstance(item.answer, str)]
-    counts = Counter(_fold(item.answer) for item in items if task.tool_answer(item) is None)
+    counts = Counter(fold(item.answer) for item in items if task.tool_answer(item) is None)
     common = {answer: code for code, (answer, _) in enumerate(counts.most_common(NUM_COMMON))}
     kinds = {kind: code for code, kind in enumerate(sorted({item.kind for item in items}))}
     with threadpool_limits(1):
@@ -146,20 +147,16 @@ def _read(
     vectors = encoder.encode([item.question for item in items])
     codes, products = dict(common), dict[str, int]()
     for item in items:
-        codes.setdefault(_fold(item.answer), NUM_COMMON + len(codes))
+        codes.setdefault(fold(str(item.answer)), NUM_COMMON + len(codes))
     return Questions(
         positions,
         vectors,
         vectors @ vectors.T,
-        np.array([codes[_fold(item.answer)] for item in items], np.int64),
+        np.array([codes[fold(str(item.answer))] for item in items], np.int64),
         np.array([products.setdefault(item.product, len(products)) for item in items], np.int64),
         np.array([kinds.get(item.kind, 0) for item in items], np.int64),
         np.zeros((len(items), 0), np.float32),
     )
-
-
-def _fold(answer: object) -> str:
-    return " ".join(str(answer).lower().split())
 
 
 def _no_guess(vectors: Floats) -> Floats:

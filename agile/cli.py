@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from agile import __version__, cli_serve, ranks
-from agile.cli_parts import Config, Overrides, console
-from agile.cli_parts import one_screen as _one_screen
-from agile.cli_parts import parse as _parse
+from agile.cli_words import Config, Overrides, parse
 from agile.errors import AgileError
+from agile.screen import console, one_screen
+
+if TYPE_CHECKING:
+    from agile.config import RunConfig
 
 # Nothing heavy is imported up here: `agile --help` and a mistyped config are answered at once.
 
@@ -25,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
+
 Run = Annotated[str, typer.Argument(help="Run folder of `agile demo`, `train` or `bench`; out=RUN works too.")]
 SessionId = Annotated[
     str | None, typer.Option("--session", metavar="ID", help="Only the session of this id, such as shop_0001/3.")
@@ -33,12 +37,39 @@ Step = Annotated[
     int | None, typer.Option("--step", metavar="N", help="Only what this iteration of training played, from 1.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run folder.")]
-
-
 SkipBadRows = Annotated[
     bool,
     typer.Option("--skip-bad-rows", help="Leave bad rows of the task's files out and list them (task.skip_bad_rows)."),
 ]
+
+
+def _load(
+    config: Path | None,
+    overrides: Sequence[str] | None,
+    default_out: str,
+    *,
+    seed: int | None = None,
+    skip_bad_rows: bool = False,
+) -> tuple[RunConfig, Path]:
+    """The config with what the command line changes of it, and the folder to write to."""
+    from agile.config import load_config
+
+    out, rest = parse(overrides or [], default_out)
+    seeds = [] if seed is None else [f"seed={seed}"]
+    return load_config(config, [*seeds, *rest, *["task.skip_bad_rows=true"] * skip_bad_rows]), out
+
+
+def _logged(run: str) -> Path:
+    """The folder of a run that has logged sessions.
+
+    Raises:
+        AgileError: It has none.
+    """
+    from agile.session_log import session_logs
+
+    folder = Path(run.removeprefix("out=")).expanduser()
+    session_logs(folder)
+    return folder
 
 
 def _version(show: bool) -> None:
@@ -67,7 +98,7 @@ def agile(
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if ranks.world_size() > 1 and context.invoked_subcommand != "train":
-        with _one_screen():
+        with one_screen():
             ranks.join()
             raise AgileError(
                 f"agile {context.invoked_subcommand} runs in one process, but a launcher started {ranks.world_size()}. "
@@ -97,12 +128,8 @@ def demo(
     - `agile demo --seed 1 out=runs/demo-1`
     - `agile demo --resume`
     """
-    with _one_screen():
-        from agile.config import load_config
-
-        out, rest = _parse(overrides or [], "runs/demo")
-        seeds = [] if seed is None else [f"seed={seed}"]
-        config = load_config(Path(__file__).parent / "configs" / "demo.yaml", [*seeds, *rest])
+    with one_screen():
+        config, out = _load(Path(__file__).parent / "configs" / "demo.yaml", overrides, "runs/demo", seed=seed)
 
         from agile.demo import run_demo
 
@@ -128,12 +155,9 @@ def train(
     - `agile train configs/demo.yaml ppo.lr=1e-4 evaluate.baselines=[router] out=runs/mine`
     - `torchrun --nproc-per-node 8 -m agile.cli train CONFIG engine.zero_stage=2`
     """
-    with _one_screen():
-        from agile.config import load_config
-
+    with one_screen():
         ranks.join()
-        out, rest = _parse(overrides or [], f"runs/{config.stem}")
-        loaded = load_config(config, [*rest, *["task.skip_bad_rows=true"] * skip_bad_rows])
+        loaded, out = _load(config, overrides, f"runs/{config.stem}", skip_bad_rows=skip_bad_rows)
 
         from agile.training import train as run
 
@@ -171,10 +195,10 @@ def plan(
     - `agile plan configs/productqa-qwen2.5-7b.yaml --gpus 4 --gpu-memory 80 task.data=DIR`
     - `agile plan configs/productqa-vicuna-13b.yaml --gpus 8 --gpu-memory 40 engine.offload=optimizer task.data=DIR`
     """
-    with _one_screen():
+    with one_screen():
         from agile.plan import run_plan
 
-        _, rest = _parse(overrides or [], "runs/plan")
+        _, rest = parse(overrides or [], "runs/plan")
         if not run_plan(config, rest, gpus, gpu_memory, action_share, console):
             raise typer.Exit(1)
 
@@ -206,11 +230,8 @@ def bench(
     - `agile bench configs/productqa-prompted.yaml task.data=DIR evaluate.prompted.model=NAME`
     - `agile bench configs/paper/main.yaml task.data=DIR --dry-run`
     """
-    with _one_screen():
-        from agile.config import load_config
-
-        out, rest = _parse(overrides or [], f"runs/{config.stem}-bench")
-        loaded = load_config(config, [*rest, *["task.skip_bad_rows=true"] * skip_bad_rows])
+    with one_screen():
+        loaded, out = _load(config, overrides, f"runs/{config.stem}-bench", skip_bad_rows=skip_bad_rows)
         if dry_run:
             from agile.dry_run import print_plan
 
@@ -241,7 +262,7 @@ def chat(
     - `agile chat`
     - `agile chat runs/demo-1 --memory mine.sqlite`
     """
-    with _one_screen():
+    with one_screen():
         folder = Path(run.removeprefix("out=")).expanduser()
 
         from agile.chat import run_chat
@@ -270,12 +291,8 @@ def show(
     - `agile show runs/demo --session shop_0001/3 --logprobs`
     - `agile show runs/demo --session shop_0001/3 --step 2 --values --html session.html`
     """
-    with _one_screen():
-        folder = Path(run.removeprefix("out=")).expanduser()
-
-        from agile.session_log import session_logs
-
-        session_logs(folder)
+    with one_screen():
+        folder = _logged(run)
 
         from agile.show_run import show as show_sessions
 
@@ -303,12 +320,8 @@ def replay(
     - `agile replay runs/demo --session shop_0001/3 --step 2`
     - `agile replay runs/demo --rescore runs/demo/sft`
     """
-    with _one_screen():
-        folder = Path(run.removeprefix("out=")).expanduser()
-
-        from agile.session_log import session_logs
-
-        session_logs(folder)
+    with one_screen():
+        folder = _logged(run)
 
         if rescore is not None:
             from agile.rescore import print_drifts, rescore_run
@@ -345,12 +358,8 @@ def preferences(
     - `agile preferences runs/demo --gold --out pairs.jsonl`
     - `agile train CONFIG stages=[dpo,reward-model] model.path=runs/demo/ppo preferences.data=pairs.jsonl`
     """
-    with _one_screen():
-        folder = Path(run.removeprefix("out=")).expanduser()
-
-        from agile.session_log import session_logs
-
-        session_logs(folder)
+    with one_screen():
+        folder = _logged(run)
 
         from agile.preferences import export_preferences
 
@@ -379,11 +388,8 @@ def sft_data(
     - `agile sft-data configs/productqa-qwen2.5-7b.yaml task.data=DIR --workers 16`
     - `agile sft-data configs/hotpotqa-tiny.yaml task.data=FILE sft.teacher.model=NAME`
     """
-    with _one_screen():
-        from agile.config import load_config
-
-        out, rest = _parse(overrides or [], f"runs/{config.stem}-sft-data")
-        loaded = load_config(config, [*rest, *["task.skip_bad_rows=true"] * skip_bad_rows])
+    with one_screen():
+        loaded, out = _load(config, overrides, f"runs/{config.stem}-sft-data", skip_bad_rows=skip_bad_rows)
 
         from agile.sft_data import build_sft_data, render_summary
 
@@ -416,7 +422,7 @@ def vllm_server(
     - `agile vllm-server runs/mine/sft --kv-cache-gib 1 --enforce-eager`
     - `agile train CONFIG rollout.policy=vllm-server vllm.servers=[http://127.0.0.1:8000] vllm.weights_dir=runs/weights`
     """
-    with _one_screen():
+    with one_screen():
         from agile.policies.vllm_http import saved_dtype, server_command
 
         command = server_command(
@@ -451,12 +457,11 @@ def minishop(
     - `agile minishop worlds`
     - `agile minishop worlds task.num_train_worlds=10 task.num_questions=60 --seed 1`
     """
-    with _one_screen():
-        from agile.config import load_config
+    with one_screen():
         from agile.tasks.minishop import MiniShopSpec, write_minishop
 
-        out, rest = _parse([folder if "=" in folder else f"out={folder}", *(overrides or [])], "runs/minishop")
-        config = load_config(None, [*([] if seed is None else [f"seed={seed}"]), *rest])
+        words = [folder if "=" in folder else f"out={folder}", *(overrides or [])]
+        config, out = _load(None, words, "runs/minishop", seed=seed)
         task = config.task
         spec = MiniShopSpec(task.num_train_worlds, task.num_test_worlds, task.num_questions)
         write_minishop(out, spec, config.seed)

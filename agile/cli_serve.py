@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agile.cli_parts import Config, Overrides, console, one_screen, parse
+from agile.cli_words import Config, Overrides, parse
 from agile.errors import AgileError
+from agile.screen import console, one_screen
 
 if TYPE_CHECKING:
     from agile.serve.database import Database

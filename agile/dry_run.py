@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from agile.build import Setup
-from agile.config import RunConfig
-from agile.measure import LEARNED, best_of
+from agile.config import ExpertConfig, RunConfig
+from agile.measure import best_of, trained_agents, trained_config
 from agile.policies.scripted import ScriptedPolicy
 from agile.prompts import instructions
 from agile.protocols import Memory, Policy
@@ -23,15 +24,17 @@ from agile.rollout import collect
 from agile.types import Action, Completion, Item, Stream
 
 SAMPLE = 24  # sessions that are played
+ABLATIONS, ASKS = ", ablations", "asks "  # after the name of an agent, before that of an expert
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an agent would take.
+    """What an agent would take: one row of the table.
 
     Attributes:
-        sessions: Of all test questions, at all prices at which it plays anew.
-        calls: Completions.
+        agent: Its name; that of an agent whose ablations are played, or of an expert who plays or is asked.
+        sessions: Of all runs, on all test questions, at all prices at which it plays anew.
+        calls: Completions in these sessions.
         expert_calls: Questions that the script asked about, scaled up: a guess for an agent that is not known yet.
         money: At the config's prices; None where the model is one's own.
         most: The same with every completion as long as the config allows.
@@ -92,10 +95,7 @@ def plan_bench(config: RunConfig) -> tuple[list[Plan], str]:
     each = _Sample(told, len(counted), len(calls), sum(p for p, _ in calls), sum(c for _, c in calls), advised)
     questions = sum(len(stream.items) for stream in streams)
     whose = f"the tokenizer of {config.model.path}" if config.model.path else "a tokenizer made of the task's texts"
-    plans = [_plan(config, name, questions, each) for name in _agents(config)]
-    if (best := best_of([p.agent for p in plans])) in LEARNED and (parts := {*config.evaluate.ablations} - {"rl"}):
-        plans.append(_plan(config, best, questions * len(parts), each, f"{best}, ablations"))
-    return plans, whose
+    return [_plan(config, label, sessions, each) for label, sessions in num_sessions(config, questions).items()], whose
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,31 +108,50 @@ class _Sample:
     expert_calls: int
 
 
-def _agents(config: RunConfig) -> list[str]:
-    """The agents that `agile bench` plays, those that are still to be trained included."""
-    return [name for name in config.evaluate.agents if name == "prompted" or name in config.stages]
+def num_sessions(config: RunConfig, questions: int) -> dict[str, int]:
+    """How many sessions `agile bench` plays of every agent, of what ablations leave of one, and of experts.
+
+    Without `evaluate.checkpoint`, those of the one run that is still to be trained.
+
+    Args:
+        questions: Number of test questions.
+
+    Raises:
+        AgileError: `evaluate.checkpoint` names a folder that is no run.
+    """
+    evaluate, found = config.evaluate, Counter[str]()
+    times = 1 + sum(price != config.task.advice_price for price in evaluate.prices) * config.agent.show_price
+    for trained in [trained_config(run) for run in evaluate.checkpoint] or [config]:
+        names = trained_agents(config, trained)
+        for name in dict.fromkeys(evaluate.agents):
+            found[name] += questions * (times * (name in names) + (name == "prompted"))
+        if best := best_of(names):
+            found[best + ABLATIONS] += questions * times * sum(ablation != "rl" for ablation in evaluate.ablations)
+        for expert in evaluate.experts:
+            found[expert] += questions * (config.experts.get(expert, ExpertConfig()).kind == "recorded")
+            found[ASKS + expert] += questions
+    return {label: number for label, number in found.items() if number}
 
 
-def _plan(config: RunConfig, agent: str, questions: int, sample: _Sample, label: str = "") -> Plan:
-    evaluate, price = config.evaluate, config.task.advice_price
-    anew = agent != "prompted" and config.agent.show_price
-    runs = 1 if agent == "prompted" else max(1, len(evaluate.checkpoint))
-    sessions = questions * runs * (1 + (len({*evaluate.prices} - {price}) if anew else 0))
+def _plan(config: RunConfig, label: str, sessions: int, sample: _Sample) -> Plan:
+    if label not in config.evaluate.agents and not label.endswith(ABLATIONS):  # a script that plays an expert
+        return Plan(label, sessions, 0, 0, 0, sessions * label.startswith(ASKS))
 
     def scaled(number: int) -> int:
         return round(sessions * number / sample.sessions)
 
     plan = Plan(
-        label or agent,
+        label,
         sessions,
         scaled(sample.calls),
         scaled(sample.prompt_tokens),
         scaled(sample.completion_tokens),
         scaled(sample.expert_calls),
     )
-    if agent != "prompted":
+    if label != "prompted":
         return plan
-    prices, longest = evaluate.prompted.prices, plan.calls * evaluate.prompted.max_tokens
+    prompted = config.evaluate.prompted
+    prices, longest = prompted.prices, plan.calls * prompted.max_tokens
     prompt_tokens = plan.prompt_tokens + plan.calls * sample.told
     read = prompt_tokens * prices.input
     return replace(
@@ -158,9 +177,10 @@ def print_plan(config: RunConfig, console: Console) -> None:
     console.print(
         f"Counted by {whose}, on {SAMPLE} questions that the teacher of imitation played; an agent's own lengths and "
         "expert calls differ. Money: with the teacher's short answers, and with every answer as long as "
-        "evaluate.prompted.max_tokens; nothing taken off for what the endpoint caches. Baselines call no model.",
+        "evaluate.prompted.max_tokens; nothing taken off for what the endpoint caches. Baselines and scripts that show "
+        "what experts are worth call no model; what experts cost that are models themselves is not counted.",
         style="dim",
         soft_wrap=True,
     )
-    if set(_agents(config)) - {"prompted"} and not config.evaluate.checkpoint:
+    if trained_agents(config, config) and not config.evaluate.checkpoint:
         console.print("Trained agents are played once evaluate.checkpoint names their run.", style="dim")

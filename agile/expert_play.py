@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,10 +15,8 @@ from agile.evaluate import Outcome, outcomes
 from agile.executor import Executor
 from agile.expert_worth import Asked, Key, experts_table, gains
 from agile.experts import Timed, recorded_answers, who_always_asks, who_never_asks
+from agile.play import play_streams
 from agile.protocols import Policy
-from agile.rollout import collect, run_loop
-from agile.run_folder import writing
-from agile.session_log import JsonLines, append_sessions
 from agile.tasks.scoring import UNREADABLE_ADVICE, unreadable
 from agile.tokens import ActionCodec
 from agile.types import Item, Trajectory
@@ -100,15 +97,14 @@ def _asked(
 ) -> Asked:
     answered: set[Key] = set()
     right: set[Key] = set()
-    sessions = [(t.stream_id, session) for t in played for session in t.sessions]
-    for stream_id, session in sessions:
+    sessions = [session for t in played for session in t.sessions]
+    for session in sessions:
         if session.advice is None or not session.advised:
             continue
-        key = (stream_id, session.item_id)
-        answered.add(key)
-        if setup.task.is_correct(items[key], session.advice.answer, False):
-            right.add(key)
-    num_unreadable = unreadable(session for _, session in sessions).get(UNREADABLE_ADVICE, 0)
+        answered.add(session.key)
+        if setup.task.is_correct(items[session.key], session.advice.answer, False):
+            right.add(session.key)
+    num_unreadable = unreadable(sessions).get(UNREADABLE_ADVICE, 0)
     return Asked(len(sessions), frozenset(answered), frozenset(right), num_unreadable, price, latency_s)
 
 
@@ -121,32 +117,15 @@ def _play(
     advisor: Timed | None = None,
 ) -> tuple[list[Trajectory], float]:
     """Play the test streams and keep the sessions; also how many seconds it took."""
-    streams = setup.task.streams("test")
     began = time.monotonic()
-
-    async def run() -> list[Trajectory]:
-        try:
-            return await collect(
-                executor,
-                policy_for(streams[0].items[0]),
-                streams,
-                setup.memory,
-                seed=setup.config.seed,
-                policy_for=lambda item, memory: policy_for(item),
-                max_failed=1.0,
-                max_concurrent=setup.config.rollout.concurrency,
-            )
-        finally:
-            if advisor is not None:
-                await advisor.close()
-
-    trajectories = run_loop(run())
-    path = out / f"test-{name.replace(' ', '-')}.jsonl"
-    draft = path.with_name(f".{path.name}")
-    with writing(path):
-        draft.unlink(missing_ok=True)
-        log = JsonLines(draft)
-        append_sessions(log, [s for t in trajectories for s in t.sessions], agent=name)
-        log.close()
-        os.replace(draft, path)
+    trajectories = play_streams(
+        setup,
+        executor,
+        policy_for(setup.task.streams("test")[0].items[0]),
+        name,
+        out / f"test-{name.replace(' ', '-')}.jsonl",
+        memory=setup.memory,
+        policy_for=policy_for,
+        close=None if advisor is None else advisor.close,
+    )
     return trajectories, time.monotonic() - began

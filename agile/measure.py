@@ -10,6 +10,8 @@ from typing import Any
 
 from agile.build import Setup
 from agile.calibration import Belief
+from agile.config import RunConfig, load_config
+from agile.errors import AgileError
 from agile.evaluate import Outcome, outcomes, rates
 from agile.expert_play import play_experts
 from agile.instructive import instructive
@@ -63,6 +65,30 @@ def best_of(names: Iterable[str]) -> str | None:
     return next((name for name in (*LEARNED, "prompted") if name in names), None)
 
 
+def trained_config(run: Path) -> RunConfig:
+    """The config that a run was trained with.
+
+    Raises:
+        AgileError: It is no run.
+    """
+    if not (run / "config.yaml").exists():
+        raise AgileError(
+            f"{run} is no run (it has no config.yaml). Give evaluate.checkpoint a folder of `agile train`."
+        )
+    return load_config(run / "config.yaml")
+
+
+def trained_agents(config: RunConfig, trained: RunConfig) -> list[str]:
+    """The agents to play of those that a run trains.
+
+    Args:
+        config: Names them, `evaluate.agents`.
+        trained: Of the run.
+    """
+    names = [name for name in config.evaluate.agents if name in trained.stages]
+    return [name for name in names if name != "ppo" or trained.ppo.num_iterations]
+
+
 def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
     """Play all that the config names; sessions go to `<out>/test-<agent>.jsonl` and `<out>/ablations`.
 
@@ -83,7 +109,7 @@ def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
     found.seconds["baselines"] = time.monotonic() - began
     found.details = {n: {k: v for k, v in r.detail.items() if k != "sweep"} for n, r in runs.items() if r.detail}
 
-    items = {item.id: item for stream in streams for item in stream.items}
+    items = {(stream.id, item.id): item for stream in streams for item in stream.items}
     for name in [*folders, *(["prompted"] * prompted)]:
         began = time.monotonic()
         if name in folders:
@@ -107,8 +133,6 @@ def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
     found.seconds |= experts.seconds
     if experts.asked:
         found.experts = experts.report(found.results, macro=found.macro)
-        worth = {"who was asked": found.experts["experts"], "what each is worth": found.experts["gains"]}
-        found.details["experts"] = worth
     found.results |= experts.results | {name: run.outcomes for name, run in runs.items()}
     if setup.task.skipped:
         setup.tell_skipped()
@@ -168,14 +192,14 @@ def _at_price(setup: Setup, out: Path, folders: Mapping[str, Path], found: Measu
     return results, _ablations(setup, out, folders, results, price) if anew else found.ablations
 
 
-def _examples(played: Played, told: Sequence[Belief], items: Mapping[str, Item]) -> list[dict[str, Any]]:
+def _examples(played: Played, told: Sequence[Belief], items: Mapping[tuple[str, str], Item]) -> list[dict[str, Any]]:
     """The most instructive sessions, to read."""
-    bore = {s.id: bearing(s, items[s.item_id], SIMILAR) for s in played.sessions}
+    bore = {s.id: bearing(s, items[s.key], SIMILAR) for s in played.sessions}
     examples = []
     for chosen in instructive(played.sessions, {b.session_id: b for b in told}, bore):
         session = chosen.session
         view = to_json(describe(session, played.codec))
-        gold = items[session.item_id].answer
+        gold = items[session.key].answer
         facts = [("why", chosen.why), ("gold", ", ".join(map(str, gold)) if isinstance(gold, list) else str(gold))]
         own = played.own_answers.get(session.id)
         if own is not None:

@@ -70,19 +70,19 @@ def uses_by_similarity(trajectories: Iterable[Trajectory], similar: float = SIMI
     ]
 
 
-def exact_uses(trajectories: Iterable[Trajectory], items: Mapping[str, Item]) -> list[Use]:
+def exact_uses(trajectories: Iterable[Trajectory], items: Mapping[tuple[str, str], Item]) -> list[Use]:
     """One use for each session about a question of which the task names a settling fact.
 
     Memory holds the fact once a session of the stream has asked about a question that it settles.
 
     Args:
-        items: Questions by their ids.
+        items: Questions by stream and id, see `Session.key`.
     """
     uses = []
     for trajectory in trajectories:
         known: set[str] = set()
         for session in trajectory.sessions:
-            item = items[session.item_id]
+            item = items[session.key]
             if fact := settling_fact(item):
                 retrieved = any(settles(item, entry) for entry in _shown(session))
                 uses.append(_use(session, len(trajectory.sessions), retrieved, retrieved or fact in known))

@@ -86,7 +86,7 @@ def own_answers(policy: Policy, executor: Executor, trajectories: Iterable[Traje
 
 def beliefs(
     sessions: Iterable[Session],
-    items: Mapping[str, Item],
+    items: Mapping[tuple[str, str], Item],
     codec: ActionCodec,
     answers: Mapping[str, OwnAnswer],
     task: AnswerKey,
@@ -94,7 +94,7 @@ def beliefs(
     """One belief for each session that came to an answer, of its own or, where it asked, one of `answers`.
 
     Args:
-        items: Questions by their ids.
+        items: Questions by stream and id, see `Session.key`.
     """
     found = []
     for session in sessions:
@@ -108,7 +108,7 @@ def beliefs(
             text, confidence = answers[session.id].text, answers[session.id].confidence
             before = [step.action.name for step in session.steps]
             used_tool = any(name not in Fn.ALL for name in before[: before.index(Fn.SEEK_ADVICE)])
-            right = task.is_correct(items[session.item_id], text, used_tool)
+            right = task.is_correct(items[session.key], text, used_tool)
         else:
             predicted = [s.probability for s in said if s.name == Fn.PREDICT_ANSWER]
             if not predicted:

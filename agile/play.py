@@ -24,7 +24,7 @@ from agile.rollout import collect, run_loop
 from agile.run_folder import writing
 from agile.session_log import JsonLines, append_sessions
 from agile.tokens import ActionCodec
-from agile.types import Session, Stream, Trajectory, Usage
+from agile.types import Item, Session, Stream, Trajectory, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +95,17 @@ def play_agent(
         policy.forbidden = sorted(whole.action_ids[name] for name in removed if name in whole.action_ids)
         began = time.monotonic()
 
-        def by_chance() -> Policy:
+        def by_chance(item: Item) -> Policy:
             return RandomAdvice(policy, executor.codec, advice_rate)
 
-        trajectories = _play(
+        trajectories = play_streams(
             setup,
             executor,
             policy,
             folder.name,
             log,
             memory=memory,
-            new_policy=by_chance if ablation == "random_advice" else None,
+            policy_for=by_chance if ablation == "random_advice" else None,
         )
         seconds = time.monotonic() - began
         answers = own_answers(policy, executor, trajectories) if probe else {}
@@ -122,7 +122,7 @@ def play_prompted(setup: Setup, out: Path) -> Played:
     endpoint = policy.endpoint
     began = time.monotonic()
     try:
-        trajectories = _play(
+        trajectories = play_streams(
             setup,
             executor,
             policy,
@@ -145,7 +145,7 @@ def play_prompted(setup: Setup, out: Path) -> Played:
     return Played(trajectories, executor.codec, time.monotonic() - began, {}, detail)
 
 
-def _play(
+def play_streams(
     setup: Setup,
     executor: Executor,
     policy: Policy,
@@ -153,15 +153,16 @@ def _play(
     log_path: Path,
     *,
     memory: Callable[[Stream], Memory],
-    new_policy: Callable[[], Policy] | None = None,
+    policy_for: Callable[[Item], Policy] | None = None,
     max_failed: float = 1.0,
     close: Callable[[], Awaitable[None]] | None = None,
     remark: Callable[[], str] = str,
 ) -> list[Trajectory]:
-    """Play the test streams and keep the sessions.
+    """Play the test streams and keep the sessions, in a log that is there whole or not at all.
 
     Args:
-        new_policy: Gives each session a policy of its own.
+        name: Of the agent, in the log.
+        policy_for: Gives each session a policy of its own in place of `policy`.
         max_failed: Share of failed sessions above which it stops: there the endpoint is to blame, not the agent.
         close: Awaited at the end, however it comes.
         remark: What the progress bar says beside the name.
@@ -179,7 +180,7 @@ def _play(
                     streams,
                     memory,
                     seed=setup.config.seed,
-                    policy_for=None if new_policy is None else lambda item, memory: new_policy(),
+                    policy_for=None if policy_for is None else lambda item, memory: policy_for(item),
                     max_failed=max_failed,
                     max_concurrent=setup.config.rollout.concurrency,
                     on_session=lambda session: progress.update(

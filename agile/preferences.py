@@ -149,7 +149,7 @@ def find_preferences(
     said: dict[Question, set[str]] = {}
     for session in sessions():
         if session.advised and session.advice is not None:
-            said.setdefault((session.stream_id, session.item_id), set()).add(session.advice.answer)
+            said.setdefault(session.key, set()).add(session.advice.answer)
     counts = Counter(dict.fromkeys(COUNTS, 0))
     pairs: dict[tuple[str, str, str], Preference] = {}
     for session in sessions():
@@ -173,7 +173,7 @@ def _corrected(
     """The pair of a session that answered wrong, or the key of `COUNTS` that says why there is none."""
     if any(step.source is Source.TOOL for step in session.steps):
         return "searched"
-    answers = said.get((session.stream_id, session.item_id), set())
+    answers = said.get(session.key, set())
     if len(answers) > 1:
         return "disputed"
     source, answer = "expert", next(iter(answers), None)
@@ -211,7 +211,7 @@ def run_preferences(run: Path, *, gold: bool = False) -> tuple[list[Preference],
         items = {(s.id, item.id): item for s in parts.setup.task.streams("train") for item in s.items}
 
     def answer(session: Session) -> str | None:
-        item = items.get((session.stream_id, session.item_id))
+        item = items.get(session.key)
         return None if item is None or isinstance(item.answer, list | tuple) else gold_answer(item)
 
     return find_preferences(lambda: (found.session for found in logged()), parts.executor(first).codec, answer)

@@ -3,6 +3,8 @@
 A report is a plain mapping; `report.json` is that mapping and nothing else. Its keys:
 
     task, advice_price   str, float
+    advice_counts        when an advised session is right, as `task.advice_counts`: "always", or "if_right" (only if the
+                         expert was); optional
     agents               {name: {accuracy, advice_rate, score, score_ci: [lo, hi], n, failed,
                          by_type: {kind: {accuracy, advice_rate, score, n}},
                          by_position: [{from, to, accuracy, advice_rate, score, n}], from and to in [0, 1]
@@ -30,6 +32,9 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
                          what the paper reports, see `agile.published`; never ranked among the measured
     envelope             {price: {score, by, published, same_questions}}, the best reference line or published figure at
                          each price, which a better agent has to clear
+    experts              {experts: [{expert, accuracy, answered, unreadable, price, latency_s}], gains: [{agent, expert,
+                         accuracy, advice_rate, price, score, gain, worth_below}]}, see `agile.expert_worth`
+    skipped_rows         [what is wrong with each row of the task's files that was left out]
     groups               {group: {agent: summary}} or {group: {price: {agent: summary}}}
     details              {name: text, number or mapping}, such as {recall: {scope, threshold, sweep: [a row each]}}
     notes                [text]
@@ -37,7 +42,7 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
                          the `View` of `agile.show` under a heading; or {title, spans: [(source, text)]}, or bare lists
                          of spans
 
-All after `seconds` is optional: what is missing, None or NaN is left out of the page.
+`advice_counts` and all after `seconds` is optional: what is missing, None or NaN is left out of the page.
 """
 
 from __future__ import annotations
@@ -60,8 +65,10 @@ from agile.errors import AgileError
 from agile.plots import draw_all, draw_picture, looks_of
 from agile.plots_bench import ABLATION_WORDS, draw_measured
 from agile.report_words import (
+    ADVICE_COUNTS,
     detail_tables,
     envelope_of,
+    expert_tables,
     headline_of,
     hero_of,
     ranking,
@@ -242,6 +249,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     )
     seconds = report.get("seconds")
     stages = seconds if isinstance(seconds, dict) else {"in all": seconds}
+    advised = ADVICE_COUNTS.get(str(report.get("advice_counts")), "")
     return environment.get_template("report.html.j2").render(
         report=report,
         agents=agents,
@@ -251,12 +259,13 @@ def render_html(report: Mapping[str, Any]) -> str:
         looks=looks,
         index={name: k for k, name in enumerate(looks)},
         headline=headline_of(agents, looks),
-        tiles=tiles_of(agents, looks),
+        tiles=tiles_of(agents, looks, advised),
+        advised=advised,
         plots=draw_all(report, looks, sweeps.get("all", {})) | draw_measured(report, looks, hero_of(agents)),
         kinds=list(dict.fromkeys(kind for agent in agents.values() for kind in agent.get("by_type") or {})),
         axis=_axis(agents),
         sweeps=sweeps,
-        tables=detail_tables(report.get("details") or {}),
+        tables=detail_tables(report.get("details") or {}) | expert_tables(report.get("experts") or {}),
         examples=_by_heading(report.get("examples") or []),
         summary=summary_of(report, looks),
         envelope=envelope_of(report, looks),

@@ -8,6 +8,10 @@ from typing import Any
 from agile.plots import Look
 from agile.plots_bench import ABLATION_WORDS, LESS_WORDS
 
+ADVICE_COUNTS = {  # by the report's `advice_counts`
+    "always": "Advised sessions count as correct",
+    "if_right": "An advised session counts as correct only if the expert was right",
+}
 DASH = "\N{EN DASH}"  # for what is not known, and between the ends of an interval
 
 
@@ -63,6 +67,12 @@ def detail_tables(details: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]
         for key, rows in detail.items()
         if is_table(rows)
     }
+
+
+def expert_tables(experts: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by title: who was asked, and what each is worth to each agent."""
+    titles = {"experts": "experts: who was asked", "gains": "experts: what each is worth"}
+    return {title: experts[key] for key, title in titles.items() if experts.get(key)}
 
 
 def with_scores(agents: Mapping[str, Any]) -> list[str]:
@@ -128,14 +138,18 @@ def headline_of(agents: Mapping[str, Any], looks: Mapping[str, Look]) -> str:
     return f"{subject} scores {show_score(agents[name]['score'])}; it asks on {asks}."
 
 
-def tiles_of(agents: Mapping[str, Any], looks: Mapping[str, Look]) -> list[tuple[str, str, str]]:
-    """The few figures at the top: label, value, remark."""
+def tiles_of(agents: Mapping[str, Any], looks: Mapping[str, Look], accuracy: str = "") -> list[tuple[str, str, str]]:
+    """The few figures at the top: label, value, remark.
+
+    Args:
+        accuracy: The remark on accuracy.
+    """
     if (name := hero_of(agents)) is None:
         return []
     hero, tiles = agents[name], []
     interval = show_interval(hero.get("score_ci"))
     tiles.append(("Score", show_score(hero["score"]), f"95 % interval {interval}" if interval else ""))
-    tiles.append(("Accuracy", show_percent(hero.get("accuracy")), "advised sessions count as correct"))
+    tiles.append(("Accuracy", show_percent(hero.get("accuracy")), accuracy))
     tiles.append(("Asks", show_percent(hero.get("advice_rate")), "of all questions"))
     if name != "sft" and (sft := agents.get("sft", {}).get("score")) is not None:
         tiles.append(("Against SFT", show_signed(hero["score"] - sft), f"SFT scores {show_score(sft)}"))

@@ -456,6 +456,11 @@ class Session:
     price: float = 0.0
 
     @property
+    def key(self) -> tuple[str, str]:
+        """Stream and item: what it is about, for ids of items are unique within a stream only."""
+        return self.stream_id, self.item_id
+
+    @property
     def advised(self) -> bool:
         """Whether an expert answered (and was paid)."""
         return self.advice is not None and self.advice.answered

@@ -77,7 +77,7 @@ def run(folder: Path, *overrides: str) -> None:
     resume = ["--resume"] if (folder / "config.yaml").exists() else []
     cache = f"memory.cache={folder.parent / 'embeddings.sqlite'}"  # one for all runs: they ask the same questions
     command = [sys.executable, "-m", "agile.cli", "train", str(DEMO), cache, *overrides, f"out={folder}", *resume]
-    with folder.with_suffix(".log").open("a") as log:
+    with (folder.parent / f"{folder.name}.log").open("a") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed; see {folder}.log")
@@ -87,7 +87,7 @@ def bench(folder: Path, agent: str, *overrides: str) -> None:
     """`agile bench` of one agent of a run, into `<folder>-test`."""
     command = [sys.executable, "-m", "agile.cli", "bench", str(folder / "config.yaml"), f"evaluate.checkpoint={folder}"]
     command += [f"evaluate.agents=[{agent}]", "evaluate.baselines=[]", f"out={folder}-test", *overrides]
-    with folder.with_suffix(".log").open("a") as log:
+    with (folder.parent / f"{folder.name}.log").open("a") as log:
         subprocess.run(command, stdout=log, stderr=log, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

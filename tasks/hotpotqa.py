@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from agile.errors import AgileError
-from agile.tasks.rows import cut, entries, field, read_items, show, wrong
+from agile.tasks.rows import entries, field, read_items, show, wrong
 from agile.tasks.scoring import AdviceCounts, question_reward
-from agile.tasks.split import held_out
+from agile.tasks.split import train_and_test
 from agile.tools.passages import PASSAGES, SEPARATOR, PassageSearch, Rank
 from agile.types import Item, Reward, Session, Stream
 
@@ -101,14 +101,7 @@ class HotPotQA:
     def streams(self, split: str) -> Sequence[Stream]:
         """The questions of `train` or `test` in file order, read once."""
         if not self._streams:
-            train = self._read(self.data)
-            if self.test_data is None:
-                train, test = held_out(train, self.data)
-            else:
-                test = train if self.test_data == self.data else self._read(self.test_data)
-            for name, items in (("train", train), ("test", test)):
-                parts = cut(name, items, self.stream_length)
-                self._streams[name] = tuple(Stream(stream_id, part) for stream_id, part in parts)
+            self._streams = train_and_test(self._read, self.data, self.test_data, self.stream_length)
         return self._streams[split]
 
     def _read(self, path: Path) -> tuple[Item, ...]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from agile.errors import AgileError
 from agile.tasks.choices import read_choice
-from agile.tasks.rows import cut, field, lines, optional_text, read_items, show, wrong
-from agile.tasks.scoring import AdviceCounts, question_reward
-from agile.tasks.split import held_out
+from agile.tasks.rows import field, lines, optional_text, read_items, show, wrong
+from agile.tasks.scoring import AdviceCounts, fold, question_reward
+from agile.tasks.split import train_and_test
 from agile.tools.sql import SqlSearch
 from agile.tools.tables import Table, open_table
 from agile.types import Item, Reward, Session, Stream
@@ -75,14 +75,7 @@ class JsonlTask:
     def streams(self, split: str) -> Sequence[Stream]:
         """The questions of `train` or `test`, read once."""
         if not self._streams:
-            train = self._read(self.data)
-            if self.test_data is None:
-                train, test = held_out(train, self.data)
-            else:
-                test = train if self.test_data == self.data else self._read(self.test_data)
-            for name, items in (("train", train), ("test", test)):
-                parts = cut(name, items, self.stream_length)
-                self._streams[name] = tuple(Stream(stream_id, part) for stream_id, part in parts)
+            self._streams = train_and_test(self._read, self.data, self.test_data, self.stream_length)
         return self._streams[split]
 
     def _read(self, path: Path) -> tuple[Item, ...]:
@@ -120,16 +113,12 @@ def is_correct(item: Item, answer: str | None) -> bool:
     if answer is None:
         return False
     if isinstance(item.answer, list):
-        named = {name for part in answer.split(",") if (name := _fold(part)) and name != "none"}
-        return named <= {_fold(name) for name in item.answer} if named else not item.answer
+        named = {name for part in answer.split(",") if (name := fold(part)) and name != "none"}
+        return named <= {fold(name) for name in item.answer} if named else not item.answer
     if options := item.context.get("options"):
         chosen = read_choice(answer, options)
-        return chosen is not None and _fold(options[chosen]) == _fold(item.answer)
-    return _fold(answer) == _fold(item.answer)
-
-
-def _fold(text: str) -> str:
-    return " ".join(text.lower().split())
+        return chosen is not None and fold(options[chosen]) == fold(item.answer)
+    return fold(answer) == fold(item.answer)
 
 
 def _parse(row: Any, where: str, table: Table | None) -> Item:
@@ -138,11 +127,11 @@ def _parse(row: Any, where: str, table: Table | None) -> Item:
         raise AgileError(f"{where}, field {unknown[0]!r}: no such field; expected some of {', '.join(FIELDS)}.")
     options = _options(row.get("options"), where)
     if isinstance(answer, list) and not options:
-        if not all(isinstance(name, str) and _fold(name) for name in answer):
+        if not all(isinstance(name, str) and fold(name) for name in answer):
             raise wrong(where, "answer", "text, or a list of texts", answer)
     else:
         answer = field(row, "answer", str, where)
-        if not _fold(answer):
+        if not fold(answer):
             raise wrong(where, "answer", "text that is not empty", answer)
     if options:
         chosen = read_choice(answer, options)
@@ -179,9 +168,9 @@ def _options(found: Any, where: str) -> dict[str, str]:
         found = {chr(ord("A") + i): text for i, text in enumerate(found)}
     if not isinstance(found, dict) or not 2 <= len(found) <= 26 or not all(re.fullmatch("[A-Z]", x) for x in found):
         raise wrong(where, "options", "2 to 26 texts, or an object of the letters A, B, ... and texts", found)
-    if not all(isinstance(text, str) and _fold(text) for text in found.values()):
+    if not all(isinstance(text, str) and fold(text) for text in found.values()):
         raise wrong(where, "options", "texts that are not empty", found)
-    if len({_fold(text) for text in found.values()}) < len(found):
+    if len({fold(text) for text in found.values()}) < len(found):
         raise wrong(where, "options", "texts that differ", found)
     return found
 

@@ -8,6 +8,7 @@ folder that `save_to_disk` wrote, or the name of one that was downloaded before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -184,9 +185,7 @@ def _with_prediction(item: Item, predicted: Mapping[str, str | None]) -> Item:
         )
     text = predicted[item.id]
     choice = None if text is None else read_choice(text, item.context["options"])
-    return Item(
-        item.id, item.question, item.answer, item.kind, item.group, item.product, {**item.context, "predicted": choice}
-    )
+    return replace(item, context={**item.context, "predicted": choice})
 
 
 def _of_datasets(data: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from agile.errors import AgileError
 from agile.tasks.rows import field, lines, parse_json, read_bytes, read_items, show, wrong
-from agile.tasks.scoring import AdviceCounts, question_reward
+from agile.tasks.scoring import AdviceCounts, fold, question_reward
 from agile.tools.sql import SqlSearch
 from agile.types import Item, Reward, Session, Stream
 
@@ -41,9 +41,9 @@ def is_correct(item: Item, answer: str | None, used_search: bool) -> bool:
     if answer is None:
         return False
     if isinstance(item.answer, list):
-        predicted = set() if _fold(answer) == "none" else set(re.findall(r"[^\s,]+", answer))
+        predicted = set() if fold(answer) == "none" else set(re.findall(r"[^\s,]+", answer))
         return predicted <= set(item.answer) if predicted else not item.answer
-    return not used_search and _fold(answer) == _fold(item.answer)
+    return not used_search and fold(answer) == fold(item.answer)
 
 
 class ProductQA:
@@ -130,10 +130,6 @@ class ProductQA:
             return None
         result = self.search.search(item.context["sql"], item.group)
         return result.text if result.ok else None
-
-
-def _fold(text: str) -> str:
-    return " ".join(text.lower().split())
 
 
 def _folders(folder: Path) -> list[str]:

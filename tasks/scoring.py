@@ -14,6 +14,15 @@ UNREADABLE = "unreadable"  # components that are worth nothing and say that a te
 UNREADABLE_ADVICE = "unreadable advice"
 
 
+def fold(text: str) -> str:
+    """A text as answers are compared: letter case and white space folded.
+
+    >>> fold(" Red  Wine")
+    'red wine'
+    """
+    return " ".join(text.lower().split())
+
+
 def question_reward(
     session: Session,
     is_right: Callable[[str | None], bool],

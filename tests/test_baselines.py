@@ -5,7 +5,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agile.baselines import NAMES, SCOPES, THRESHOLDS, always_ask, never_ask, oracle, recall, router, run_baselines
+from agile.baselines import (
+    NAMES,
+    SCOPES,
+    THRESHOLDS,
+    always_ask,
+    best_recall,
+    never_ask,
+    oracle,
+    router,
+    run_baselines,
+    sweep_recall,
+)
 from agile.errors import AgileError
 from agile.evaluate import by_stream, rates
 from agile.memory.encoders import Vectors, make_encoder
@@ -85,7 +96,7 @@ def test_recall_in_closed_form() -> None:
         item("36", "no", product="q"),
         item("36", "yes", product="q"),
     ]
-    run = recall([stream(*questions)], 0.3, Angles(), Sums())
+    run = best_recall(sweep_recall([stream(*questions)], Angles(), Sums()), 0.3)
     rows = {(row["scope"], row["threshold"]): row for row in run.detail["sweep"]}
     assert set(rows) == {(s, t) for s in SCOPES for t in THRESHOLDS}
     # .80, group: only the first is asked about (36 is .809 from 0), so both "no" are wrong.
@@ -107,9 +118,10 @@ def test_recall_in_closed_form() -> None:
 def test_recall_picks_by_price_and_repeats_only_answers_it_paid_for() -> None:
     chain = [stream(*(item(str(10 * i), "no" if i == 1 else "yes") for i in range(6)))]
     # At cosine .95 (18 degrees) every second question is asked about: a repeated answer is not repeated on.
-    rows = {(r["scope"], r["threshold"]): r for r in recall(chain, 0.3, Angles(), Sums()).detail["sweep"]}
+    swept = sweep_recall(chain, Angles(), Sums())
+    rows = {(r["scope"], r["threshold"]): r for r in best_recall(swept, 0.3).detail["sweep"]}
     assert rows["group", 0.95]["advice_rate"] == pytest.approx(3 / 6)
-    cheap, dear = (recall(chain, price, Angles(), Sums()).detail["threshold"] for price in (0.01, 0.9))
+    cheap, dear = (best_recall(swept, price).detail["threshold"] for price in (0.01, 0.9))
     assert cheap == 1.0
     assert dear == 0.5
 
@@ -122,8 +134,7 @@ def test_recall_agrees_with_an_obvious_loop(seed: int) -> None:
         for p in rng.choice(["p", "q"], 60)
     ]
     vectors = Angles().encode([i.question for i in items])
-    swept = recall([stream(*items)], 0.3, Angles(), Sums()).detail["sweep"]
-    for row in swept:
+    for row in best_recall(sweep_recall([stream(*items)], Angles(), Sums()), 0.3).detail["sweep"]:
         asked: list[int] = []
         right = 0
         for i, question in enumerate(items):
@@ -143,9 +154,10 @@ def test_recall_agrees_with_an_obvious_loop(seed: int) -> None:
 def test_recall_forgets_between_streams_and_needs_no_questions() -> None:
     one = stream(item("0", "yes"))
     other = stream(item("0", "no"), name="t")
-    assert all(o.correct and o.advised for o in recall([one, other], 0.3, Angles(), Sums()).outcomes)
+    run = best_recall(sweep_recall([one, other], Angles(), Sums()), 0.3)
+    assert all(o.correct and o.advised for o in run.outcomes)
     sums = stream(item("4", "4", "sum"))
-    assert rates(recall([sums], 0.3, Angles(), Sums()).outcomes, 0.3)["score"] == 1.0
+    assert rates(best_recall(sweep_recall([sums], Angles(), Sums()), 0.3).outcomes, 0.3)["score"] == 1.0
 
 
 def fact(answer: str, key: str | None, prior: float = 0.5, guess: str = "yes") -> Item:
@@ -205,7 +217,7 @@ def test_real_groups_give_the_known_reference_points(data: Path) -> None:
 def test_real_recall_gives_the_known_reference_points(data: Path) -> None:
     """Over the six official groups, scope group: .75 has advice .246 and accuracy .868, .90 has .485 and .969."""
     task = ProductQA(data / "productqa")
-    run = recall(task.streams("test"), 0.3, make_encoder("all-MiniLM-L6-v2"), task)
+    run = best_recall(sweep_recall(task.streams("test"), make_encoder("all-MiniLM-L6-v2"), task), 0.3)
     assert (run.detail["scope"], run.detail["threshold"]) == ("group", 0.9)
     rows = {row["threshold"]: row for row in run.detail["sweep"] if row["scope"] == "group"}
     assert (rows[0.75]["advice_rate"], rows[0.75]["accuracy"]) == pytest.approx((0.246, 0.868), abs=0.015)

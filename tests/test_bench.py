@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from agile.config import RunConfig, load_config
 from agile.errors import AgileError
 from agile.session_log import read_lines, session_from_json
 from agile.tasks.minishop import MiniShopSpec, write_minishop
+from agile.tasks.productqa import ProductQA
 from agile.tokens import build_tokenizer
-from agile.types import AgentSpec
+from agile.types import AgentSpec, Stream
 from tests.tiny import TinyRun, agile
 
 BASELINES = ["always_ask", "never_ask", "router", "recall", "calibrated_recall", "oracle"]
@@ -88,6 +90,23 @@ def test_bench_elsewhere_gives_the_same_figures(tiny_run: TinyRun, tmp_path: Pat
     assert found == {name: earlier[name] for name in ("ppo", "router")}
     assert (tmp_path / "out" / "test-ppo.jsonl").read_bytes() == (tiny_run.path / "test-ppo.jsonl").read_bytes()
     assert load_config(tmp_path / "out" / "config.yaml") == config_of(tiny_run.path, *overrides)
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_streams_may_share_ids(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids of items are unique within a stream only: the same questions under shorter ids give the same figures."""
+    whole = ProductQA.streams
+
+    def streams(task: ProductQA, split: str) -> list[Stream]:
+        short = {s.id: tuple(replace(i, id=i.id.rpartition("/")[2]) for i in s.items) for s in whole(task, split)}
+        return [replace(s, items=short[s.id]) for s in whole(task, split)]
+
+    monkeypatch.setattr(ProductQA, "streams", streams)
+    config = config_of(tiny_run.path, "evaluate.agents=[ppo]", "evaluate.baselines=[]")
+    report = json.loads(json.dumps(bench(config, tmp_path / "out", [tiny_run.path])))
+    earlier = json.loads((tiny_run.path / "report.json").read_text())
+    assert report["memory_use"]["ppo"] == earlier["memory_use"]["ppo"]
+    assert report["examples"] == earlier["examples"]
 
 
 @pytest.mark.usefixtures("no_drawing")

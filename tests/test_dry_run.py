@@ -1,12 +1,16 @@
 """`agile bench --dry-run`: what a benchmark would take."""
 
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from agile.bench import bench
 from agile.config import load_config
 from agile.dry_run import plan_bench
-from tests.tiny import TINY, agile
+from agile.session_log import read_lines
+from tests.tiny import TINY, TinyRun, agile
 
 WORDS = [*TINY, "evaluate.agents=[sft, ppo, prompted]", "evaluate.prompted.model=m", "evaluate.prices=[.1, .3]"]
 PRICED = ["evaluate.prompted.prices.input=10", "evaluate.prompted.prices.output=30", "evaluate.prompted.max_tokens=100"]
@@ -26,6 +30,31 @@ def test_a_plan_counts_sessions_calls_and_money() -> None:
     assert (ablations.agent, ablations.sessions) == ("ppo, ablations", 32)  # of `rl` the agent sft is played anyway
     unseen, _ = plan_bench(load_config(None, WORDS))
     assert [plan.sessions for plan in unseen] == [16, 16, 16]
+
+
+def test_a_plan_counts_what_a_bench_plays(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs, ablations, several prices, experts: as many sessions as then lie in the folder."""
+    monkeypatch.setattr("agile.bench.write_report", lambda report, out: None)
+    monkeypatch.setattr("agile.bench.save_plots", lambda report, out: None)
+    other = shutil.copytree(tiny_run.path, tmp_path / "other")
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("seed: 0", "seed: 1", 1))
+    (tmp_path / "answers.jsonl").write_text('{"id": "q", "answer": "yes"}\n')
+    words = [f"evaluate.checkpoint=[{tiny_run.path}, {other}]", "agent.show_price=true", "evaluate.baselines=[]"]
+    words += ["evaluate.agents=[ppo]", "evaluate.ablations=[memory, rl]", "evaluate.prices=[0.1, 0.3]"]
+    words += [f"experts.m={{kind: recorded, answers: {tmp_path / 'answers.jsonl'}}}", "evaluate.experts=[gold, m]"]
+    config = load_config(tiny_run.path / "config.yaml", words)
+    plans, _ = plan_bench(config)
+    assert {plan.agent: plan.sessions for plan in plans} == {
+        "ppo": 2 * 16 * 2,  # runs, questions, prices; 0.3 is the config's own
+        "ppo, ablations": 2 * 16 * 2,  # of `rl` the agent sft is played anyway
+        "m": 2 * 16,
+        "asks m": 2 * 16,
+        "asks gold": 2 * 16,
+    }
+    bench(config, tmp_path / "out", config.evaluate.checkpoint)
+    played = Counter(path.stem for path in (tmp_path / "out").rglob("test-*.jsonl") for _ in read_lines(path))
+    assert played.total() == sum(plan.sessions for plan in plans), played
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:

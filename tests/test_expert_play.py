@@ -63,7 +63,9 @@ def test_recorded_experts_alone_and_asked(folder: Path) -> None:
         "asks gold": (1.0, 1.0, 0.6),
         "always_ask": (1.0, 1.0, 0.6),
     }
+    assert report["advice_counts"] == "if_right"
     assert (report["details"]["m"], report["details"]["asks m"]) == ({"unreadable": 1}, {"unreadable advice": 1})
+    assert "experts" not in report["details"]
     gold, recorded = report["experts"]["experts"]
     assert (gold["expert"], gold["accuracy"], gold["price"]) == ("gold", 1.0, 0.4)
     assert recorded == {
@@ -91,6 +93,7 @@ def test_who_asks_remembers_and_reads_its_memory(folder: Path) -> None:
 
 def test_by_the_papers_rule_experts_cannot_err(folder: Path) -> None:
     report = bench(load_config(folder / "config.yaml", ["task.advice_counts=always"]), folder / "out")
+    assert report["advice_counts"] == "always"
     assert report["agents"]["asks m"]["accuracy"] == 1.0
     assert report["experts"]["experts"][1]["accuracy"] == 0.625  # what it said is what it said
 

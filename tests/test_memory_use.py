@@ -68,7 +68,7 @@ def test_exact_and_by_similarity_differ() -> None:
             session(4, [entry(1, 0.2)]),
         ),
     )
-    items = {f"q{k}": item(k, settled_by="" if k == 4 else "p1/heavy") for k in range(5)}
+    items = {("s", f"q{k}"): item(k, settled_by="" if k == 4 else "p1/heavy") for k in range(5)}
     exact = exact_uses([trajectory], items)
     assert [(u.retrieved, u.held) for u in exact] == [(False, False), (True, True), (False, True), (False, True)]
     assert counts(exact) == {
@@ -84,15 +84,23 @@ def test_exact_and_by_similarity_differ() -> None:
     near = uses_by_similarity([trajectory])
     assert [u.retrieved for u in near] == [False, True, True, False, False]
     assert counts(near)["retrieved_wrong"] == 1 and counts(near)["missed"] is None
-    assert [bearing(s, items[s.item_id]) for s in trajectory.sessions] == [[], [1], [], [], []]
+    assert [bearing(s, items[s.key]) for s in trajectory.sessions] == [[], [1], [], [], []]
     assert bearing(trajectory.sessions[2], item(2)) == [2]  # where the task says nothing, similarity does
 
 
 def test_knowledge_settles_by_its_words() -> None:
     known = entry(1, 0.1, kind=MemoryKind.KNOWLEDGE, key="k", text="steel is heavy", product="")
     trajectory = Trajectory("s", (session(0, [known]),))
-    assert exact_uses([trajectory], {"q0": item(0, knowledge="steel is heavy")})[0].retrieved
-    assert not exact_uses([trajectory], {"q0": item(0, knowledge="wood is heavy")})[0].retrieved
+    assert exact_uses([trajectory], {("s", "q0"): item(0, knowledge="steel is heavy")})[0].retrieved
+    assert not exact_uses([trajectory], {("s", "q0"): item(0, knowledge="wood is heavy")})[0].retrieved
+
+
+def test_streams_may_share_ids() -> None:
+    known = entry(1, 0.1, kind=MemoryKind.KNOWLEDGE, key="k", text="steel is heavy", product="")
+    trajectories = [Trajectory(stream, (replace(session(0, [known]), stream_id=stream),)) for stream in ("s", "t")]
+    facts = {"s": "steel is heavy", "t": "wood is heavy"}
+    items = {(stream, "q0"): item(0, knowledge=fact) for stream, fact in facts.items()}
+    assert [use.retrieved for use in exact_uses(trajectories, items)] == [True, False]
 
 
 def test_what_was_read_but_not_shown_does_not_count() -> None:

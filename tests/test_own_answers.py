@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import pytest
 
+from agile.measure import _examples
 from agile.own_answers import beliefs, own_answers
+from agile.play import Played
 from agile.tokens import ActionCodec
 from agile.types import Action, Completion, Fn, Item, Session, Trajectory
 from tests.worlds import item, make_codec, make_executor, play
@@ -56,7 +59,7 @@ def test_answered_and_asked(kind: str) -> None:
         *policy.prompts[0],
         codec.action_ids[Fn.PREDICT_ANSWER],
     )  # where it asked
-    items = {question.id: question}
+    items = {("s", question.id): question}
     (told,) = beliefs([asked], items, codec, found, Key())
     assert told.asked and not told.right  # the gold answer is yes
     assert (told.readiness, told.confidence) == pytest.approx((0.2, 0.25))
@@ -64,3 +67,21 @@ def test_answered_and_asked(kind: str) -> None:
     assert not told.asked and told.right
     assert (told.readiness, told.confidence) == pytest.approx((0.8, 0.5))
     assert beliefs([asked], items, codec, {}, Key()) == []  # it was not made to answer
+
+
+def test_streams_may_share_ids() -> None:
+    """The same id with another gold answer in each stream: what the agent would have said, and what a report shows."""
+    codec = make_codec("bpe")
+    executor, policy = make_executor(codec=codec), Unsure(codec, asks=True)
+    asked = play(executor, policy)
+    sessions = [replace(asked, id=f"{stream}/0", stream_id=stream) for stream in ("s", "t")]
+    items = {("s", asked.item_id): item(answer="yes"), ("t", asked.item_id): item(answer="no")}
+    trajectories = [Trajectory(s.stream_id, (s,)) for s in sessions]
+    found = own_answers(policy, executor, trajectories)
+    told = beliefs(sessions, items, codec, found, Key())
+    assert [belief.right for belief in told] == [False, True]
+    examples = _examples(Played(trajectories, codec, 0.0, found, {}), told, items)
+    assert sorted((e["title"].partition("/")[0], dict(e["facts"])["gold"]) for e in examples) == [
+        ("s", "yes"),
+        ("t", "no"),
+    ]

@@ -131,6 +131,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.errors": (),
     "agile.seeding": (),
     "agile.ranks": ("agile.errors",),
+    "agile.screen": ("agile.errors", "agile.ranks"),
     "agile.prompts": NOUNS,
     "agile.tokens": NOUNS,
     "agile.memory": NOUNS,
@@ -153,7 +154,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.rollout": (*NOUNS, "agile.executor", "agile.threads"),
     "agile.lag": (*NOUNS, "agile.rollout"),
     "agile.imitation": (*NOUNS, "agile.executor", "agile.policies"),
-    "agile.agents": (*NOUNS, "agile.tokens", "agile.policies", "agile.tools", "agile.tasks.choices"),
+    "agile.agents": (
+        *NOUNS,
+        *("agile.memory_use", "agile.policies", "agile.tasks.choices", "agile.tokens", "agile.tools"),
+    ),
     "agile.tasks": (*NOUNS, "agile.tools"),
     "agile.prices": NOUNS,
     "agile.copies": NOUNS,
@@ -188,8 +192,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.evaluate": NOUNS,
     "agile.published": NOUNS,
     "agile.expert_worth": (*NOUNS, "agile.evaluate"),
-    "agile.baselines": (*NOUNS, "agile.evaluate", "agile.memory.encoders", "agile.calibrated"),
-    "agile.calibrated": (*NOUNS, "agile.memory.encoders"),
+    "agile.baselines": (
+        *NOUNS,
+        *("agile.calibrated", "agile.evaluate", "agile.memory.encoders", "agile.tasks.scoring"),
+    ),
+    "agile.calibrated": (*NOUNS, "agile.memory.encoders", "agile.tasks.scoring"),
     "agile.plots": (),
     "agile.show": (*NOUNS, "agile.tokens"),
     "agile.plots_bench": ("agile.plots",),
@@ -200,7 +207,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.memory_use": NOUNS,
     "agile.instructive": (*NOUNS, "agile.calibration"),
     "agile.extras": NOUNS,
-    "agile.cli_parts": ("agile.errors", "agile.ranks"),
+    "agile.cli_words": ("agile.errors",),
     # Nothing of the server is imported by what runs without it, and it imports nothing that trains.
     "agile.serve": (
         *NOUNS,

@@ -75,11 +75,12 @@ def test_an_error_of_one_process_ends_all_and_is_said_once(who: int, tmp_path: P
     program = """
 import sys, time
 from pathlib import Path
-from agile import cli, ranks
+from agile import ranks
 from agile.errors import AgileError
+from agile.screen import one_screen
 import typer
 try:
-    with cli._one_screen():
+    with one_screen():
         ranks.join()
         ranks.barrier()
         if ranks.rank() == int(sys.argv[1]):

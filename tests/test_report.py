@@ -75,12 +75,16 @@ def made_up_measurements() -> dict[str, Any]:
     uses = [Use(list(KINDS)[k % 5], k, 200, k % 3 > 0, k % 2 > 0, k % 5 == 0, k % 4 > 0) for k in range(200)]
     runs = [{"run": f"seed-{k}", "seed": k, **summary(0.9, 0.3 + k / 100, 800)} for k in range(3)]
     figures = {"runs": runs, "mean": summary(0.9, 0.31, 800), "spread": {"accuracy": 0.0, "score": 0.003}}
+    expert = {"expert": "tired-doctor", "accuracy": 0.9, "answered": 1.0, "unreadable": 0.0, "price": 0.3}
+    gain = {"agent": "never_ask", "expert": "tired-doctor", **summary(0.9, 1.0, 2400), "gain": 0.1, "worth_below": 0.4}
     figures_of_others = {"table": "ProductQA", "measure": "short answer", "source": "arXiv 2405.14751v2", "groups": []}
     row = {"agent": "agile-vic13b-ppo", "price": PRICE, "advice_rate": 0.233, "accuracy": 0.854, "score": 0.784}
     return {
         "published": [{**figures_of_others, **row, "same_questions": False}],
         "envelope": {f"{PRICE:g}": {"score": 0.8, "by": "recall", "published": False, "same_questions": True}},
         "ablations": {"agent": "ppo", "rows": rows},
+        "experts": {"experts": [{**expert, "latency_s": None}], "gains": [gain]},
+        "skipped_rows": ["qa.jsonl, line 9: bad"],
         "seeds": {"ppo": figures, "router": figures, "ppo memory": figures},
         "calibration": {name: calibration(told) for name in ("sft", "ppo")},
         "memory_use": {
@@ -126,6 +130,7 @@ def made_up_report() -> dict[str, Any]:
         **made_up_measurements(),
         "task": "minishop",
         "advice_price": PRICE,
+        "advice_counts": "always",
         "agents": agents,
         "seconds": {"worlds": 2.1, "imitation": 182.4, "ppo": 301.0, "evaluation": 74.2},
         "comparisons": [
@@ -342,6 +347,24 @@ def test_summary_says_what_matters(page: str) -> None:
     assert re.search(r"<details class=\"reading\"><summary>Question 3 .*Made to answer it is right.</summary>", page)
 
 
+ALWAYS, IF_RIGHT = (
+    "Advised sessions count as correct",
+    "An advised session counts as correct only if the expert was right",
+)
+
+
+@pytest.mark.parametrize(("counts", "said"), [("always", ALWAYS), ("if_right", IF_RIGHT), (None, "")])
+def test_page_says_when_an_advised_session_is_right(
+    counts: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agile.report.draw_all", lambda *_: {"accuracy": "<svg></svg>"})
+    monkeypatch.setattr("agile.report.draw_measured", lambda *_: {})
+    page = render_html(bare_report() | ({} if counts is None else {"advice_counts": counts}))
+    for sentence in (ALWAYS, IF_RIGHT):  # the remark on the tile, the caption of the plot, the definition
+        assert page.count(sentence) == (3 if sentence == said else 0)
+    assert ("baselines ask one who always is" in page) == (counts == "if_right")
+
+
 def test_agents_look_the_same_in_every_plot() -> None:
     few, many = looks_of(["mine", "ppo"]), looks_of(["ppo", "other", "sft"])
     assert few["ppo"] == many["ppo"]
@@ -399,6 +422,8 @@ def test_what_is_missing_is_left_out(missing: str) -> None:
         ("reference lines and published", "envelope"),
         ("Does it know what it knows", "calibration"),
         ("What memory did", "memory_use"),
+        ("experts: who was asked", "experts"),
+        ("experts: what each is worth", "experts"),
     ):
         assert (heading in page) == (key in report)
     assert "Training" not in page and "What the agents do" not in page  # no plots, no headings for them
