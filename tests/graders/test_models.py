@@ -72,9 +72,13 @@ def test_usable_graders(grader: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("grader", [CHECK, LIKE, SCORE, PYTHON, LABEL])
 def test_what_the_hosted_service_takes_has_the_same_fields(grader: dict[str, Any]) -> None:
-    kinds: dict[str, type[BaseModel]] = {"string_check": hosted.StringCheckGrader, "text_similarity": hosted.TextSimilarityGrader,
-             "score_model": hosted.ScoreModelGrader, "python": hosted.PythonGrader,
-             "label_model": hosted.LabelModelGrader}  # fmt: skip
+    kinds: dict[str, type[BaseModel]] = {
+        "string_check": hosted.StringCheckGrader,
+        "text_similarity": hosted.TextSimilarityGrader,
+        "score_model": hosted.ScoreModelGrader,
+        "python": hosted.PythonGrader,
+        "label_model": hosted.LabelModelGrader,
+    }
     kind = kinds[grader["type"]]
     kind.model_validate(grader)
     assert kind.model_fields.keys() <= TYPES[grader["type"]].model_fields.keys()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -117,10 +118,9 @@ def test_time_is_limited() -> None:
 
 def test_threads_are_limited() -> None:
     body = "import threading, time\nfor i in range(9): threading.Thread(target=time.sleep, args=(9,)).start()\n"
-    assert graded(body + "time.sleep(9)", Limits(time_s=20, num_threads=4))[1:] == (
-        RUNTIME,
-        "it had 10 threads, at most 4 are allowed",
-    )
+    reward, kinds, details = graded(body + "time.sleep(9)", Limits(time_s=20, num_threads=4))
+    assert (reward, kinds) == (0.0, RUNTIME)
+    assert re.fullmatch("it had [0-9]+ threads, at most 4 are allowed", details)
 
 
 @pytest.mark.parametrize(
