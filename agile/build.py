@@ -191,12 +191,14 @@ class Setup:
 
     def advisor(self, name: str | None = None) -> Advisor:
         """One of the config's experts, the one who advises by default."""
+        expert = self.config.experts.get(name or self.config.expert, ExpertConfig())
         return make_advisor(
-            self.config.experts.get(name or self.config.expert, ExpertConfig()),
+            expert,
             data=self.config.task.data,
             seed=self.config.seed,
             question=lambda item: self.agent.question(item, 0.0, 1.0),
             folder=self.folder,
+            fallback=None if expert.fallback is None else self.advisor(expert.fallback),
         )
 
     def _stronger_model(self) -> Mapping[str, str | None] | None:

@@ -101,9 +101,13 @@ def _talk(
 
 
 def _item(question: str, turn: int, like: Item) -> Item:
-    """A question about the product of `like`, of which only what is known of the product is kept."""
-    shown = {name: like.context[name] for name in ("metadata", "columns")}
-    return Item(f"chat/{turn}", question, "", "chat", like.group, like.product, {**shown, "sql": "", "knowledge": ""})
+    return replace(about(like), id=f"chat/{turn}", question=question, kind="chat")
+
+
+def about(item: Item) -> Item:
+    """An item without a question, of which only what is known of the product is kept."""
+    shown = {name: item.context[name] for name in ("metadata", "columns")}
+    return Item("", "", "", "", item.group, item.product, {**shown, "sql": "", "knowledge": ""})
 
 
 def _table(stream: Stream) -> Table:

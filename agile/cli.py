@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agile import __version__, ranks
+from agile import __version__, cli_serve, ranks
+from agile.cli_words import Config, Overrides, parse
 from agile.errors import AgileError
 from agile.screen import console, one_screen
 
@@ -28,11 +29,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Config = Annotated[Path, typer.Argument(help="YAML file, see configs/.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Changes of the config, such as ppo.lr=1e-4, and out=DIR.", metavar="a.b=value"),
-]
 Run = Annotated[str, typer.Argument(help="Run folder of `agile demo`, `train` or `bench`; out=RUN works too.")]
 SessionId = Annotated[
     str | None, typer.Option("--session", metavar="ID", help="Only the session of this id, such as shop_0001/3.")
@@ -47,14 +43,6 @@ SkipBadRows = Annotated[
 ]
 
 
-def _parse(words: Sequence[str], default_out: str) -> tuple[Path, list[str]]:
-    """The run folder, and the overrides without it."""
-    outs = [word.removeprefix("out=") for word in words if word.startswith("out=")]
-    if "" in outs:
-        raise AgileError("out= names no folder. Write out=DIR, for example out=runs/mine.")
-    return Path([default_out, *outs][-1]).expanduser(), [word for word in words if not word.startswith("out=")]
-
-
 def _load(
     config: Path | None,
     overrides: Sequence[str] | None,
@@ -66,7 +54,7 @@ def _load(
     """The config with what the command line changes of it, and the folder to write to."""
     from agile.config import load_config
 
-    out, rest = _parse(overrides or [], default_out)
+    out, rest = parse(overrides or [], default_out)
     seeds = [] if seed is None else [f"seed={seed}"]
     return load_config(config, [*seeds, *rest, *["task.skip_bad_rows=true"] * skip_bad_rows]), out
 
@@ -210,7 +198,7 @@ def plan(
     with one_screen():
         from agile.plan import run_plan
 
-        _, rest = _parse(overrides or [], "runs/plan")
+        _, rest = parse(overrides or [], "runs/plan")
         if not run_plan(config, rest, gpus, gpu_memory, action_share, console):
             raise typer.Exit(1)
 
@@ -478,6 +466,9 @@ def minishop(
         spec = MiniShopSpec(task.num_train_worlds, task.num_test_worlds, task.num_questions)
         write_minishop(out, spec, config.seed)
         console.print(f"{task.num_train_worlds} train and {task.num_test_worlds} test worlds: {out}", soft_wrap=True)
+
+
+cli_serve.add_to(app)
 
 
 def main() -> None:

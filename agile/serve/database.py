@@ -1,0 +1,131 @@
+"""The desk's database: SQLite by default, PostgreSQL by URL. What a transaction wrote is on disk when it is left."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as NoConnection
+from sqlalchemy.orm import Session
+
+from agile.errors import AgileError
+
+BUSY_S = 30  # how long a writer waits for another one
+
+
+class DatabaseAway(AgileError):
+    """The database does not answer now; what was acknowledged is safe, and trying again later is right."""
+
+
+class Database:
+    """Transactions on the desk's tables, from any thread; brings the tables up to date when opened.
+
+    Args:
+        url: As SQLAlchemy reads it: `sqlite:///FILE`, `postgresql+psycopg://USER@HOST/NAME`.
+
+    Raises:
+        AgileError: The URL cannot be read or the database cannot be opened.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            parsed = make_url(url)
+            if parsed.drivername == "postgresql":
+                parsed = parsed.set(drivername="postgresql+psycopg")
+            self.is_sqlite = parsed.get_backend_name() == "sqlite"
+            if self.is_sqlite and parsed.database:
+                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            self.engine = create_engine(parsed, pool_pre_ping=not self.is_sqlite, **self._options())
+        except (ArgumentError, NoSuchModuleError, OSError) as error:
+            raise AgileError(
+                f"The database {url!r} cannot be opened: {error}. Expected sqlite:///FILE or "
+                "postgresql://USER:PASSWORD@HOST/NAME."
+            ) from None
+        if self.is_sqlite:
+            event.listen(self.engine, "connect", _prepare)
+            event.listen(self.engine, "begin", _begin)
+        self._reader = self.engine.execution_options(agile_reads=True)
+        try:
+            migrate(self)
+        except SQLAlchemyError as error:
+            raise AgileError(
+                f"The database {parsed.render_as_string()} cannot be used: {str(error).splitlines()[0]}"
+            ) from None
+
+    def _options(self) -> dict[str, Any]:
+        return {"connect_args": {"timeout": BUSY_S}} if self.is_sqlite else {"pool_size": 10, "max_overflow": 10}
+
+    @contextmanager
+    def writing(self) -> Iterator[Session]:
+        """A transaction: all or nothing, on disk when the block is left.
+
+        Raises:
+            DatabaseAway: It cannot be reached, is full, or another writer does not end.
+        """
+        with _away(), Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A transaction that only looks; writers do not wait for it. Raises as `writing`."""
+        with _away(), Session(self._reader, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def check(self) -> None:
+        """Raises DatabaseAway."""
+        with self.reading() as session:
+            session.execute(text("SELECT 1"))
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+@contextmanager
+def _away() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError, NoConnection) as error:
+        raise DatabaseAway(
+            f"The desk's database is away: {str(error).splitlines()[0]}. What was acknowledged is kept; try again when "
+            "it is back."
+        ) from error
+
+
+def database_url(given: str | None, folder: Path) -> str:
+    """Of the desk: the one that a config gives, or a file in the server's folder."""
+    return given or f"sqlite:///{folder.resolve() / 'desk.sqlite'}"
+
+
+def new_id() -> str:
+    """A name that nobody can guess."""
+    return uuid.uuid4().hex
+
+
+def migrate(database: Database) -> None:
+    """Bring the tables to the newest version; of several processes that start at once, one does it."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    with database.engine.begin() as connection:
+        if not database.is_sqlite:  # SQLite's transaction holds the lock already
+            connection.execute(text("SELECT pg_advisory_xact_lock(1095189317)"))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _prepare(connection: Any, record: Any) -> None:
+    connection.isolation_level = None  # transactions are begun below, not by the driver's guess
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", f"busy_timeout={BUSY_S * 1000}"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin(connection: Connection) -> None:
+    # a writer that begins as a reader cannot wait for its turn
+    reads = connection.get_execution_options().get("agile_reads")
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

@@ -1,0 +1,172 @@
+"""The tables of the desk. A change here needs a step in `agile.serve.migrations`; times are seconds since 1970."""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, ForeignKey, Index, Integer, LargeBinary, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+# SQLite counts up by itself only where the type is INTEGER
+Number = BigInteger().with_variant(Integer, "sqlite")
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {str: Text}  # noqa: RUF012  (SQLAlchemy's own way to say it)
+
+
+class User(Base):
+    """An account. `epoch` is part of each cookie: raising it ends all of the user's sessions in browsers."""
+
+    __tablename__ = "users"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    role: Mapped[str]
+    password_hash: Mapped[str]
+    disabled: Mapped[bool] = mapped_column(default=False)
+    epoch: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[float]
+
+
+class ApiKey(Base):
+    """What a program shows instead of a password; only a digest of it is kept."""
+
+    __tablename__ = "api_keys"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
+    digest: Mapped[str] = mapped_column(unique=True)
+    hint: Mapped[str]
+    revoked: Mapped[bool] = mapped_column(default=False)
+    created_at: Mapped[float]
+
+
+class Question(Base):
+    """What somebody asked the agent, and how far it is.
+
+    Attributes:
+        number: Counts from 1; the session is `served/<number>`.
+        id: Under which the answer can be fetched.
+        status: `working`, `waiting` (for an expert), `answered` or `failed`.
+        session: The finished session as JSON, token by token.
+    """
+
+    __tablename__ = "questions"
+    number: Mapped[int] = mapped_column(Number, primary_key=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
+    text: Mapped[str]
+    product: Mapped[str]
+    status: Mapped[str] = mapped_column(index=True)
+    answer: Mapped[str | None]
+    error: Mapped[str] = mapped_column(default="")
+    session: Mapped[str | None]
+    created_at: Mapped[float]
+    finished_at: Mapped[float | None]
+
+
+class JournalEntry(Base):
+    """One thing that a session under way was given: a completion, a read, a result. It is never asked for again."""
+
+    __tablename__ = "journal"
+    question: Mapped[int] = mapped_column(ForeignKey("questions.number"), primary_key=True)
+    place: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    payload: Mapped[str]
+
+
+class Request(Base):
+    """A question to the experts, answered once for all who ask it.
+
+    Attributes:
+        scope: Who asks: `served`, or the name of a run.
+        matched: The question as it is compared with others.
+        detail: JSON of what else an expert should see.
+        status: `open`, `claimed`, `answered`, `unknown` (no expert knows) or `withdrawn` (nobody waits any more).
+        answer_key: Names the answer, so that sending it twice is answering once.
+    """
+
+    __tablename__ = "requests"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    scope: Mapped[str]
+    question: Mapped[str]
+    matched: Mapped[str]
+    group: Mapped[str]
+    product: Mapped[str]
+    detail: Mapped[str]
+    price: Mapped[float]
+    status: Mapped[str] = mapped_column(index=True)
+    claimed_by: Mapped[int | None] = mapped_column(ForeignKey("users.id"))
+    claimed_at: Mapped[float | None]
+    answer: Mapped[str | None]
+    explanation: Mapped[str] = mapped_column(default="")
+    answered_by: Mapped[int | None] = mapped_column(ForeignKey("users.id"))
+    answered_at: Mapped[float | None]
+    answer_key: Mapped[str | None]
+    created_at: Mapped[float]
+    __table_args__ = (Index("ix_requests_matched", "scope", "group", "product", "matched"),)
+
+
+class Asker(Base):
+    """A session that waits for a request.
+
+    Attributes:
+        session_key: Of a session that may ask again after a restart; None where sessions have no lasting names.
+        question: In its own words; the request has those of the first.
+        status: `waiting`, `told` or `expired`.
+    """
+
+    __tablename__ = "askers"
+    id: Mapped[int] = mapped_column(Number, primary_key=True)
+    request_id: Mapped[str] = mapped_column(ForeignKey("requests.id"), index=True)
+    session_id: Mapped[str]
+    session_key: Mapped[str | None] = mapped_column(unique=True)
+    question: Mapped[str]
+    status: Mapped[str]
+    created_at: Mapped[float]
+
+
+class Claim(Base):
+    """That an expert took a request, and what came of it: `claimed`, `answered`, `unknown`, `skipped` or `lapsed`."""
+
+    __tablename__ = "claims"
+    id: Mapped[int] = mapped_column(Number, primary_key=True)
+    request_id: Mapped[str] = mapped_column(ForeignKey("requests.id"), index=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
+    outcome: Mapped[str]
+    at: Mapped[float]
+
+
+class MemoryEntry(Base):
+    """One thing that the agent remembers; `vector` is the embedded key, float32."""
+
+    __tablename__ = "memory"
+    id: Mapped[int] = mapped_column(Number, primary_key=True)
+    kind: Mapped[str]
+    key: Mapped[str]
+    text: Mapped[str]
+    answer: Mapped[str]
+    group: Mapped[str]
+    product: Mapped[str]
+    session_id: Mapped[str]
+    origin: Mapped[str]
+    retired: Mapped[bool] = mapped_column(default=False)
+    vector: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class MemoryChange(Base):
+    """What happened to an entry, and what it was before, so that it can be undone; `user_id` is None for the agent."""
+
+    __tablename__ = "memory_changes"
+    id: Mapped[int] = mapped_column(Number, primary_key=True)
+    entry_id: Mapped[int] = mapped_column(ForeignKey("memory.id"), index=True)
+    user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id"))
+    action: Mapped[str]
+    before: Mapped[str | None]
+    after: Mapped[str]
+    at: Mapped[float]
+
+
+class Setting(Base):
+    """What the database must know of itself, such as the encoder of its vectors."""
+
+    __tablename__ = "settings"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]

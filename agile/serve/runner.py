@@ -1,0 +1,227 @@
+"""Answers questions: sessions of the agent on an event loop of their own, apart from the web server's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Coroutine, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agile.executor import Executor
+from agile.protocols import Advisor, Policy
+from agile.seeding import derive_seed
+from agile.serve import questions, requests
+from agile.serve.advisor import DeskAdvisor
+from agile.serve.database import Database
+from agile.serve.memory import DeskMemory
+from agile.serve.metrics import Metrics
+from agile.serve.models import Question
+from agile.serve.requests import Similar
+from agile.serve.session import STREAM, patiently, play
+from agile.session_log import JsonLines, append_sessions, read_lines
+from agile.types import Advice, AdviceRequest, Item, Session
+
+logger = logging.getLogger(__name__)
+LOG = "sessions-served.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The agent that is served.
+
+    Attributes:
+        name: Of the model in the API.
+        checkpoint: Which agent of the run it is, `ppo`; the log says so.
+        products: What can be asked about; the item of each holds what is known of it. One of the name "" for agents
+            that are asked about nothing in particular.
+        seed: Of sampling, together with a question's number.
+    """
+
+    name: str
+    checkpoint: str
+    executor: Executor
+    policy: Policy
+    products: Mapping[str, Item]
+    seed: int
+
+    def item(self, question: Question) -> Item:
+        like = self.products[question.product]
+        return Item(f"{STREAM}/{question.number}", question.text, "", STREAM, like.group, like.product, like.context)
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a question is.
+
+    Attributes:
+        asking: Whether an expert is being asked.
+        done: Resolves when the answer, or that there is none, is in the database.
+    """
+
+    asking: bool = False
+    done: Future[None] = field(default_factory=Future)
+
+
+class Runner:
+    """Plays a session for every question, and goes on with those that an earlier server left behind.
+
+    Args:
+        folder: Where the log of sessions is, for `agile show`; what a crash kept from it is added.
+        advice_timeout_s, fallback, similar: See `DeskAdvisor`.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        served: Served,
+        memory: DeskMemory,
+        metrics: Metrics,
+        folder: Path,
+        *,
+        advice_timeout_s: float | None = None,
+        fallback: Advisor | None = None,
+        similar: Similar | None = None,
+    ) -> None:
+        self.database, self.served, self.memory, self.metrics = database, served, memory, metrics
+        self._desk = DeskAdvisor(
+            database, STREAM, lasting=True, timeout_s=advice_timeout_s, fallback=fallback, similar=similar
+        )
+        self._progress: dict[str, Progress] = {}
+        self._log = _whole_log(folder / LOG, database, served.checkpoint)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="agile-agent")
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> int:
+        """Begin; how many questions an earlier server left, which are gone on with."""
+        left = questions.unfinished(self.database)
+        self._thread.start()
+        for question in left:
+            self._begin(question)
+        return len(left)
+
+    def stop(self) -> None:
+        """Leave what is under way to the next server."""
+
+        async def cancel() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(cancel(), self._loop).result(timeout=30)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=30)
+        self._log.close()
+
+    def ask(self, user_id: int, text: str, product: str) -> tuple[Question, Progress]:
+        """Keep a question and begin to answer it. Raises DatabaseAway."""
+        question = questions.ask(self.database, user_id, text, product)
+        self.metrics.questions.inc()
+        return question, self._begin(question)
+
+    def learn(self, request_id: str) -> None:
+        """Remember an answer that came when nobody waited any more."""
+        found = requests.settled(self.database, request_id)
+        if found is None or found[0].scope != STREAM or found[1].answer is None:
+            return
+        request, said = found
+        like = self.served.products.get(request.product)
+        if like is None or said.answer is None:
+            return
+        item = Item(request_id, request.question, "", STREAM, like.group, like.product, like.context)
+        advice = Advice(said.answer, said.explanation, said.expert, request.price)
+        self.memory.write(self.served.executor.agent.remember(item, f"late/{request_id}", advice, ""))
+
+    def progress(self, question_id: str) -> Progress | None:
+        """Of a question that is not answered yet."""
+        return self._progress.get(question_id)
+
+    def _begin(self, question: Question) -> Progress:
+        progress = self._progress[question.id] = Progress(asking=question.status == "waiting")
+        self._loop.call_soon_threadsafe(self._start, self._run(question, progress))
+        return progress
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, question: Question, progress: Progress) -> None:
+        try:
+            try:
+                session = await patiently(lambda: self._play(question, progress))
+            except Exception as error:
+                logger.exception("question %d", question.number)
+                await self._finish(question, None, f"{type(error).__name__}: {error}")
+            else:
+                why = f"{session.status}: {session.error}".removesuffix(": ")
+                await self._finish(question, session, why if session.answer is None or session.failed else "")
+        finally:
+            self._progress.pop(question.id, None)
+            if not progress.done.done():
+                progress.done.set_result(None)
+
+    async def _play(self, question: Question, progress: Progress) -> Session:
+        served = self.served
+
+        async def on_asking() -> None:
+            progress.asking = True
+            questions.set_waiting(self.database, question.number)
+
+        return await play(
+            served.executor,
+            served.policy,
+            self.memory,
+            self.database,
+            served.item(question),
+            question.number,
+            derive_seed(served.seed, STREAM, question.number),
+            advise=self._advise,
+            on_asking=on_asking,
+        )
+
+    async def _advise(self, request: AdviceRequest, detail: Mapping[str, Any]) -> Advice:
+        began = time.monotonic()
+        self.metrics.asked.inc()
+        advice = await self._desk.advise(request, detail)
+        self.metrics.advised.labels(str(advice.status)).inc()
+        if advice.answered:
+            self.metrics.waited.observe(time.monotonic() - began)
+        return advice
+
+    async def _finish(self, question: Question, session: Session | None, error: str) -> None:
+        async def keep() -> None:
+            questions.finish(
+                self.database,
+                question.number,
+                answer=None if session is None or error else session.answer,
+                error=error,
+                played=session,
+            )
+
+        await patiently(keep)
+        self.metrics.seconds.observe(time.time() - question.created_at)
+        self.metrics.failed.inc(bool(error))
+        if session is not None:
+            self.metrics.tokens.inc(sum(len(s.token_ids) for s in session.segments))
+            append_sessions(self._log, [session], agent=self.served.checkpoint)
+
+
+def _whole_log(path: Path, database: Database, checkpoint: str) -> JsonLines:
+    """The log of sessions, without a torn end, with all sessions that the database holds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    log = JsonLines(path)
+    known = {record["session"]["id"] for record in read_lines(path)}
+    for number in questions.finished(database):
+        if f"{STREAM}/{number}" not in known and (session := questions.session_of(database, number)) is not None:
+            append_sessions(log, [session], agent=checkpoint)
+    return log

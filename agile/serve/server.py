@@ -1,0 +1,206 @@
+"""`agile serve`: one process with an agent, its API and its desk; and its accounts, `agile serve-user`."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import uvicorn
+import yaml
+from fastapi import FastAPI
+from pydantic import ValidationError
+from rich.console import Console
+
+from agile.build import Setup
+from agile.chat import about
+from agile.config import RunConfig, load_config
+from agile.errors import AgileError
+from agile.memory.encoders import Encoder
+from agile.protocols import Advisor
+from agile.run_folder import writing
+from agile.serve.access import Access, secret_of
+from agile.serve.app import create_app, queue_length
+from agile.serve.database import Database, database_url
+from agile.serve.memory import DeskMemory
+from agile.serve.metrics import Metrics
+from agile.serve.requests import Similar
+from agile.serve.runner import Runner, Served
+from agile.types import Reward
+
+AGENTS = ("dpo", "ppo", "sft")
+
+
+def served_config(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """The config of the run that is served, with what the server's own config says otherwise.
+
+    Raises:
+        AgileError: A config cannot be used, or `serve.run` names no run with an agent.
+    """
+    given = load_config(path, overrides)
+    run = given.serve.run
+    if run is None:
+        raise AgileError(f"The config {path} names no run to serve; set serve.run=RUN, for example runs/demo.")
+    if not (run / "config.yaml").exists() or not any((run / name / "config.json").exists() for name in AGENTS):
+        raise AgileError(
+            f"There is no trained agent in {run}. Train one first: agile demo, or agile train CONFIG out={run}."
+        )
+    values = load_config(run / "config.yaml").model_dump(mode="json")
+    try:
+        return RunConfig.model_validate(_over(values, given.model_dump(mode="json", exclude_unset=True)))
+    except ValidationError as error:
+        raise AgileError(f"{path} does not go with {run / 'config.yaml'}: {error.errors()[0]['msg']}") from None
+
+
+def _over(below: dict[str, object], above: dict[str, object]) -> dict[str, object]:
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = _over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def load_served(config: RunConfig, run: Path) -> tuple[Setup, Served]:
+    """The agent of a run, ready to answer about the shop of the first test stream.
+
+    Raises:
+        AgileError: There is no such agent, or its questions are about nothing that a client could name.
+    """
+    chosen = config.serve.agent
+    names = [name for name in AGENTS if (run / name / "config.json").exists() and chosen in (None, name)]
+    if not names:
+        raise AgileError(f"{run} has no agent {chosen}; leave serve.agent out to serve the newest.")
+    setup = Setup(config, run)
+    stream = setup.task.streams("test")[0]
+    if "metadata" not in stream.items[0].context:
+        raise AgileError(
+            f"{run} learned {config.task.name}, whose questions are about nothing that a client could name. Serve an "
+            "agent of products, such as the demo's."
+        )
+    folder = run / names[0]
+    tokenizer = setup.tokenizer(folder)
+    executor = setup.executor(tokenizer)
+    executor.score = lambda item, session: Reward({})
+    executor.limits = replace(executor.limits, max_stage_s=None)  # people think as long as they like
+    products = {item.product: about(item) for item in stream.items}
+    policy = setup.greedy(tokenizer, folder)
+    return setup, Served(config.serve.model, names[0], executor, policy, products, config.seed)
+
+
+def similar_by(encoder: Encoder, threshold: float) -> Similar | None:
+    """Which waiting question is as similar as that, by cosine."""
+    if threshold >= 1:
+        return None
+
+    def similar(question: str, others: Sequence[str]) -> int | None:
+        vectors = np.asarray(encoder.encode([question, *others]))
+        cosines = vectors[1:] @ vectors[0]
+        best = int(cosines.argmax())
+        return best if cosines[best] >= threshold else None
+
+    return similar
+
+
+def make_app(
+    config: RunConfig,
+    out: Path,
+    database: Database,
+    served: Served,
+    encoder: Encoder,
+    *,
+    fallback: Advisor | None = None,
+    secure: bool = False,
+) -> FastAPI:
+    """The application of a server whose folder is `out`."""
+    serve = config.serve
+    memory = DeskMemory(database, encoder)
+    metrics = Metrics(lambda: queue_length(database))
+    runner = Runner(
+        database,
+        served,
+        memory,
+        metrics,
+        out,
+        advice_timeout_s=serve.advice_timeout_s,
+        fallback=fallback,
+        similar=similar_by(encoder, serve.join_similarity),
+    )
+    access = Access(
+        database,
+        secret_of(out),
+        hours=serve.login_hours,
+        secure=secure,
+        requests_per_minute=serve.requests_per_minute,
+    )
+    return create_app(serve, database, runner, memory, metrics, access)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0"), is_loopback("desk.example")
+    (True, True, False, False)
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def run_server(
+    path: Path,
+    overrides: Sequence[str],
+    out: Path,
+    console: Console,
+    *,
+    host: str,
+    port: int,
+    tls: tuple[Path, Path] | None = None,
+    behind_proxy: bool = False,
+) -> None:
+    """Serve until interrupted.
+
+    Raises:
+        AgileError: The config cannot be used, or the address can be reached from elsewhere without encryption.
+    """
+    if not is_loopback(host) and tls is None and not behind_proxy:
+        raise AgileError(
+            f"{host} can be reached from other machines, where passwords and keys would be read on the way. Give "
+            "--tls-cert FILE --tls-key FILE, or --behind-proxy if a proxy in front encrypts."
+        )
+    if missing := [str(file) for file in tls or () if not file.exists()]:
+        raise AgileError(f"There is no {' and no '.join(missing)}; give the files of a certificate and its key.")
+    config = served_config(path, overrides)
+    run = config.serve.run
+    assert run is not None  # served_config checks it
+    setup, served = load_served(config, run)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        # as a bench notes it: `agile show` finds the agent's tokenizer there
+        noted = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"checkpoint": (run,)})})
+        (out / "config.yaml").write_text(yaml.safe_dump(noted.model_dump(mode="json"), sort_keys=False), "utf-8")
+    url = database_url(config.serve.database, out)
+    fallback = None if config.serve.fallback is None else setup.advisor(config.serve.fallback)
+    with closing(Database(url)) as database:
+        secure = tls is not None or behind_proxy
+        app = make_app(config, out, database, served, setup.encoder, fallback=fallback, secure=secure)
+        address = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        console.print(f"The agent {run / served.checkpoint} answers at {address}/v1, its desk is {address}/desk/queue")
+        console.print(f"Accounts: agile serve-user add NAME --role expert {path} out={out}", soft_wrap=True)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+        uvicorn.run(
+            app,
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=behind_proxy,
+            timeout_graceful_shutdown=3,
+            ssl_certfile=str(tls[0]) if tls else None,
+            ssl_keyfile=str(tls[1]) if tls else None,
+        )

@@ -1,0 +1,197 @@
+"""A server that listens: clients ask, experts answer, the agent remembers; restarts lose nothing."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+
+from agile.serve import questions, requests
+from agile.serve.runner import LOG
+from agile.session_log import read_lines
+from agile.types import Action
+from tests.serve.desk import Counted, Running, an_app, asks_once, open_desk, running, until
+
+QUESTION = "is it warm ?"
+
+
+def client(server: Running) -> openai.OpenAI:
+    key = server.key()["authorization"].removeprefix("Bearer ")
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
+
+
+def ask(server: Running, **body: object) -> httpx2.Response:
+    given = {"model": "agile/p1", "messages": [{"role": "user", "content": QUESTION}], **body}
+    return httpx2.post(f"{server.url}/v1/chat/completions", json=given, headers=server.key())
+
+
+def test_openai_client_asks_an_expert_answers_and_memory_keeps_it(server: Running) -> None:
+    api, ann = client(server), server.person("ann")
+    assert [model.id for model in api.models.list()] == ["agile", "agile/p1", "agile/p2"]
+    messages: Any = [{"role": "user", "content": QUESTION}]
+    first = api.chat.completions.create(model="agile/p1", messages=messages)
+    answer_id = (first.model_extra or {})["agile"]["answer_id"]
+    assert f"GET /v1/answers/{answer_id}" in (first.choices[0].message.content or "")
+    until(lambda: answer(server, answer_id)["status"] == "waiting" or None)
+
+    page = ann.client.get("/desk/queue").text
+    assert QUESTION in page and "maybe, 100 % sure" in page and "red" in page
+    threading.Thread(target=ann.answers, args=("yes", "wool is warm")).start()
+    stream = api.chat.completions.create(model="agile/p1", messages=messages, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "yes"
+
+    told = until(lambda: ((a := answer(server, answer_id))["status"] == "answered" and a) or None)
+    assert told["answer"] == "yes"
+    again = api.chat.completions.create(
+        model="agile",
+        messages=messages,
+        metadata={"product": "p1"},
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    *chunks, last = again
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "yes" and ann.waiting() == []
+    assert last.usage is not None and last.usage.completion_tokens > 0
+    assert len(server.app.state.desk.memory) == 1, "two sessions that were told together remember it once"
+    assert httpx2.get(f"{server.url}/v1/answers/{answer_id}", headers=server.key("ann")).status_code == 404
+
+
+def answer(server: Running, answer_id: str) -> dict[str, str]:
+    found: dict[str, str] = httpx2.get(f"{server.url}/v1/answers/{answer_id}", headers=server.key()).json()
+    return found
+
+
+def test_a_stream_says_what_is_waited_for(server: Running) -> None:
+    body = {"model": "agile/p1", "messages": [{"role": "user", "content": QUESTION}], "stream": True}
+    url = f"{server.url}/v1/chat/completions"
+    with httpx2.stream("POST", url, json=body, headers=server.key()) as stream:
+        lines = stream.iter_lines()
+        comments = [line for line in (next(lines) for _ in range(12)) if line.startswith(":")]
+    assert comments[0].startswith(": an expert has been asked") and ": waiting" in comments
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({"model": "other"}, 404, "model"),
+        ({"model": "agile/p9"}, 404, "model"),
+        ({"model": "agile"}, 400, "metadata.product"),
+        ({"model": "agile", "metadata": {"product": "p9"}}, 400, "metadata.product"),
+        ({"messages": []}, 400, "messages"),
+        ({"messages": [{"role": "user"}]}, 400, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, 400, "messages.0.role"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None),
+        ({"messages": [{"role": "user", "content": "a\0b"}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 5000}]}, 400, "messages"),
+        ({"messages": "x"}, 400, "messages"),
+        ({"n": 3}, 400, "n"),
+    ],
+)
+def test_bad_requests_are_told_in_openais_shape(
+    shared: Running, change: dict[str, object], status: int, param: str | None
+) -> None:
+    answer = ask(shared, **change)
+    error = answer.json()["error"]
+    assert answer.status_code == status and error["type"] == "invalid_request_error" and error["message"]
+    assert param is None or error["param"] == param
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> object:
+    folder = tmp_path_factory.mktemp("shared")
+    with running(an_app(folder, open_desk(folder), Counted(asks_once))) as server:
+        yield server
+
+
+def test_bodies_that_are_no_json_or_too_long(shared: Running) -> None:
+    url, key = f"{shared.url}/v1/chat/completions", shared.key()
+    for body in (b"", b"{", b"[" * 100_000, b"\xff\xfe", b"null"):
+        told = httpx2.post(url, content=body, headers={**key, "content-type": "application/json"})
+        assert told.status_code == 400 and "error" in told.json(), body[:9]
+    assert httpx2.post(url, content=b"x" * 300_000, headers=key).status_code == 413
+    chunked = httpx2.post(url, content=(b"x" * 100_000 for _ in range(5)), headers=key)
+    assert chunked.status_code == 413 and chunked.json()["error"]["code"] == "too_large"
+    assert httpx2.post(url, json={}, headers={"authorization": "Bearer no"}).status_code == 401
+    assert httpx2.get(f"{shared.url}/v1/nothing", headers=key).json()["error"]["message"] == "Not Found"
+
+
+def searches_then_asks(context: str) -> Action:
+    if "[SearchProduct]" not in context:
+        return Action("SearchProduct", "SELECT 1")
+    return asks_once(context)
+
+
+def test_a_session_that_waits_goes_on_after_a_restart_from_what_it_has(tmp_path: Path) -> None:
+    first, second = Counted(searches_then_asks), Counted(searches_then_asks)
+    with running(an_app(tmp_path, open_desk(tmp_path), first, wait_s=0)) as server:
+        asked = ask(server).json()["agile"]
+        until(lambda: requests.num_waiting(server.database) or None)
+        assert first.calls == 2
+        (before,) = requests.queue(server.database, 2)
+    with running(an_app(tmp_path, open_desk(tmp_path), second)) as server:
+        (after,) = requests.queue(server.database, 2)
+        assert after.id == before.id and len(after.asked) == 1
+        server.person("ann").answers("yes")
+        told = until(lambda: ((a := answer(server, asked["answer_id"]))["status"] == "answered" and a) or None)
+        assert told["answer"] == "yes"
+        assert second.calls == 2, "reflection and answer: what was sampled before is not sampled again"
+        played = questions.session_of(server.database, 1)
+        assert played is not None and [step.action.name for step in played.steps][2:4] == [
+            "SearchProduct",
+            "SeekAdvice",
+        ]
+        (logged,) = until(lambda: list(read_lines(tmp_path / LOG)) or None)
+        assert logged["session"]["id"] == "served/1" and logged["agent"] == "ppo"
+        with server.database.reading() as session:
+            assert session.connection().exec_driver_sql("SELECT count(*) FROM journal").scalar() == 0
+
+
+def test_a_log_that_a_crash_cut_is_made_whole(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        with running(
+            an_app(tmp_path, open_desk(tmp_path), Counted(lambda _: Action("PredictAnswer", "yes")))
+        ) as server:
+            assert ask(server).json()["choices"][0]["message"]["content"] == "yes", name
+        with (tmp_path / LOG).open("r+b") as log:
+            log.truncate(len(log.read()) - 7)
+    with running(an_app(tmp_path, open_desk(tmp_path), Counted(asks_once))):
+        ids = [record["session"]["id"] for record in read_lines(tmp_path / LOG)]
+    assert sorted(ids) == ["served/1", "served/2"]
+
+
+def test_a_session_that_fails_is_told_as_it_is(tmp_path: Path) -> None:
+    def broken(context: str) -> Action:
+        raise RuntimeError("no weights")
+
+    with running(an_app(tmp_path, open_desk(tmp_path), Counted(broken))) as server:
+        said = ask(server).json()
+        assert said["choices"][0]["message"]["content"] == "The agent came to no answer."
+        assert said["agile"]["status"] == "failed"
+        assert json.loads(httpx2.get(f"{server.url}/healthz").text) == {"status": "ok"}
+
+
+def test_metrics_and_limits(tmp_path: Path) -> None:
+    with running(an_app(tmp_path, open_desk(tmp_path), Counted(asks_once), requests_per_minute=2, wait_s=0)) as server:
+        assert [ask(server).status_code for _ in range(3)] == [200, 200, 429]
+        until(lambda: requests.num_waiting(server.database) or None)
+        text = httpx2.get(f"{server.url}/metrics", headers=server.key("root")).text
+        assert "agile_questions_total 2.0" in text and "agile_queue_length 1.0" in text
+
+
+def test_an_answer_that_comes_too_late_is_remembered(server: Running) -> None:
+    given = {"scope": "served", "group": "shop", "product": "p1", "detail": {}, "price": 0.3, "reuse": False}
+    asker = requests.post(server.database, session_id="s", session_key="s", question=QUESTION, **given)  # type: ignore[arg-type]
+    ann = server.person("ann")
+    (request,) = ann.waiting()
+    ann.send(f"/desk/requests/{request}/claim")
+    assert requests.expire(server.database, asker)
+    late = ann.send(f"/desk/requests/{request}/answer", answer="yes", key="k")
+    assert late.headers["location"].endswith("late")
+    (entry,) = server.app.state.desk.memory.search("")
+    assert entry[0].text == f"{QUESTION} -> yes"
