@@ -219,7 +219,10 @@ def import_function(path: str) -> Function:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as problem:
-        raise AgileError(f"The function {path!r} cannot be imported ({problem}); expected MODULE.FUNCTION.") from None
+        raise AgileError(
+            f"The function {path!r} cannot be imported ({problem}); expected MODULE.FUNCTION, of an installed "
+            "module, or of one in this folder with PYTHONPATH=. before the command."
+        ) from None
     if not callable(found):
         raise AgileError(f"{path} is {type(found).__name__}, expected a function (sample, item) -> float.")
     checked: Function = found

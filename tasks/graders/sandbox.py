@@ -165,7 +165,8 @@ def _read(answer: bytes, ended_by: str, code: int, limits: Limits) -> tuple[floa
             return 0.0, error(runtime, text)
         case [confined.READY]:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended itself with code {code}"
-            memory = f" ({limits.memory_bytes >> 20} MiB of memory are allowed)" if code < 0 else ""
+            starved = code in (-signal.SIGSEGV, -signal.SIGKILL, -signal.SIGABRT)
+            memory = f" ({limits.memory_bytes >> 20} MiB of memory are allowed)" if starved else ""
             return 0.0, error(runtime, f"its process {how} before it answered{memory}")
         case []:
             return 0.0, error("python_grader_server_error", f"Python did not start (code {code})")
