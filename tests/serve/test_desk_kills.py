@@ -24,7 +24,7 @@ from sqlalchemy import text
 
 from agile.serve import accounts
 from agile.serve.database import Database
-from tests.serve.desk import ENCODER, PASSWORD, Counted, Person, an_app, asks_once, until
+from tests.serve.desk import ENCODER, PASSWORD, Counted, Person, an_app, asks_once, empty_database, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 NUM_KILLS, NUM_USERS, NUM_EXPERTS, NUM_QUESTIONS = map(int, os.environ.get("AGILE_KILLS", "5 10 3 60").split())
@@ -49,7 +49,7 @@ class Crowd:
         self.base, self.database = base, database
         self.acknowledged: dict[str, str] = {}  # question by the id of its answer
         self.given: Counter[str] = Counter()  # answers that experts were thanked for, by request
-        self.done = threading.Event()
+        self.up, self.done = threading.Event(), threading.Event()
 
     def user(self, number: int) -> None:
         key = {"authorization": f"Bearer {accounts.add_key(self.database, 'cust')}"}
@@ -60,7 +60,8 @@ class Crowd:
                 try:
                     said = client.post("/v1/chat/completions", json=body)
                 except httpx2.HTTPError:
-                    until(lambda: up(self.base), 60)
+                    time.sleep(0.05)  # until the killer has noted it
+                    self.up.wait(120)
                     continue  # nobody promised anything
                 assert said.status_code == 200, said.text
                 self.acknowledged[said.json()["agile"]["answer_id"]] = words
@@ -77,8 +78,8 @@ class Crowd:
                 for request in random.sample(waiting := person.waiting(), min(3, len(waiting))):
                     self.answer(person, request)
             except httpx2.HTTPError:
-                time.sleep(0.05)
-            time.sleep(0.02)
+                self.up.wait(120)
+            time.sleep(0.05)
 
     def answer(self, person: Person, request: str) -> None:
         if person.send(f"/desk/requests/{request}/claim").headers.get("location") != "/desk/queue":
@@ -94,7 +95,7 @@ class Crowd:
 
 
 def test_nothing_acknowledged_is_lost_or_asked_twice(tmp_path: Path) -> None:
-    url = os.environ.get("AGILE_DESK_URL", f"sqlite:///{tmp_path / 'desk.sqlite'}")
+    url = empty_database(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -113,6 +114,7 @@ def test_nothing_acknowledged_is_lost_or_asked_twice(tmp_path: Path) -> None:
         orders.send(True)
         child = orders.recv()
         until(lambda: up(crowd.base), 60)
+        crowd.up.set()
         return int(child)
 
     def users_left() -> bool:
@@ -127,6 +129,7 @@ def test_nothing_acknowledged_is_lost_or_asked_twice(tmp_path: Path) -> None:
         asked_by_then = NUM_QUESTIONS * killed // (NUM_KILLS + 1)
         until(lambda: len(crowd.acknowledged) >= asked_by_then or not users_left() or None, 120)  # noqa: B023
         time.sleep(2 * random.random())
+        crowd.up.clear()
         os.kill(server, signal.SIGKILL)
         server = start()
     for thread in users:
@@ -144,7 +147,8 @@ def test_nothing_acknowledged_is_lost_or_asked_twice(tmp_path: Path) -> None:
     os.kill(server, signal.SIGKILL)
     orders.send(False)
     with database.reading() as session:
-        answers = dict(session.execute(text("SELECT id, answer FROM questions")).tuples().all())
+        found = session.execute(text("SELECT id, answer FROM questions"))
+        answers: dict[str, str] = {row[0]: row[1] for row in found}
         taken = Counter(r for (r,) in session.execute(text("SELECT request_id FROM claims WHERE outcome = 'answered'")))
         written = Counter(k for (k,) in session.execute(text("SELECT key FROM memory")))
         asked = Counter(k for (k,) in session.execute(text("SELECT matched FROM requests")))
