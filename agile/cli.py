@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agile import __version__, cli_serve, ranks
+from agile import __version__, cli_grade, cli_serve, ranks
 from agile.cli_words import Config, Overrides, parse
 from agile.errors import AgileError
 from agile.screen import console, one_screen
@@ -468,6 +468,7 @@ def minishop(
         console.print(f"{task.num_train_worlds} train and {task.num_test_worlds} test worlds: {out}", soft_wrap=True)
 
 
+app.add_typer(cli_grade.app, name="grade")
 cli_serve.add_to(app)
 
 

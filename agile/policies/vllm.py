@@ -110,7 +110,7 @@ class VLLMPolicy:
         self.version = 0
         self._ids = itertools.count()
         self._adapter, self._adapter_ids = adapter, itertools.count(1)
-        self._adapter_folder = tempfile.TemporaryDirectory(prefix="agile-adapter-")
+        self._adapter_folder = None if adapter is None else tempfile.TemporaryDirectory(prefix="agile-adapter-")
         self._lora: Any = None  # vLLM's request for the adapter in use
         self._waiting: dict[str, asyncio.Future[Completion]] = {}
         self._driver: asyncio.Task[None] | None = None
@@ -249,6 +249,7 @@ class VLLMPolicy:
 
     def _swap(self, config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take over another adapter; vLLM's own weights stay as they are."""
+        assert self._adapter_folder is not None  # made with the adapter
         number = next(self._adapter_ids)
         folder = Path(self._adapter_folder.name) / str(number)
         save_adapter(folder, config, weights)
@@ -305,7 +306,8 @@ class VLLMPolicy:
 
     def close(self) -> None:
         self._defect = "The policy was closed."
-        self._adapter_folder.cleanup()
+        if self._adapter_folder is not None:
+            self._adapter_folder.cleanup()
         engine = self.__dict__.pop("_engine", None)
         if engine is None:
             return

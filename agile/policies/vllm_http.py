@@ -1,4 +1,4 @@
-"""vLLM servers: how they are started, what is known of each, and what their answers mean."""
+"""vLLM servers: how they are started, what is known of each, what they are asked and what their answers mean."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ import httpx2
 import torch
 
 from agile.errors import AgileError
+from agile.types import Completion, Usage
 
 REMEDY = "Start servers with `agile vllm-server` (docs/vllm.md)."
 
@@ -82,6 +83,18 @@ def server_command(
         ),
         *(str(part) for pair in optional.items() if pair[1] is not None for part in pair),
     ]
+
+
+def request_body(name: str, prompt_ids: Sequence[int], **sampling: Any) -> dict[str, Any]:
+    """A request to sample from the model of this name, by default at temperature 1."""
+    # everything that a server could have a default of its own for is named
+    fixed = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True, "logprobs": 0}
+    penalties = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "watermarking": False, "detokenize": False}
+    return {
+        "model": name,
+        "token_ids": list(prompt_ids),
+        "sampling_params": {**fixed, **penalties, "temperature": 1.0, **sampling},
+    }
 
 
 @dataclass(slots=True, eq=False)
@@ -181,3 +194,24 @@ def read_answer(response: httpx2.Response) -> Any:
         return response.json()
     except ValueError:
         raise Failed(f"no JSON but {text[:80]!r}") from None
+
+
+def read_completion(response: httpx2.Response, version: int) -> tuple[Completion, set[str]]:
+    """A completion under weights of this version, and what the server calls its weights.
+
+    Raises:
+        AgileError: The server refuses what no repetition would change.
+        Failed, Busy: Another try may do better.
+    """
+    answer = read_answer(response)
+    with reading():
+        (choice,) = answer["choices"]
+        ids = tuple(int(i) for i in choice["token_ids"])
+        logprobs = tuple(min(0.0, float(row["logprob"])) for row in choice["logprobs"]["content"])
+        labels = {str(span["version"]) for span in choice["weight_versions"]}
+        usage = answer["usage"]
+        cached = (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0
+        spent = Usage(usage["prompt_tokens"], cached, len(ids))
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise ValueError(f"finish_reason {choice['finish_reason']!r}")
+        return Completion(ids, logprobs, choice["finish_reason"], version, spent), labels

@@ -22,8 +22,20 @@ from torch import Tensor
 from agile import ranks, threads
 from agile.errors import AgileError
 from agile.policies.serving import TOLERANCE, ServedModel, check_logprobs, mean_difference
-from agile.policies.vllm_http import REMEDY, Busy, Failed, LoadFailed, Pushed, Server, patience, read_answer, reading
-from agile.types import Completion, Usage
+from agile.policies.vllm_http import (
+    REMEDY,
+    Busy,
+    Failed,
+    LoadFailed,
+    Pushed,
+    Server,
+    patience,
+    read_answer,
+    read_completion,
+    reading,
+    request_body,
+)
+from agile.types import Completion
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +143,8 @@ class VLLMServerPolicy:
     ) -> Completion:
         self.model.check_request(prompt_ids, max_tokens)
         bias = {"logit_bias": {str(i): -100.0 for i in self.forbidden}} if self.forbidden else {}
-        body = self._body(
+        body = request_body(
+            self.name,
             prompt_ids,
             temperature=self.temperature,
             max_tokens=max_tokens,
@@ -164,16 +177,6 @@ class VLLMServerPolicy:
             spent_s += time.monotonic() - began_at
             if spent_s >= self.timeout_s and all(s in failed for s in self._servers if s.up):
                 raise self._none_left()
-
-    def _body(self, prompt_ids: Sequence[int], **sampling: Any) -> dict[str, Any]:
-        # everything that a server could have a default of its own for is named
-        fixed = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True, "logprobs": 0}
-        penalties = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "watermarking": False, "detokenize": False}
-        return {
-            "model": self.name,
-            "token_ids": list(prompt_ids),
-            "sampling_params": {**fixed, **penalties, "temperature": 1.0, **sampling},
-        }
 
     async def _choose(self, asked_at: float, failed: Collection[Server]) -> Server:
         """A server with room, of which those that `failed` this request come last."""
@@ -216,18 +219,7 @@ class VLLMServerPolicy:
             raise Failed.of(error) from None
         finally:
             self._leave(server)
-        answer = read_answer(response)
-        with reading():
-            (choice,) = answer["choices"]
-            ids = tuple(int(i) for i in choice["token_ids"])
-            logprobs = tuple(min(0.0, float(row["logprob"])) for row in choice["logprobs"]["content"])
-            labels = {str(span["version"]) for span in choice["weight_versions"]}
-            usage = answer["usage"]
-            cached = (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0
-            spent = Usage(usage["prompt_tokens"], cached, len(ids))
-            if choice["finish_reason"] not in ("stop", "length"):
-                raise ValueError(f"finish_reason {choice['finish_reason']!r}")
-            completion = Completion(ids, logprobs, choice["finish_reason"], self.version, spent)
+        completion, labels = read_completion(response, self.version)
         self._check_label(server, labels)
         server.failures = 0
         self._answered = time.monotonic()
@@ -378,7 +370,7 @@ class VLLMServerPolicy:
 
     def _ask_top(self, server: Server, **sampling: Any) -> dict[int, float]:
         """The likeliest first tokens of a completion."""
-        body = self._body(self.model.probe, max_tokens=1, seed=0, **sampling)
+        body = request_body(self.name, self.model.probe, max_tokens=1, seed=0, **sampling)
         answer = self._ask(server, "/inference/v1/generate", body)
         with reading():
             (choice,) = answer["choices"]
@@ -485,7 +477,9 @@ class VLLMServerPolicy:
     def _ask_probe(self, server: Server) -> tuple[list[float], set[str]]:
         """The server's log-probabilities of the probe, and what it calls its weights."""
         probe = self.model.probe
-        answer = self._ask(server, "/inference/v1/generate", self._body(probe, max_tokens=1, prompt_logprobs=0))
+        answer = self._ask(
+            server, "/inference/v1/generate", request_body(self.name, probe, max_tokens=1, prompt_logprobs=0)
+        )
         with reading():
             rows = zip(probe[1:], answer["prompt_logprobs"][1:], strict=True)
             (choice,) = answer["choices"]
