@@ -8,7 +8,7 @@ is worth more than asking. In the shops `recurring`, questions come again: there
 trained by imitation, which guesses and asks; from it, PPO starts in each kind of shop with each mode. All are tested on
 unseen shops.
 
-Whatever is done stands in the folder: started again, it goes on. Takes about 3 minutes of one core a run.
+Whatever is done stands in the folder: started again, it goes on. Takes about 4 minutes of one core a run.
 """
 
 from __future__ import annotations
@@ -169,13 +169,14 @@ def plot(report: dict[str, dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(report), 3.6), layout="constrained")
-    for axes, (world, modes) in zip(figure.subplots(1, len(report), squeeze=False)[0], report.items(), strict=True):
+    panels = figure.subplots(1, len(report), squeeze=False, sharey=True)[0]
+    for axes, (world, modes) in zip(panels, report.items(), strict=True):
         for mode, s in modes.items():
             parts = s["by_position"]
             middle = [(p["from"] + p["to"]) / 2 for p in parts]
             axes.plot(middle, [p["advice_rate"] for p in parts], marker="o", label=f"{mode}: {s['score']:.3f}")
         axes.set(title=f"{world} questions", xlabel="share of the stream", ylabel="advice rate", ylim=(0, None))
-        axes.legend(title="credit: score")
+        axes.legend(title="credit: score", loc="upper right")
     figure.savefig(path, dpi=150)
 
 

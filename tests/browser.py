@@ -66,15 +66,30 @@ class Browser:
         os.close(self._answers)
         shutil.rmtree(self._profile, ignore_errors=True)
 
-    def open(self, page: Path, width: int, *, dark: bool = False) -> None:
-        """Show a file at this width, in CSS pixels."""
+    def open(self, page: Path | str, width: int, *, dark: bool = False) -> None:
+        """Show a file or an address at this width, in CSS pixels."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self._send("Emulation.setEmulatedMedia", features=scheme)
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self._send("Emulation.setDeviceMetricsOverride", **size)
-        self._send("Page.navigate", url=page.resolve().as_uri())
+        self._send("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         while self.value("document.readyState") != "complete":
             pass
+
+    def type(self, text: str) -> None:
+        """Write into what has the focus."""
+        self._send("Input.insertText", text=text)
+
+    def press(self, key: str, *, ctrl: bool = False, alt: bool = False) -> None:
+        """Press and let go of a key."""
+        codes = {"Enter": 13, "Tab": 9}
+        pressed: dict[str, Any] = {"key": key, "modifiers": alt + 2 * ctrl}
+        pressed["windowsVirtualKeyCode"] = codes.get(key, ord(key[0].upper()))
+        pressed["code"] = key if key in codes else f"Key{key.upper()}"
+        text = {"Enter": "\r", "Tab": ""}.get(key, key)
+        down = {} if ctrl or alt or not text else {"text": text}
+        self._send("Input.dispatchKeyEvent", type="keyDown", **pressed, **down)
+        self._send("Input.dispatchKeyEvent", type="keyUp", **pressed)
 
     def value(self, expression: str) -> Any:
         """What an expression gives in the page."""

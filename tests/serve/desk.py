@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import httpx2
 import uvicorn
 from fastapi import FastAPI
+from sqlalchemy import create_engine
 
 from agile.config import RunConfig
 from agile.memory.encoders import CachedEncoder, HashingEncoder
@@ -64,9 +66,24 @@ def _maybe(context: str) -> Action:
     return Action("PredictAnswer", "maybe")
 
 
+def empty_database(folder: Path) -> str:
+    """The URL of a new database; AGILE_DESK_URL names one of PostgreSQL, which is emptied."""
+    if url := os.environ.get("AGILE_DESK_URL"):
+        engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP SCHEMA public CASCADE")
+            connection.exec_driver_sql("CREATE SCHEMA public")
+        engine.dispose()
+        return url
+    return f"sqlite:///{folder / 'desk.sqlite'}"
+
+
 def open_desk(folder: Path, people: Mapping[str, str] = PEOPLE) -> Database:
-    """A database with accounts."""
-    database = Database(f"sqlite:///{folder / 'desk.sqlite'}")
+    """A database with accounts; the same one again for the same folder."""
+    url = folder / "url"
+    if not url.exists():
+        url.write_text(empty_database(folder))
+    database = Database(url.read_text())
     known = {user.name for user in accounts.users(database)}
     for name, role in people.items():
         if name not in known:
