@@ -50,6 +50,7 @@ class DeskMemory:
         self._database, self._encoder = database, encoder
         self._lock = threading.Lock()
         self._seen = (-1, -1)  # number and newest of the changes that are in the lists below
+        self._known: dict[int, tuple[MemoryItem, npt.NDArray[np.float32]]] = {}  # what can be found, by id
         self._items: list[MemoryItem] = []
         self._vectors: npt.NDArray[np.float32] = np.zeros((0, 0), np.float32)
         with database.writing() as session:
@@ -145,15 +146,25 @@ class DeskMemory:
         return [items[n] for n in rows], similarities.clip(-1.0, 1.0)
 
     def _current(self) -> tuple[list[MemoryItem], npt.NDArray[np.float32]]:
-        """What is remembered now, by whomever it was written; read again only if something has changed."""
+        """What is remembered now, by whomever it was written; of what changed since the last look only that is read."""
         with self._lock, self._database.reading() as session:
             number, last = session.execute(select(func.count(), func.max(MemoryChange.id))).one()
-            newest = (number, last or 0)  # of concurrent writers the later may be visible first
+            newest = (number, last or 0)
             if newest != self._seen:
-                rows = session.scalars(select(MemoryEntry).where(~MemoryEntry.retired).order_by(MemoryEntry.id)).all()
-                self._items = [_item(row) for row in rows]
-                vectors = [np.frombuffer(row.vector, "<f4") for row in rows]
-                self._vectors = np.stack(vectors) if vectors else np.zeros((0, 0), np.float32)
+                later = select(MemoryChange.entry_id).where(MemoryChange.id > self._seen[1])
+                changed = session.scalars(later).all()
+                entries = select(MemoryEntry)
+                if self._seen[0] + len(changed) == number:
+                    entries = entries.where(MemoryEntry.id.in_(later))
+                else:  # of concurrent writers the later was visible first: what came before is not among the changes
+                    self._known.clear()
+                for row in session.scalars(entries):
+                    self._known.pop(row.id, None)
+                    if not row.retired:
+                        self._known[row.id] = _item(row), np.frombuffer(row.vector, "<f4")
+                known = [self._known[i] for i in sorted(self._known)]
+                self._items = [item for item, _ in known]
+                self._vectors = np.stack([v for _, v in known]) if known else np.zeros((0, 0), np.float32)
                 self._seen = newest
             return self._items, self._vectors
 

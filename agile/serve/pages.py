@@ -28,6 +28,7 @@ ExpertForm = Annotated[Login, Depends(NeedsForm(EXPERT))]
 Line = Annotated[str, Form(max_length=2000)]
 Text = Annotated[str, Form(max_length=8000)]
 STATIC = {"desk.css": "text/css; charset=utf-8", "desk.js": "text/javascript; charset=utf-8"}
+SHOWN = 50  # questions of the queue on a page
 MESSAGES = {
     "taken": "Thank you. Your answer is on its way.",
     "again": "Your answer was here already.",
@@ -140,12 +141,15 @@ def queue_list(request: Request, login: Expert) -> Response:
 def _queue(request: Request, login: Login, template: str, said: str) -> Response:
     desk = desk_of(request)
     waiting = requests.queue(desk.database, login.user.id)
+    free = [w for w in waiting if not w.mine]
     return _page(
         desk,
         template,
         login,
         mine=[w for w in waiting if w.mine],
-        free=[w for w in waiting if not w.mine],
+        free=free[:SHOWN],
+        more=max(0, len(free) - SHOWN),
+        number=sum(not w.claimed_by for w in free),
         new_key=new_id,
         said=MESSAGES.get(said, ""),
     )

@@ -140,7 +140,7 @@ def test_nothing_acknowledged_is_lost_or_asked_twice(tmp_path: Path) -> None:
             left = session.execute(text("SELECT count(*) FROM questions WHERE status NOT IN ('answered')")).scalar()
         return True if left == 0 else None
 
-    until(all_answered, 300)
+    until(all_answered, 900)
     crowd.done.set()
     for thread in others:
         thread.join(30)

@@ -184,6 +184,16 @@ def test_metrics_and_limits(tmp_path: Path) -> None:
         assert "agile_questions_total 2.0" in text and "agile_queue_length 1.0" in text
 
 
+def test_a_long_queue_shows_its_oldest(server: Running) -> None:
+    given = {"scope": "served", "group": "shop", "product": "p1", "detail": {}, "price": 0.3, "reuse": False}
+    for n in range(53):
+        requests.post(server.database, session_id="s", session_key=f"s{n}", question=f"is it {n} ?", **given)  # type: ignore[arg-type]
+    ann = server.person("ann")
+    assert len(ann.waiting()) == 50
+    page = ann.client.get("/desk/queue/list").text
+    assert 'data-number="53"' in page and "3 more wait" in page and "is it 0 ?" in page and "is it 52 ?" not in page
+
+
 def test_an_answer_that_comes_too_late_is_remembered(server: Running) -> None:
     given = {"scope": "served", "group": "shop", "product": "p1", "detail": {}, "price": 0.3, "reuse": False}
     asker = requests.post(server.database, session_id="s", session_key="s", question=QUESTION, **given)  # type: ignore[arg-type]
