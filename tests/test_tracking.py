@@ -47,11 +47,14 @@ def killed_twice(folder: Path, name: str) -> None:
     third.close()
 
 
-def test_tensorboard_has_every_step_once_and_the_config(tmp_path: Path) -> None:
+def test_tensorboard_has_every_step_once_and_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
         EventAccumulator,
     )
+    from tensorboard.summary.writer import event_file_writer  # type: ignore[import-untyped]
 
+    # files of one process and one second are read in the order of this number as text, in which 10 comes before 9
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     killed_twice(tmp_path, "tensorboard")
     shown = EventAccumulator(str(tmp_path / "tensorboard" / "ppo")).Reload().Scalars("ppo/score")
     assert [(e.step, round(e.value, 3)) for e in shown] == [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 0.5)]
