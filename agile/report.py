@@ -293,8 +293,9 @@ def _axis(agents: Mapping[str, Any]) -> tuple[float, float]:
 
 def _sweeps(report: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """Summaries by group, price and agent; all groups together stand first, under the name "all"."""
-    sweeps = {"all": report["prices"]} if report.get("prices") else {}
+    own = f"{report['advice_price']:g}"
+    sweeps = {"all": {own: report["agents"], **report["prices"]}} if report.get("prices") else {}
     for group, value in (report.get("groups") or {}).items():
         by_price = all(re.fullmatch(r"\d*\.?\d+", key) for key in value)
-        sweeps[group] = value if by_price else {f"{report['advice_price']:g}": value}
+        sweeps[group] = value if by_price else {own: value}
     return {group: dict(sorted(sweep.items(), key=lambda item: float(item[0]))) for group, sweep in sweeps.items()}

@@ -353,6 +353,17 @@ ALWAYS, IF_RIGHT = (
 )
 
 
+def test_the_price_of_the_task_stands_among_the_others_and_many_groups_are_folded_away() -> None:
+    report = made_up_report()
+    sweep = report["prices"].pop(f"{report['advice_price']:g}")
+    report["groups"] = {f"shop {i}": sweep for i in range(12)}
+    page = render_html(report)
+    assert re.search("Score at price</th>(<th>0.[1-5]</th>)*<th>0.3</th>", page) and report["advice_price"] == 0.3
+    assert "12 groups, one by one" in page and Elements(page).open == []
+    report["groups"].pop("shop 0")
+    assert "one by one" not in render_html(report)
+
+
 @pytest.mark.parametrize(("counts", "said"), [("always", ALWAYS), ("if_right", IF_RIGHT), (None, "")])
 def test_page_says_when_an_advised_session_is_right(
     counts: str | None, said: str, monkeypatch: pytest.MonkeyPatch
