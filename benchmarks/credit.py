@@ -76,7 +76,8 @@ def run(folder: Path, *overrides: str) -> None:
     """`agile train` in a process of its own, gone on with if it was stopped; its output goes to `<folder>.log`."""
     resume = ["--resume"] if (folder / "config.yaml").exists() else []
     cache = f"memory.cache={folder.parent / 'embeddings.sqlite'}"  # one for all runs: they ask the same questions
-    command = [sys.executable, "-m", "agile.cli", "train", str(DEMO), cache, *overrides, f"out={folder}", *resume]
+    command = [sys.executable, "-m", "agile.cli", "train", str(DEMO), cache, f"out={folder}", *resume]
+    command += ["ppo.lr_schedule=constant", *overrides]  # constant as it was for the figures in docs/
     with (folder.parent / f"{folder.name}.log").open("a") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
