@@ -22,5 +22,5 @@ def needs(extra: str) -> Iterator[None]:
             raise
         raise AgileError(
             f"The package {error.name} is not installed; it comes with the extra {extra}: pip install "
-            f"'agile[{extra}]', or in a clone: pip install -c constraints.txt -e \".[{extra}]\""
+            f"'agile-agents[{extra}]', or in a clone: pip install -c constraints.txt -e \".[{extra}]\""
         ) from None

@@ -36,6 +36,19 @@ def _template(text: str) -> str:
 
 Template = Annotated[str, AfterValidator(_template)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Metric = Literal[
+    "cosine",
+    "fuzzy_match",
+    "bleu",
+    "gleu",
+    "meteor",
+    "rouge_1",
+    "rouge_2",
+    "rouge_3",
+    "rouge_4",
+    "rouge_5",
+    "rouge_l",
+]
 
 
 class _Part(BaseModel):
@@ -61,19 +74,7 @@ class TextSimilarity(_Part):
     name: str = Field(min_length=1, description="what the grader is called in results")
     input: Template = Field(description="the text that is graded, such as {{ sample.output_text }}")
     reference: Template = Field(description="the text it is compared with, such as {{ item.answer }}")
-    evaluation_metric: Literal[
-        "cosine",
-        "fuzzy_match",
-        "bleu",
-        "gleu",
-        "meteor",
-        "rouge_1",
-        "rouge_2",
-        "rouge_3",
-        "rouge_4",
-        "rouge_5",
-        "rouge_l",
-    ] = Field(description="how likeness is measured")
+    evaluation_metric: Metric = Field(description="how likeness is measured")
     pass_threshold: Finite | None = Field(None, description="from where on metadata.scores says that it passed")
 
 

@@ -7,25 +7,12 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from agile.errors import AgileError
+from agile.extras import needs
 from agile.memory.encoders import CachedEncoder, SentenceEncoder, make_encoder
-
-METRICS = (
-    "cosine",
-    "fuzzy_match",
-    "bleu",
-    "gleu",
-    "meteor",
-    "rouge_1",
-    "rouge_2",
-    "rouge_3",
-    "rouge_4",
-    "rouge_5",
-    "rouge_l",
-)
+from agile.tasks.graders.models import Metric
 
 
-def similarity(metric: str, text: str, reference: str) -> float:
+def similarity(metric: Metric, text: str, reference: str) -> float:
     """Likeness in [0, 1]; 1 for two blank texts, 0 for one.
 
     - `cosine`: of MiniLM embeddings, negative ones as 0
@@ -40,16 +27,12 @@ def similarity(metric: str, text: str, reference: str) -> float:
     """
     if not text.strip() or not reference.strip():
         return float(text.strip() == reference.strip())
-    try:
+    with needs("graders"):
         score = _score(metric, text, reference)
-    except ImportError as error:
-        raise AgileError(
-            f"The metric {metric} needs {error.name}, which is not installed: pip install 'agile-agents[graders]'."
-        ) from None
     return min(1.0, max(0.0, score))
 
 
-def _score(metric: str, text: str, reference: str) -> float:
+def _score(metric: Metric, text: str, reference: str) -> float:
     match metric:
         case "cosine":
             a, b = _encoder().encode([text, reference])

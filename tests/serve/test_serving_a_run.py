@@ -96,7 +96,7 @@ def test_similar_questions_and_a_missing_package(monkeypatch: pytest.MonkeyPatch
     assert similar is not None and similar("is it warm", ["how long is it", "is it warm"]) == 1
     assert similar("is it warm", ["what does it weigh"]) is None and similar_by(ENCODER, 1.0) is None
     monkeypatch.setitem(sys.modules, "argon2", None)
-    with pytest.raises(AgileError, match=r"pip install 'agile\[serve\]'"), needs("serve"):
+    with pytest.raises(AgileError, match=r"pip install 'agile-agents\[serve\]'"), needs("serve"):
         import argon2  # noqa: F401
     assert accounts.ROLES[-1] == "administrator"
 
