@@ -158,7 +158,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *NOUNS,
         *("agile.memory_use", "agile.policies", "agile.tasks.choices", "agile.tokens", "agile.tools"),
     ),
-    "agile.tasks": (*NOUNS, "agile.tools", "agile.policies.endpoint", "agile.memory.encoders"),
+    "agile.tasks": (*NOUNS, "agile.tools", "agile.policies.endpoint", "agile.memory.encoders", "agile.extras"),
     "agile.prices": NOUNS,
     "agile.copies": NOUNS,
     "agile.credit": NOUNS,
