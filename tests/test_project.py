@@ -158,7 +158,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *NOUNS,
         *("agile.memory_use", "agile.policies", "agile.tasks.choices", "agile.tokens", "agile.tools"),
     ),
-    "agile.tasks": (*NOUNS, "agile.tools", "agile.policies.endpoint", "agile.memory.encoders"),
+    "agile.tasks": (*NOUNS, "agile.tools", "agile.policies.endpoint", "agile.memory.encoders", "agile.extras"),
     "agile.prices": NOUNS,
     "agile.copies": NOUNS,
     "agile.credit": NOUNS,
@@ -212,7 +212,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.serve": (
         *NOUNS,
         *("agile.advice", "agile.build", "agile.chat", "agile.config", "agile.executor", "agile.memory"),
-        *("agile.run_folder", "agile.session_log", "agile.show", "agile.tokens", "agile.watchdog"),
+        *("agile.own_answers", "agile.run_folder", "agile.session_log", "agile.show", "agile.tokens", "agile.watchdog"),
         "agile.__version__",
     ),
     "agile.own_answers": (*NOUNS, "agile.calibration", "agile.executor", "agile.rollout", "agile.tokens"),
