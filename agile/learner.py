@@ -180,6 +180,10 @@ def _tokenizer(path: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
     except (OSError, ValueError) as error:
         raise AgileError(f"Cannot load a tokenizer from {path}: {str(error).partition(chr(10))[0]}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise AgileError(
+            f"The tokenizer of {path} is a {type(tokenizer).__name__}, expected a fast one (tokenizer.json)."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -6,7 +6,7 @@ from agile.config.file import differences, flat, load_config, load_section
 from agile.config.learner import LearnerConfig, TrainingConfig
 from agile.config.rollout import RolloutConfig
 from agile.config.run import RunConfig
-from agile.config.training import GuardConfig, PPOConfig, PreferenceStageConfig
+from agile.config.training import GuardConfig, PPOConfig, PreferenceStageConfig, UpdateConfig
 
 __all__ = [
     "GOLD",
@@ -19,6 +19,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "TrainingConfig",
+    "UpdateConfig",
     "differences",
     "flat",
     "load_config",

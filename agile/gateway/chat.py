@@ -84,7 +84,7 @@ class ChatFormat:
         opened = self._render(exchange[:1], None, open_turn=True)
         self._thinks = "<think>" if opened.rstrip().endswith("<think>") else ""
         self.end_id = int(ids[0])
-        self._end = tokenizer.decode([self.end_id])
+        self._end = str(tokenizer.decode([self.end_id]))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[int, ...]:
         """The ids of a conversation, the LLM's turn opened.

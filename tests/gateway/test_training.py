@@ -138,10 +138,13 @@ def test_an_agent_behind_the_gateway_learns_and_its_control_does_not(model: Path
     after = {}
     for name, rewards in (("learns", short), ("control", chance)):
         seen: list[float] = []
+
+        def score(text: str, rewards: Callable[[str], float] = rewards, seen: list[float] = seen) -> float:
+            seen.append(short(text))
+            return rewards(text)
+
         with Learner(tmp_path / name, model=str(model), ppo=GROUP) as learner:
-            play_games(
-                learner, lambda text, rewards=rewards, seen=seen: (seen.append(short(text)), rewards(text))[1], 15
-            )  # type: ignore[misc]
+            play_games(learner, score, 15)
         after[name] = np.mean(seen[:32]), np.mean(seen[-64:])
     assert after["learns"][1] > after["learns"][0] + 0.3
     assert after["control"][1] < after["control"][0] + 0.2
@@ -230,8 +233,8 @@ def test_advice_is_asked_within_the_call_and_paid_from_the_reward(learner: Learn
     (segment,) = session.segments  # the expert's words stay in the context of later calls
     assert [s.source for s in segment.spans].count(Source.LLM) == 3 and sampled(session) == said(told)
     advice = next(s for s in segment.spans if s.source is Source.ADVISOR)
-    assert "steel is washable" in learner.tokenizer.decode(advice.token_ids)
-    assert "seek_advice" in learner.tokenizer.decode(segment.spans[0].token_ids)
+    assert "steel is washable" in learner.tokenizer.decode(list(advice.token_ids))
+    assert "seek_advice" in learner.tokenizer.decode(list(segment.spans[0].token_ids))
 
 
 def test_without_an_answer_advice_costs_nothing_and_asking_ends(learner: Learner) -> None:
