@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from agile.errors import AgileError
-from agile.types import Action, AgentSpec
+from agile.types import Action, AgentSpec, Item
 
 END, PAD, UNK = "<end>", "<pad>", "<unk>"
 THINK, THINK_END = "<think>", "</think>"
@@ -104,6 +104,10 @@ class ActionCodec:
         text = text.encode("utf-8", "replace").decode()  # lone surrogates, of JSON or a terminal, have no tokens
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return tuple(i for token in ids for i in (self._plain if token in self._reserved else (token,)))
+
+    def question_ids(self, item: Item, text: str) -> tuple[int, ...]:
+        """What shows a question, of which `text` is what the agent says."""
+        return self.encode(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids, action and end tokens included."""

@@ -148,6 +148,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "agile.memory.database",
     ),
     "agile.chat_template": (*NOUNS, "agile.tokens"),
+    "agile.messages": (*NOUNS, "agile.tokens"),
     "agile.watchdog": (),
     "agile.threads": (),
     "agile.executor": (*NOUNS, "agile.tokens", "agile.advice", "agile.watchdog"),
@@ -158,7 +159,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *NOUNS,
         *("agile.memory_use", "agile.policies", "agile.tasks.choices", "agile.tokens", "agile.tools"),
     ),
-    "agile.tasks": (*NOUNS, "agile.tools", "agile.policies.endpoint", "agile.memory.encoders"),
+    "agile.tasks": (*NOUNS, "agile.extras", "agile.tools", "agile.policies.endpoint", "agile.memory.encoders"),
     "agile.prices": NOUNS,
     "agile.copies": NOUNS,
     "agile.credit": NOUNS,
@@ -207,6 +208,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.memory_use": NOUNS,
     "agile.instructive": (*NOUNS, "agile.calibration"),
     "agile.extras": NOUNS,
+    "agile.rft_report": (
+        *NOUNS,
+        *("agile.evaluate", "agile.plots", "agile.report", "agile.session_log", "agile.show"),
+    ),
     "agile.cli_words": ("agile.errors",),
     # Nothing of the server is imported by what runs without it, and it imports nothing that trains.
     "agile.serve": (
@@ -230,7 +235,7 @@ ENTRY_POINTS = {
     ),
     *("agile.dry_run", "agile.experts", "agile.expert_play", "agile.measure", "agile.play"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
-    *("agile.sft_data", "agile.judge"),
+    *("agile.sft_data", "agile.judge", "agile.graded", "agile.rft", "agile.rft_files", "agile.cli_rft"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
     *("agile.stages.collection", "agile.stages.guard", "agile.stages.preference", "agile.stages.validation"),
 }
