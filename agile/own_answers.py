@@ -121,6 +121,12 @@ def beliefs(
     return found
 
 
+def confidence(session: Session, codec: ActionCodec) -> float | None:
+    """The probability that the policy gave to the tokens of its answer; None if it gave none, or none is logged."""
+    predicted = [said.probability for said in _sampled(session, codec) if said.name == Fn.PREDICT_ANSWER]
+    return predicted[-1] if predicted and math.isfinite(predicted[-1]) else None
+
+
 def _sampled(session: Session, codec: ActionCodec) -> Iterator[_Said]:
     """The valid actions of a session in order."""
     names = [action.name for action in codec.spec.actions]

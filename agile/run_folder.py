@@ -16,7 +16,7 @@ from typing import IO, Any
 import yaml
 
 from agile import ranks
-from agile.config import RunConfig, differences, flat, load_config
+from agile.config import TrainingConfig, differences, flat, load_section
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.session_log import JsonLines, append_sessions, read_lines, session_from_json
@@ -66,7 +66,7 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def claim(path: Path, config: RunConfig) -> IO[str]:
+def claim(path: Path, config: TrainingConfig) -> IO[str]:
     """Make a folder the one of this config: it is new, or empty, or was started with the same config.
 
     Returns:
@@ -78,7 +78,7 @@ def claim(path: Path, config: RunConfig) -> IO[str]:
     """
     saved = path / "config.yaml"
     known, started = saved.exists(), _started(path)
-    changes = differences(load_config(saved), config) if known and started else []
+    changes = differences(load_section(type(config), saved), config) if known and started else []
     if changed := [c for c in changes if not c.startswith(FREE_KEYS)]:
         raise AgileError(
             f"{path} was started with another config: {'; '.join(changed)}. "
@@ -131,7 +131,7 @@ class RunFolder:
             process trains in it, or it cannot be written.
     """
 
-    def __init__(self, path: Path, config: RunConfig, *, resume: bool):
+    def __init__(self, path: Path, config: TrainingConfig, *, resume: bool):
         self.path = path
         self.place: Place | None = None
         self.state: dict[str, Any] = {}
@@ -142,7 +142,7 @@ class RunFolder:
         self._checkpoints = config.checkpoints
         self._saved_at = time.monotonic()
 
-    def _open(self, config: RunConfig, *, resume: bool) -> _Main:
+    def _open(self, config: TrainingConfig, *, resume: bool) -> _Main:
         """What the main process does for all."""
         path = self.path
         check_installed(config.tracking.trackers)

@@ -42,6 +42,32 @@ class Turns:
     keep_thinking: bool = True
 
 
+class PlainText:
+    """Encodes text as text: what is typed like a special token never becomes one.
+
+    Args:
+        reserved: Further ids that no text gives.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, reserved: Iterable[int] = ()):
+        # What is special is not found in text; some families leave `</think>` and the like plain additions.
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        for token in backend["added_tokens"]:
+            token["special"] |= bool(token["content"].strip())  # but runs of spaces are text
+        self._backend = Tokenizer.from_str(json.dumps(backend))
+        self._backend.encode_special_tokens = True
+        # A model of whole words holds the names of special tokens as words: nothing but their ids tells them apart.
+        unk = tokenizer.unk_token_id
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.reserved = ((special | {*tokenizer.all_special_ids}) - {unk}) | set(reserved)
+        self._plain = () if unk is None or unk in self.reserved else (int(unk),)
+
+    def __call__(self, text: str) -> tuple[int, ...]:
+        text = text.encode("utf-8", "replace").decode()  # lone surrogates, of JSON or a terminal, have no tokens
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        return tuple(i for token in ids for i in (self._plain if token in self.reserved else (token,)))
+
+
 class ActionCodec:
     """A tokenizer together with the actions of an agent and the format of its prompts.
 
@@ -87,23 +113,9 @@ class ActionCodec:
         self.end_id: int = tokenizer.eos_token_id if end_id is None else end_id
         self.action_ids: dict[str, int] = {a.name: vocab[a.token] for a in spec.actions} if special_tokens else {}
         self._names = {i: n for n, i in self.action_ids.items()}
-        # What is special is not found in text; some families leave `</think>` and the like plain additions.
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
-        for token in backend["added_tokens"]:
-            token["special"] |= bool(token["content"].strip())  # but runs of spaces are text
-        self._backend = Tokenizer.from_str(json.dumps(backend))
-        self._backend.encode_special_tokens = True
-        # A model of whole words holds the names of special tokens as words: nothing but their ids tells them apart.
-        unk = tokenizer.unk_token_id
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._reserved = ((special | {*tokenizer.all_special_ids}) - {unk}) | {self.end_id, *self._names}
-        self._plain = () if unk is None or unk in self._reserved else (int(unk),)
-        self.encode = lru_cache(maxsize=65536)(self._encode)
-
-    def _encode(self, text: str) -> tuple[int, ...]:
-        text = text.encode("utf-8", "replace").decode()  # lone surrogates, of JSON or a terminal, have no tokens
-        ids = self._backend.encode(text, add_special_tokens=False).ids
-        return tuple(i for token in ids for i in (self._plain if token in self._reserved else (token,)))
+        plain = PlainText(tokenizer, {self.end_id, *self._names})
+        self._reserved = plain.reserved
+        self.encode = lru_cache(maxsize=65536)(plain)
 
     def question_ids(self, item: Item, text: str) -> tuple[int, ...]:
         """What shows a question, of which `text` is what the agent says."""

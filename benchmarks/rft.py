@@ -26,10 +26,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-NAMES = (
-    "Ada", "Bela", "Cleo", "Dino", "Enzo", "Fara", "Gita", "Hugo", "Iris", "Jona", "Kurt", "Lena", "Mara",
-    "Nils", "Olga", "Pepe", "Quin", "Rosa", "Sven", "Tilo", "Uwe", "Vera", "Wim", "Xena", "Yuri", "Zoe",
-)  # fmt: skip
+# So few names and amounts that none can be told to be right by itself: only what stands before it says.
+NAMES = ("Ada", "Bela", "Cleo", "Dino", "Enzo", "Fara", "Gita", "Hugo")
+AMOUNTS = tuple(range(10, 100, 10))
 GRADER = {
     "type": "structured",
     "name": "fields",
@@ -46,8 +45,8 @@ WEAK = 0.6  # how often the player is wrong about seller and total
 def note(rng: random.Random) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """A note, what it says, and what somebody takes it for who mixes up names and amounts."""
     seller, buyer = rng.sample(NAMES, 2)
-    net = rng.randint(10, 79)
-    total, days = net + rng.randint(1, 20), rng.randint(7, 60)
+    net, total = rng.sample(AMOUNTS, 2)
+    days = rng.randint(7, 60)
     parts = [[f"from {seller}", f"to {buyer}"], [f"net {net}", f"total {total}"]]
     for part in parts:
         rng.shuffle(part)

@@ -60,7 +60,7 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         ("ppo.clipp=1", ["Unknown key ppo.clipp", "Did you mean ppo.clip?"]),
         ("pp.lr=1", ["Unknown key pp.", "Did you mean ppo?"]),
         ("lr=1", ["Unknown key lr.", "Did you mean sft.lr or ppo.lr or dpo.lr or reward_model.lr?"]),
-        ("qqq=1", ["Unknown key qqq.", "There are seed, threads, stages, task"]),
+        ("qqq=1", ["Unknown key qqq.", "There are seed, threads, lora"]),
         ("a..b=1", ["Unknown key a."]),
         # values: key, value, what was expected
         ("engine.offload=all", ["offload is all, which ZeRO supports from stage 3", "engine.zero_stage=3"]),

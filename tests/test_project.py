@@ -159,7 +159,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *NOUNS,
         *("agile.memory_use", "agile.policies", "agile.tasks.choices", "agile.tokens", "agile.tools"),
     ),
-    "agile.tasks": (*NOUNS, "agile.extras", "agile.tools", "agile.policies.endpoint", "agile.memory.encoders"),
+    "agile.tasks": (*NOUNS, "agile.tools", "agile.policies.endpoint", "agile.memory.encoders", "agile.extras"),
     "agile.prices": NOUNS,
     "agile.copies": NOUNS,
     "agile.credit": NOUNS,
@@ -217,8 +217,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.serve": (
         *NOUNS,
         *("agile.advice", "agile.build", "agile.chat", "agile.config", "agile.executor", "agile.memory"),
-        *("agile.run_folder", "agile.session_log", "agile.show", "agile.tokens", "agile.watchdog"),
+        *("agile.own_answers", "agile.run_folder", "agile.session_log", "agile.show", "agile.tokens", "agile.watchdog"),
         "agile.__version__",
+    ),
+    "agile.gateway": (
+        *NOUNS,
+        *("agile.advice", "agile.copies", "agile.extras", "agile.learner", "agile.serve.errors", "agile.tokens"),
     ),
     "agile.own_answers": (*NOUNS, "agile.calibration", "agile.executor", "agile.rollout", "agile.tokens"),
 }
@@ -235,7 +239,8 @@ ENTRY_POINTS = {
     ),
     *("agile.dry_run", "agile.experts", "agile.expert_play", "agile.measure", "agile.play"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
-    *("agile.sft_data", "agile.judge", "agile.graded", "agile.rft", "agile.rft_files", "agile.cli_rft"),
+    *("agile.sft_data", "agile.judge", "agile.learner"),
+    *("agile.graded", "agile.rft", "agile.rft_files", "agile.cli_rft"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
     *("agile.stages.collection", "agile.stages.guard", "agile.stages.preference", "agile.stages.validation"),
 }

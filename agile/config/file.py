@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,14 +14,21 @@ from pydantic import BaseModel, ValidationError
 from agile.config.run import RunConfig
 from agile.errors import AgileError
 
+C = TypeVar("C", bound=BaseModel)
+
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `a.b=value` overrides and check the result.
+    """Read a YAML file of a run, apply `a.b=value` overrides and check the result.
 
     Raises:
         AgileError: The file is missing or not YAML, a key is unknown (with the nearest right one), a value is wrong.
     """
-    values = {} if path is None else _read(path)
+    return load_section(RunConfig, path, overrides)
+
+
+def load_section(kind: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
+    """`load_config` for a config of another kind."""
+    values = {} if path is None else _read(kind, path)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -32,12 +39,16 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
             raise AgileError(f"{override!r}: {text!r} is not YAML; write a list as [a, b], quote odd text.") from None
         _set(values, key.split("."), value, override)
     try:
-        return RunConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         source = "The config" if path is None else f"The config {path}"
         changed = " with " + " ".join(overrides) if overrides else ""
-        problems = "\n".join(f"  {_explain(e)}" for e in error.errors())
-        raise AgileError(f"{source}{changed} cannot be used:\n{problems}") from None
+        raise AgileError(f"{source}{changed} cannot be used:\n{explained(kind, error)}") from None
+
+
+def explained(kind: type[BaseModel], error: ValidationError) -> str:
+    """What is wrong with a config of this kind, a problem a line."""
+    return "\n".join(f"  {_explain(kind, e)}" for e in error.errors())
 
 
 def differences(old: BaseModel, new: BaseModel) -> list[str]:
@@ -63,7 +74,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), "-+0123456789")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(kind: type[BaseModel], path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
@@ -73,7 +84,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict | None):
         raise AgileError(f"{path} holds a {type(loaded).__name__}, expected a mapping of sections (task:, ppo:, ...).")
     # a section whose keys are all commented out is read as null
-    empty: dict[str, Any] = {k: {} for k, f in RunConfig.model_fields.items() if isinstance(f.default, BaseModel)}
+    empty: dict[str, Any] = {k: {} for k, f in kind.model_fields.items() if isinstance(f.default, BaseModel)}
     return {k: empty.get(k) if v is None else v for k, v in (loaded or {}).items()}
 
 
@@ -87,22 +98,22 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> 
     values[keys[-1]] = value
 
 
-def _explain(error: Any) -> str:
+def _explain(kind: type[BaseModel], error: Any) -> str:
     """One problem in a line: the key, its value, what was expected, and what to write instead."""
     keys = [str(k) for k in error["loc"] if not isinstance(k, int)]
     name = ".".join(keys) or "the file"
     if error["type"] == "extra_forbidden":
-        return f"Unknown key {name}. {_nearest(keys)}"
+        return f"Unknown key {name}. {_nearest(kind, keys)}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if error["type"] == "value_error":  # of several keys; it says itself which
         return f"{name}: {message}."
     if error["type"] == "model_type":
-        fields = list(_section(keys).model_fields)
+        fields = list(_section(kind, keys).model_fields)
         return (
             f"{name} is {error['input']!r}: expected a section of keys, {', '.join(fields)}; for example "
             f"{name}.{fields[0]}=..."
         )
-    section = _section(keys[:-1])
+    section = _section(kind, keys[:-1])
     default = section.model_fields[keys[-1]].default if keys else None
     if error["type"] == "tuple_type":
         message = "expected a list, [a, b]"
@@ -111,14 +122,14 @@ def _explain(error: Any) -> str:
     return f"{name} is {error['input']!r}: {message}." + ("" if default is None else f" The default is {default!r}.")
 
 
-def _section(keys: Sequence[str]) -> Any:
+def _section(kind: type[BaseModel], keys: Sequence[str]) -> Any:
     """The model of a section, one that may be null included."""
-    section: Any = RunConfig
+    section: Any = kind
     for key in keys:
         if key not in section.model_fields:  # a name in a dict of sections
             continue
-        kind = section.model_fields[key].annotation
-        section = next((k for k in get_args(kind) if isinstance(k, type) and issubclass(k, BaseModel)), kind)
+        found = section.model_fields[key].annotation
+        section = next((k for k in get_args(found) if isinstance(k, type) and issubclass(k, BaseModel)), found)
     return section
 
 
@@ -126,11 +137,11 @@ def _section(keys: Sequence[str]) -> Any:
 OTHER_NAMES = {"micro_batch_size": "micro_batch_tokens", "learning_rate": "lr", "epochs": "num_epochs"}
 
 
-def _nearest(keys: Sequence[str]) -> str:
+def _nearest(kind: type[BaseModel], keys: Sequence[str]) -> str:
     """Which key may have been meant: one of that name in another section, else a similar one in this section."""
-    section = _section(keys[:-1])
+    section = _section(kind, keys[:-1])
     here = [name for name in [OTHER_NAMES.get(keys[-1], "")] if name in section.model_fields]
-    elsewhere = [key for key, _ in flat(RunConfig.model_construct().model_dump()) if key.split(".")[-1] == keys[-1]]
+    elsewhere = [key for key, _ in flat(kind.model_construct().model_dump()) if key.split(".")[-1] == keys[-1]]
     similar = here or difflib.get_close_matches(keys[-1], section.model_fields, n=1, cutoff=0.5)
     near = elsewhere if elsewhere and not here else [".".join([*keys[:-1], key]) for key in similar]
     return f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(section.model_fields)}."

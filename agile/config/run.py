@@ -8,20 +8,18 @@ from pydantic import Field, model_validator
 
 from agile.config.evaluate import EvaluateConfig
 from agile.config.expert import GOLD, ExpertConfig
-from agile.config.rollout import LoRAConfig, ModelConfig, RolloutConfig, VLLMConfig
+from agile.config.learner import TrainingConfig
+from agile.config.rollout import ModelConfig, RolloutConfig, VLLMConfig
 from agile.config.section import Section
 from agile.config.serve import ServeConfig
 from agile.config.task import AgentConfig, MemoryConfig, PromptConfig, TaskConfig
 from agile.config.training import (
-    CheckpointsConfig,
     DPOConfig,
-    EngineConfig,
     GuardConfig,
     PPOConfig,
     PreferencesConfig,
     RewardModelConfig,
     SFTConfig,
-    TrackingConfig,
     ValidationConfig,
 )
 
@@ -30,11 +28,9 @@ class DemoConfig(Section):
     shuffle_rewards: bool = Field(False, description="Control: gives every session another session's reward.")
 
 
-class RunConfig(Section):
+class RunConfig(TrainingConfig):
     """Everything a run can be told."""
 
-    seed: int = Field(0, ge=0)
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch.")
     stages: tuple[Literal["sft", "ppo", "dpo", "reward-model"], ...] = Field(
         ("sft", "ppo"), description="What `agile train` does, in this order."
     )
@@ -46,21 +42,17 @@ class RunConfig(Section):
     agent: AgentConfig = AgentConfig()
     memory: MemoryConfig = MemoryConfig()
     model: ModelConfig = ModelConfig()
-    lora: LoRAConfig | None = Field(None, description="null trains all weights.")
     prompt: PromptConfig = PromptConfig()
     rollout: RolloutConfig = RolloutConfig()
     vllm: VLLMConfig = VLLMConfig()
-    engine: EngineConfig = EngineConfig()
     sft: SFTConfig = SFTConfig()
     ppo: PPOConfig = PPOConfig()
     preferences: PreferencesConfig = PreferencesConfig()
     dpo: DPOConfig = DPOConfig()
     reward_model: RewardModelConfig = RewardModelConfig()
-    checkpoints: CheckpointsConfig = CheckpointsConfig()
     validation: ValidationConfig = ValidationConfig()
     guard: GuardConfig = GuardConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    tracking: TrackingConfig = TrackingConfig()
     demo: DemoConfig = DemoConfig()
     serve: ServeConfig = ServeConfig()
 

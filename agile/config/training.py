@@ -87,34 +87,23 @@ class SFTConfig(OptimizerConfig):
         return self
 
 
-class PPOConfig(OptimizerConfig):
+class UpdateConfig(OptimizerConfig):
+    """How one iteration of PPO learns from what was played."""
+
     lr: float = Field(3e-4, gt=0)
     value_lr: float = Field(
         3e-3, gt=0, description="Learning rate of the critic: the value head, and its own trunk where it has one."
     )
     batch_size: Count = 64
-    num_iterations: int = Field(20, ge=0, description="Rounds of collecting and learning.")
-    streams_per_iteration: Count = Field(48, description="Streams played in each.")
-    rollouts_per_stream: Count = Field(
-        1, description="Times each of these streams is played, with memories of their own; group compares them."
-    )
     num_epochs: Count = 2
     max_epoch_kl: float | None = Field(
         None, gt=0, description="KL to the old policy, nats a token, at which a minibatch ends the epochs; None: never."
-    )
-    lr_schedule: Literal["constant", "linear"] = Field(
-        "constant", description="Of all learning rates over the iterations; linear goes to 0."
     )
     estimator: Literal["gae", "group", "reinforce++"] = Field(
         "gae", description="Of advantages: with a critic, over rollouts of the same question, or returns alone."
     )
     gamma: Share = Field(1.0, description="Discount inside a session.")
     lam: Share = Field(1.0, description="GAE lambda inside a session.")
-    gamma_session: Share = Field(0.0, description="Discount from a session to the next of its stream.")
-    lam_session: Share = Field(0.0, description="GAE lambda across sessions.")
-    credit: Literal["none", "utility", "chain", "lineage"] = Field("none", description="Credit through memory.")
-    utility_beta: float = Field(0.1, ge=0)
-    utility_similarity: float = Field(0.46, description="Cosine from which questions count as similar.")
     clip: float = Field(0.2, gt=0)
     value_clip: float | None = Field(
         None, gt=0, description="How far an iteration may move a value, in units of the return; null for any distance."
@@ -137,23 +126,13 @@ class PPOConfig(OptimizerConfig):
     checkpoint_every: Count = Field(5, description="Iterations between checkpoints.")
 
     @model_validator(mode="after")
-    def _kl_can_be_weighed(self) -> PPOConfig:
+    def _kl_can_be_weighed(self) -> UpdateConfig:
         if self.kl_target is not None and self.kl_coef == 0:
             raise ValueError("kl_target is set, but kl_coef is 0, from which nothing grows; set kl_coef above 0")
         return self
 
     @model_validator(mode="after")
-    def _policy_learns(self) -> PPOConfig:
-        if self.num_iterations == 1 and self.value_warmup_epochs:
-            raise ValueError(
-                f"num_iterations is 1, but the first iteration trains the critic alone (value_warmup_epochs is "
-                f"{self.value_warmup_epochs}): the policy would learn nothing; set ppo.num_iterations=2 or more, or "
-                "ppo.value_warmup_epochs=0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _estimator_has_what_it_needs(self) -> PPOConfig:
+    def _estimator_has_what_it_needs(self) -> UpdateConfig:
         if self.estimator == "gae":
             if self.value_coef == 0:
                 raise ValueError(
@@ -167,16 +146,6 @@ class PPOConfig(OptimizerConfig):
                     f"estimator is {self.estimator}, which has no critic, but {name} is {getattr(self, name):g}; "
                     f"set ppo.{name}=0"
                 )
-        if self.credit == "lineage":
-            raise ValueError(
-                f"credit is lineage, which asks the critic, but estimator is {self.estimator}, which has none; "
-                "set estimator to gae, or credit to utility or chain"
-            )
-        if self.estimator == "group" and self.rollouts_per_stream == 1:
-            raise ValueError(
-                "estimator is group, which compares rollouts of one stream, but rollouts_per_stream is 1; set it to 2 "
-                "or more"
-            )
         if self.estimator == "group" and self.gamma != 1:
             raise ValueError(
                 f"estimator is group, which gives all tokens of a session one advantage, but gamma is {self.gamma:g}; "
@@ -184,8 +153,48 @@ class PPOConfig(OptimizerConfig):
             )
         return self
 
+
+class PPOConfig(UpdateConfig):
+    num_iterations: int = Field(20, ge=0, description="Rounds of collecting and learning.")
+    streams_per_iteration: Count = Field(48, description="Streams played in each.")
+    rollouts_per_stream: Count = Field(
+        1, description="Times each of these streams is played, with memories of their own; group compares them."
+    )
+    lr_schedule: Literal["constant", "linear"] = Field(
+        "constant", description="Of all learning rates over the iterations; linear goes to 0."
+    )
+    gamma_session: Share = Field(0.0, description="Discount from a session to the next of its stream.")
+    lam_session: Share = Field(0.0, description="GAE lambda across sessions.")
+    credit: Literal["none", "utility", "chain", "lineage"] = Field("none", description="Credit through memory.")
+    utility_beta: float = Field(0.1, ge=0)
+    utility_similarity: float = Field(0.46, description="Cosine from which questions count as similar.")
+
+    @model_validator(mode="after")
+    def _policy_learns(self) -> PPOConfig:
+        if self.num_iterations == 1 and self.value_warmup_epochs:
+            raise ValueError(
+                f"num_iterations is 1, but the first iteration trains the critic alone (value_warmup_epochs is "
+                f"{self.value_warmup_epochs}): the policy would learn nothing; set ppo.num_iterations=2 or more, or "
+                "ppo.value_warmup_epochs=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_are_compared(self) -> PPOConfig:
+        if self.estimator == "group" and self.rollouts_per_stream == 1:
+            raise ValueError(
+                "estimator is group, which compares rollouts of one stream, but rollouts_per_stream is 1; set it to 2 "
+                "or more"
+            )
+        return self
+
     @model_validator(mode="after")
     def _credit_reaches(self) -> PPOConfig:
+        if self.credit == "lineage" and self.estimator != "gae":
+            raise ValueError(
+                f"credit is lineage, which asks the critic, but estimator is {self.estimator}, which has none; "
+                "set estimator to gae, or credit to utility or chain"
+            )
         if self.credit == "chain" and self.gamma_session == 0:
             raise ValueError("credit is chain, which carries value from session to session; set gamma_session above 0")
         if self.credit in ("none", "utility") and self.gamma_session:

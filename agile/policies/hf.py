@@ -80,6 +80,7 @@ class HFPolicy:
 
     Attributes:
         forbidden: Ids that are never sampled; the distribution is that of all others.
+        max_context: Most tokens of a prompt and what is sampled for it.
 
     Raises:
         AgileError: The model cannot have sequences of different lengths in one cache.
@@ -99,7 +100,7 @@ class HFPolicy:
         self.max_batch_size = max_batch_size
         self.reuse = reuse
         self._version = 0
-        self._max_context, self._limit_name = max_context(model)
+        self.max_context, self._limit_name = max_context(model)
         self._arrived: list[_Request] = []  # since the last step
         self._waiting: list[_Request] = []
         self._running: list[_Request] = []
@@ -195,10 +196,10 @@ class HFPolicy:
         num_prompt = len(prompt_ids)
         if num_prompt < 1 or max_tokens < 1:
             raise ValueError(f"A prompt of {num_prompt} tokens, max_tokens {max_tokens}; both must be at least 1.")
-        if num_prompt + max_tokens > self._max_context:
+        if num_prompt + max_tokens > self.max_context:
             raise AgileError(
                 f"A prompt of {num_prompt} tokens and up to {max_tokens} sampled ones are {num_prompt + max_tokens}, "
-                f"but {self._limit_name} of {type(self.model).__name__} is {self._max_context}. Lower "
+                f"but {self._limit_name} of {type(self.model).__name__} is {self.max_context}. Lower "
                 "rollout.max_context_tokens to that, or take a model with a longer context."
             )
         generator = torch.Generator(self._device).manual_seed(seed)

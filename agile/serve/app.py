@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from agile import __version__
 from agile.config.serve import ServeConfig
-from agile.serve import api, pages, requests
+from agile.serve import api, pages, requests, review_pages, reviews
 from agile.serve.access import Access, administrator
 from agile.serve.database import Database, DatabaseAway
 from agile.serve.desk import Desk, Watch, desk_of
@@ -61,6 +61,7 @@ def create_app(
     app.state.desk = desk
     app.include_router(api.router)
     app.include_router(pages.router, include_in_schema=False)
+    app.include_router(review_pages.router, include_in_schema=False)
     app.add_api_route("/healthz", healthz, methods=["GET"], include_in_schema=False)
     app.add_api_route("/metrics", prometheus, methods=["GET"], include_in_schema=False, response_model=None)
     app.add_exception_handler(ApiError, _api_error)  # type: ignore[arg-type]
@@ -99,6 +100,15 @@ def queue_length(database: Database) -> float:
         return requests.num_waiting(database)
     except DatabaseAway:
         return float("nan")
+
+
+def accuracy(database: Database, *, sampled: bool) -> float:
+    """The share of reviewed answers that are right, for the metrics; not a number while there is none."""
+    try:
+        share = reviews.accuracy(database, sampled=sampled).share
+    except DatabaseAway:
+        share = None
+    return float("nan") if share is None else share
 
 
 def _is_api(request: Request) -> bool:

@@ -6,14 +6,17 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlencode
 
 import jinja2
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import HTMLResponse, RedirectResponse
 
 from agile.config.serve import ServeConfig
 from agile.serve import requests
-from agile.serve.access import Access
+from agile.serve.access import Access, Login
 from agile.serve.database import Database, DatabaseAway
 from agile.serve.memory import DeskMemory
 from agile.serve.metrics import Metrics
@@ -79,3 +82,15 @@ class Desk:
 def desk_of(request: Request) -> Desk:
     desk: Desk = request.app.state.desk
     return desk
+
+
+def page(desk: Desk, name: str, login: Login | None, /, **values: Any) -> HTMLResponse:
+    """A page of a template, for somebody."""
+    template = desk.templates.get_template(f"{name}.html.j2")
+    return HTMLResponse(template.render(login=login, **values))
+
+
+def to(path: str, **query: str) -> RedirectResponse:
+    """Where a browser goes after a form; what is empty is left out of the query."""
+    said = urlencode({name: value for name, value in query.items() if value})
+    return RedirectResponse(f"{path}?{said}" if said else path, 303)

@@ -6,21 +6,23 @@ import json
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from agile.errors import AgileError
 from agile.memory.encoders import Encoder
 from agile.serve.database import Database
 from agile.serve.models import MemoryChange, MemoryEntry, Setting, User
+from agile.serve.requests import normalised
 from agile.types import MemoryItem, MemoryKind, Retrieved, Scope
 
 _DECIMALS = 6  # as in `agile.memory.store`: beyond that, ties would hang on noise
 EDITABLE = ("key", "text", "answer")
+REVIEW = "review"  # origin of what a person said of the agent's own answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,25 @@ class DeskMemory:
         with self._database.writing() as session:
             row = session.get(MemoryEntry, entry_id, with_for_update=True)
             return row is not None and self._set(session, row, user_id, "retired", {**_state(row), "retired": "yes"})
+
+    def correct(self, session: Session, user_id: int, session_id: str, items: Sequence[MemoryItem]) -> None:
+        """As part of a transaction, hold what a person said of the answer of `session_id`, and nothing that says else.
+
+        Entries of the same words about the same product are retired, and so is what was written of an earlier review
+        of that answer; both can be taken back.
+        """
+        kept = set(self.write_new([replace(i, session_id=session_id, origin=REVIEW) for i in items], session))
+        earlier = (MemoryEntry.session_id == session_id) & (MemoryEntry.origin == REVIEW)
+        same = [
+            (MemoryEntry.kind == str(i.kind)) & (MemoryEntry.group == i.group) & (MemoryEntry.product == i.product)
+            for i in items
+            if i.kind is MemoryKind.HISTORY
+        ]
+        words = {normalised(i.key) for i in items}
+        for row in session.scalars(select(MemoryEntry).where(or_(earlier, *same), ~MemoryEntry.retired)).all():
+            of_review = row.session_id == session_id and row.origin == REVIEW
+            if row.id not in kept and (of_review or normalised(row.key) in words):
+                self._set(session, row, user_id, "retired", {**_state(row), "retired": "yes"})
 
     def undo(self, entry_id: int, user_id: int) -> bool:
         """Take the last change back, as a change of its own; False if only the writing is left."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -14,9 +14,10 @@ class Metrics:
 
     Args:
         queue_length: Questions that wait for an expert now.
+        accuracy: Share of reviewed answers that are right: of all of them, and of those that were drawn at random.
     """
 
-    def __init__(self, queue_length: Callable[[], float]) -> None:
+    def __init__(self, queue_length: Callable[[], float], accuracy: Mapping[str, Callable[[], float]]) -> None:
         self._registry = registry = CollectorRegistry()
         self.questions = Counter("agile_questions", "Questions asked of the agent.", registry=registry)
         self.failed = Counter("agile_questions_failed", "Questions that came to no answer.", registry=registry)
@@ -33,6 +34,17 @@ class Metrics:
         self.tokens = Counter("agile_tokens", "Tokens of finished sessions, read and written.", registry=registry)
         waiting = Gauge("agile_queue_length", "Questions that wait for an expert now.", registry=registry)
         waiting.set_function(queue_length)
+        self.reviews = Counter(
+            "agile_reviews", "Reviews of the agent's own answers, by verdict.", ["verdict"], registry=registry
+        )
+        right = Gauge(
+            "agile_review_accuracy",
+            "Share of the agent's own answers that reviews call right, of all reviewed and of a random sample.",
+            ["answers"],
+            registry=registry,
+        )
+        for answers, share in accuracy.items():
+            right.labels(answers).set_function(share)
 
     def text(self) -> bytes:
         """In Prometheus's text format."""

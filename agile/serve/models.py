@@ -46,6 +46,8 @@ class Question(Base):
         id: Under which the answer can be fetched.
         status: `working`, `waiting` (for an expert), `answered` or `failed`.
         session: The finished session as JSON, token by token.
+        advised: Whether an expert answered; None until it is finished.
+        confidence: The probability that the agent gave to the tokens of its own answer; None where that is not known.
     """
 
     __tablename__ = "questions"
@@ -58,8 +60,32 @@ class Question(Base):
     answer: Mapped[str | None]
     error: Mapped[str] = mapped_column(default="")
     session: Mapped[str | None]
+    advised: Mapped[bool | None]
+    confidence: Mapped[float | None]
     created_at: Mapped[float]
     finished_at: Mapped[float | None]
+
+
+class Review(Base):
+    """What a person said of an answer that the agent gave on its own; of several the newest holds.
+
+    Attributes:
+        verdict: `right`, `wrong` or `corrected`.
+        answer: The right one, where it is corrected.
+        sampled: Whether the answer was drawn at random, not picked because the agent was unsure of it.
+        key: Names the review, so that sending it twice is saying it once.
+    """
+
+    __tablename__ = "reviews"
+    id: Mapped[int] = mapped_column(Number, primary_key=True)
+    question: Mapped[int] = mapped_column(ForeignKey("questions.number"), index=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
+    verdict: Mapped[str]
+    answer: Mapped[str | None]
+    explanation: Mapped[str]
+    sampled: Mapped[bool]
+    key: Mapped[str] = mapped_column(unique=True)
+    at: Mapped[float]
 
 
 class JournalEntry(Base):
@@ -149,6 +175,14 @@ class MemoryEntry(Base):
     origin: Mapped[str]
     retired: Mapped[bool] = mapped_column(default=False)
     vector: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class MemoryRead(Base):
+    """That a finished session was shown an entry."""
+
+    __tablename__ = "memory_reads"
+    entry_id: Mapped[int] = mapped_column(ForeignKey("memory.id"), primary_key=True)
+    question: Mapped[int] = mapped_column(ForeignKey("questions.number"), primary_key=True)
 
 
 class MemoryChange(Base):

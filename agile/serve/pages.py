@@ -7,17 +7,17 @@ import secrets
 from collections.abc import AsyncIterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Form, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 
-from agile.serve import accounts, questions, requests
+from agile.serve import accounts, questions, requests, reviews
 from agile.serve.access import COOKIE, LOGIN_COOKIE, Login, Needs, NeedsForm
 from agile.serve.accounts import EXPERT, USER
 from agile.serve.database import new_id
-from agile.serve.desk import Desk, desk_of
+from agile.serve.desk import desk_of, page, to
 from agile.serve.requests import Said
 from agile.show import describe, page_environment
 
@@ -42,22 +42,13 @@ MESSAGES = {
 }
 
 
-def _page(desk: Desk, name: str, login: Login | None, /, **values: Any) -> HTMLResponse:
-    template = desk.templates.get_template(f"{name}.html.j2")
-    return HTMLResponse(template.render(login=login, **values))
-
-
-def _to(path: str, message: str = "") -> RedirectResponse:
-    return RedirectResponse(f"{path}?said={message}" if message else path, 303)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Coming in
 
 
 @router.get("/")
 def home() -> Response:
-    return _to("/desk/queue")
+    return to("/desk/queue")
 
 
 @router.get("/static/{name}")
@@ -78,9 +69,9 @@ def _static(name: str) -> str:
 def login_page(request: Request) -> Response:
     token = secrets.token_urlsafe(24)
     desk = desk_of(request)
-    page = _page(desk, "login", None, token=token, name="", error="")
-    page.set_cookie(LOGIN_COOKIE, token, 3600, httponly=True, samesite="strict", secure=desk.access.secure)
-    return page
+    form = page(desk, "login", None, token=token, name="", error="")
+    form.set_cookie(LOGIN_COOKIE, token, 3600, httponly=True, samesite="strict", secure=desk.access.secure)
+    return form
 
 
 @router.post("/login")
@@ -101,11 +92,11 @@ def log_in(
     if user is None:
         for key in keys:
             limits.add(key)
-        page = _page(desk, "login", None, token=token, name=name, error="The name or the password is wrong.")
-        page.status_code = 401
-        return page
+        again = page(desk, "login", None, token=token, name=name, error="The name or the password is wrong.")
+        again.status_code = 401
+        return again
     limits.forget(keys[0])
-    answer = _to("/desk/queue")
+    answer = to("/desk/queue")
     access = desk.access
     answer.set_cookie(
         COOKIE, access.new_cookie(user), access.seconds, httponly=True, samesite="lax", secure=access.secure
@@ -118,7 +109,7 @@ def log_in(
 def log_out(request: Request, login: AnyUser) -> Response:
     """Of every browser: a cookie that somebody copied ends too."""
     accounts.end_sessions(desk_of(request).database, login.user.id)
-    answer = _to("/login")
+    answer = to("/login")
     answer.delete_cookie(COOKIE)
     return answer
 
@@ -142,7 +133,7 @@ def _queue(request: Request, login: Login, template: str, said: str) -> Response
     desk = desk_of(request)
     waiting = requests.queue(desk.database, login.user.id)
     free = [w for w in waiting if not w.mine]
-    return _page(
+    return page(
         desk,
         template,
         login,
@@ -174,7 +165,7 @@ async def events(request: Request, login: Expert) -> Response:
 def claim(request: Request, request_id: str, login: ExpertForm) -> Response:
     desk = desk_of(request)
     taken = requests.claim(desk.database, request_id, login.user.id, claim_s=desk.config.claim_s)
-    return _to("/desk/queue", "" if taken else "lost")
+    return to("/desk/queue", said="" if taken else "lost")
 
 
 @router.post("/desk/requests/{request_id}/answer")
@@ -188,24 +179,24 @@ def answer(
 ) -> Response:
     desk = desk_of(request)
     if not answer.strip() or "\0" in answer + explanation:
-        return _to("/desk/queue", "empty")
+        return to("/desk/queue", said="empty")
     words = " ".join(answer.split()), explanation.strip()
     said = requests.answer(desk.database, request_id, login.user.id, *words, key)
     if said is Said.LATE:
         desk.runner.learn(request_id)
-    return _to("/desk/queue", said)
+    return to("/desk/queue", said=said)
 
 
 @router.post("/desk/requests/{request_id}/unknown")
 def unknown(request: Request, request_id: str, login: ExpertForm) -> Response:
     done = requests.unknown(desk_of(request).database, request_id, login.user.id)
-    return _to("/desk/queue", "unknown" if done else "lost")
+    return to("/desk/queue", said="unknown" if done else "lost")
 
 
 @router.post("/desk/requests/{request_id}/skip")
 def skip(request: Request, request_id: str, login: ExpertForm) -> Response:
     done = requests.skip(desk_of(request).database, request_id, login.user.id)
-    return _to("/desk/queue", "skip" if done else "lost")
+    return to("/desk/queue", said="skip" if done else "lost")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -215,7 +206,7 @@ def skip(request: Request, request_id: str, login: ExpertForm) -> Response:
 @router.get("/desk/memory")
 def memory(request: Request, login: Expert, q: str = "") -> Response:
     desk = desk_of(request)
-    return _page(desk, "memory", login, query=q, entries=desk.memory.search(q[:2000]), number=len(desk.memory))
+    return page(desk, "memory", login, query=q, entries=desk.memory.search(q[:2000]), number=len(desk.memory))
 
 
 @router.get("/desk/memory/{entry_id}")
@@ -226,7 +217,8 @@ def memory_entry(request: Request, entry_id: int, login: Expert, said: str = "")
         raise HTTPException(404, "There is no such entry.")
     entry, retired, changes = found
     session = questions.id_of(desk.database, entry.session_id)
-    return _page(
+    reads, accuracy = reviews.use_of(desk.database, entry_id)
+    return page(
         desk,
         "memory_entry",
         login,
@@ -234,6 +226,8 @@ def memory_entry(request: Request, entry_id: int, login: Expert, said: str = "")
         retired=retired,
         changes=changes,
         session=session,
+        reads=reads,
+        accuracy=accuracy,
         said=MESSAGES.get(said, ""),
     )
 
@@ -257,7 +251,7 @@ def undo(request: Request, entry_id: int, login: ExpertForm) -> Response:
 
 
 def _changed(entry_id: int, done: bool) -> Response:
-    return _to(f"/desk/memory/{entry_id}", "saved" if done else "gone")
+    return to(f"/desk/memory/{entry_id}", said="saved" if done else "gone")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -268,7 +262,7 @@ def _changed(entry_id: int, done: bool) -> Response:
 def sessions(request: Request, login: Expert, before: int | None = None) -> Response:
     desk = desk_of(request)
     before = None if before is None else max(0, min(before, 2**62))
-    return _page(desk, "sessions", login, asked=questions.newest(desk.database, before=before))
+    return page(desk, "sessions", login, asked=questions.newest(desk.database, before=before))
 
 
 @router.get("/desk/sessions/{question_id}")
@@ -279,4 +273,5 @@ def session(request: Request, question_id: str, login: Expert) -> Response:
         raise HTTPException(404, "There is no such session.")
     played = questions.session_of(desk.database, question.number)
     view = None if played is None else describe(played, desk.runner.served.executor.codec)
-    return _page(desk, "desk_session", login, question=question, view=view)
+    words = reviews.history(desk.database, [question.number]).get(question.number, [])
+    return page(desk, "desk_session", login, question=question, view=view, words=words)

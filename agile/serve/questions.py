@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session as Transaction
 
 from agile.errors import AgileError
 from agile.serve.database import Database, new_id
-from agile.serve.models import JournalEntry, Question, User
+from agile.serve.models import JournalEntry, MemoryRead, Question, User
 from agile.session_log import session_from_json
 from agile.types import Session, to_json
 
@@ -103,8 +103,20 @@ def set_waiting(database: Database, number: int) -> None:
         session.execute(update(Question).where(Question.number == number).values(status="waiting"))
 
 
-def finish(database: Database, number: int, *, answer: str | None, error: str, played: Session | None) -> None:
-    """Keep how a question ended; its journal is needed no more."""
+def finish(
+    database: Database,
+    number: int,
+    *,
+    answer: str | None,
+    error: str,
+    played: Session | None,
+    confidence: float | None = None,
+) -> None:
+    """Keep how a question ended; its journal is needed no more.
+
+    Args:
+        confidence: How probable the agent found its own answer.
+    """
     with database.writing() as session:
         ended = update(Question).where(Question.number == number)
         session.execute(
@@ -113,9 +125,14 @@ def finish(database: Database, number: int, *, answer: str | None, error: str, p
                 answer=answer,
                 error=error,
                 session=None if played is None else json.dumps(to_json(played)),
+                advised=None if played is None else played.advised,
+                confidence=confidence,
                 finished_at=time.time(),
             )
         )
+        if played is not None:
+            entries = {i for i, _ in played.retrieved}
+            session.add_all(MemoryRead(entry_id=entry, question=number) for entry in sorted(entries))
         session.execute(delete(JournalEntry).where(JournalEntry.question == number))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agile.executor import Executor
+from agile.own_answers import confidence
 from agile.protocols import Advisor, Policy
 from agile.seeding import derive_seed
 from agile.serve import questions, requests
@@ -196,6 +197,8 @@ class Runner:
         return advice
 
     async def _finish(self, question: Question, session: Session | None, error: str) -> None:
+        sure = None if session is None or session.advised else confidence(session, self.served.executor.codec)
+
         async def keep() -> None:
             questions.finish(
                 self.database,
@@ -203,6 +206,7 @@ class Runner:
                 answer=None if session is None or error else session.answer,
                 error=error,
                 played=session,
+                confidence=sure,
             )
 
         await patiently(keep)

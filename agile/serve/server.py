@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from agile.memory.encoders import Encoder
 from agile.protocols import Advisor
 from agile.run_folder import writing
 from agile.serve.access import Access, secret_of
-from agile.serve.app import create_app, queue_length
+from agile.serve.app import accuracy, create_app, queue_length
 from agile.serve.database import Database, database_url
 from agile.serve.memory import DeskMemory
 from agile.serve.metrics import Metrics
@@ -118,7 +119,8 @@ def make_app(
     """The application of a server whose folder is `out`."""
     serve = config.serve
     memory = DeskMemory(database, encoder)
-    metrics = Metrics(lambda: queue_length(database))
+    shares = {name: partial(accuracy, database, sampled=name == "sampled") for name in ("all", "sampled")}
+    metrics = Metrics(lambda: queue_length(database), shares)
     runner = Runner(
         database,
         served,

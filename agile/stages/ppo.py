@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from agile.build import Setup
-from agile.config import PPOConfig, RolloutConfig, RunConfig
+from agile.config import PPOConfig, RolloutConfig, RunConfig, UpdateConfig
 from agile.credit import Estimator
 from agile.engine import Engine
 from agile.errors import AgileError
@@ -83,7 +83,7 @@ def lr_factor(ppo: PPOConfig, iteration: int) -> float:
     return 1 - iteration / ppo.num_iterations if ppo.lr_schedule == "linear" else 1.0
 
 
-def coefficients(ppo: PPOConfig) -> PPOCoefficients:
+def coefficients(ppo: UpdateConfig) -> PPOCoefficients:
     """Those of the loss."""
     return PPOCoefficients(
         clip=ppo.clip,

@@ -35,6 +35,8 @@ ROUTES = {
     "POST /desk/requests/{request_id}/answer": "expert",
     "POST /desk/requests/{request_id}/unknown": "expert",
     "POST /desk/requests/{request_id}/skip": "expert",
+    "GET /desk/review": "expert",
+    "POST /desk/review/{question_id}": "expert",
     "GET /desk/memory": "expert",
     "GET /desk/memory/{entry_id}": "expert",
     "POST /desk/memory/{entry_id}/edit": "expert",

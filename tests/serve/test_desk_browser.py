@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 
+from agile.serve import reviews
+from agile.types import Action
 from tests.browser import Browser, find_browser
 from tests.serve.desk import PASSWORD, Counted, Running, an_app, asks_once, open_desk, running, until
 
@@ -112,3 +115,37 @@ def test_a_question_is_seen_by_two_and_answered_by_one(server: Running, browsers
         assert ann.value("document.documentElement.scrollWidth") <= width
         picture(ann, f"session-{width}")
     assert ann.complaints == bob.complaints == [], "no script, style or request that the policy forbids"
+
+
+def test_answers_are_reviewed_by_keyboard(tmp_path: Path, browsers: list[Browser]) -> None:
+    ann, _ = browsers
+    with running(an_app(tmp_path, open_desk(tmp_path), Counted(lambda _: Action("PredictAnswer", "yes")))) as server:
+        for n in range(3):
+            body = {"model": "agile/p1", "messages": [{"role": "user", "content": f"is it {n} ? <i>"}]}
+            assert httpx2.post(f"{server.url}/v1/chat/completions", json=body, headers=server.key()).status_code == 200
+        log_in(ann, server.url, "ann")
+        ann.open(f"{server.url}/desk/review", 1280)
+        assert (
+            shows(ann, "is it 0 ? <i>")
+            and shows(ann, "3 to review")
+            and ann.value("document.querySelector('i')") is None
+        )
+        picture(ann, "review-1280")
+        ann.press("r")  # the first has the focus
+        until(lambda: shows(ann, "Noted as right"))
+        ann.press("j")
+        ann.press("c")
+        until(lambda: ann.value("document.activeElement.name") == "answer" or None)
+        ann.type("a little rw")  # letters are no keys here
+        ann.press("Enter")
+        until(lambda: shows(ann, "Corrected. The agent knows it"))
+        ann.press("w")
+        until(lambda: shows(ann, "There is nothing to review"))
+        said = {a.question: a.words[0].verdict for a in reviews.own_answers(server.database, "done")}
+        assert said == {"is it 0 ? <i>": "right", "is it 2 ? <i>": "corrected", "is it 1 ? <i>": "wrong"}
+        assert server.app.state.desk.memory.search("")[0][0].text == "is it 2 ? <i> -> a little rw"
+        for width in (1280, 390):
+            ann.open(f"{server.url}/desk/review?order=done", width)
+            assert shows(ann, "33 % of 3") and ann.value("document.documentElement.scrollWidth") <= width
+            picture(ann, f"reviewed-{width}")
+        assert ann.complaints == [], "no script, style or request that the policy forbids"

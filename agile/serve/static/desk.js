@@ -1,5 +1,15 @@
-// The queue: live, and by keyboard. Everything works without it but for these two.
+// The desk by keyboard, and the queue live. Everything works without it but for these two.
 "use strict";
+const press = (within, key) => within?.querySelector(`button[data-key="${key}"]`)?.click();
+const current = (cards) => document.activeElement.closest(cards) ?? document.querySelector(cards);
+const move = (cards, by) => {
+  const all = [...document.querySelectorAll(cards)];
+  const at = all.indexOf(document.activeElement.closest(cards));
+  all[Math.max(0, Math.min(all.length - 1, at + by))]?.focus();
+};
+const typing = (event) => event.target.matches("input, textarea") || event.ctrlKey || event.metaKey || event.altKey;
+const sends = (event) => (event.ctrlKey || event.metaKey) && event.key === "Enter";
+
 if (document.body.dataset.page === "queue") {
   const title = document.title;
   const live = document.getElementById("live");
@@ -40,21 +50,31 @@ if (document.body.dataset.page === "queue") {
   addEventListener("pagehide", () => events.close());
   badge();
 
-  const press = (within, key) => within?.querySelector(`button[data-key="${key}"]`)?.click();
+  const cards = "#free > article";
   document.addEventListener("keydown", (event) => {
-    const typing = event.target.matches("input, textarea");
     const mine = event.target.closest("form.mine") ?? document.querySelector("form.mine");
-    if ((event.ctrlKey || event.metaKey) && event.key === "Enter") press(mine, "answer");
+    if (sends(event)) press(mine, "answer");
     else if (event.altKey && event.code === "KeyU") press(mine, "unknown");
     else if (event.altKey && event.code === "KeyS") press(mine, "skip");
-    else if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
-    else if (event.key === "j" || event.key === "k") {
-      const all = [...document.querySelectorAll("#free > article")];
-      const at = all.indexOf(document.activeElement.closest("#free > article"));
-      all[Math.max(0, Math.min(all.length - 1, at + (event.key === "j" ? 1 : -1)))]?.focus();
-    } else if (event.key === "c") {
-      press(document.activeElement.closest("#free > article") ?? document.querySelector("#free > article"), "claim");
-    } else return;
+    else if (typing(event)) return;
+    else if (event.key === "j" || event.key === "k") move(cards, event.key === "j" ? 1 : -1);
+    else if (event.key === "c") press(current(cards), "claim");
+    else return;
+    event.preventDefault();
+  });
+}
+
+if (document.body.dataset.page === "review") {
+  const cards = "#cards > form";
+  document.querySelector(cards)?.focus();
+  document.addEventListener("keydown", (event) => {
+    if (sends(event)) press(current(cards), "send");
+    else if (typing(event)) return;
+    else if (event.key === "j" || event.key === "k") move(cards, event.key === "j" ? 1 : -1);
+    else if (event.key === "r") press(current(cards), "right");
+    else if (event.key === "w") press(current(cards), "wrong");
+    else if (event.key === "c") current(cards)?.querySelector("input[name=answer]").focus();
+    else return;
     event.preventDefault();
   });
 }
