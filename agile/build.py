@@ -29,6 +29,8 @@ from agile.config import ExpertConfig, RunConfig
 from agile.errors import AgileError
 from agile.executor import Executor, Limits
 from agile.experts import make_advisor, recorded_answers
+from agile.extras import needs
+from agile.from_desk import SESSIONS, imitated
 from agile.graded import graded_task
 from agile.imitation import Imitation, jobs
 from agile.judge import judged
@@ -45,6 +47,7 @@ from agile.prompts import instructions
 from agile.protocols import Advisor, Agent, Memory, Task, TeachableAgent, TrainablePolicy
 from agile.run_folder import writing
 from agile.seeding import derive_seed
+from agile.tasks.desk import QUESTIONS, DeskTask
 from agile.tasks.hotpotqa import HotPotQA
 from agile.tasks.jsonl import JsonlTask
 from agile.tasks.medmcqa import MedMCQA
@@ -71,6 +74,23 @@ class Setup:
 
     @cached_property
     def task(self) -> Task:
+        """The task, or what people asked of it at a desk: that is taken from the desk's database once."""
+        desk, task = self.config.task.desk, self.config.task
+        if desk is None:
+            return self._own_task
+        path = self.folder / QUESTIONS
+        if not path.exists():
+            with needs("serve"):
+                from agile.serve.export import export_desk
+
+            shop = self._own_task.streams("test")[0]
+            counts = export_desk(desk, shop, path, self.folder / SESSIONS)
+            told = ", ".join(f"{number:,} by {how}" for how, number in sorted(counts.items()))
+            get_console().print(f"{sum(counts.values()):,} questions of {desk.served} with an answer: {told}")
+        return DeskTask(path, self._own_task, stream_length=task.stream_length, advice_counts=task.advice_counts)
+
+    @cached_property
+    def _own_task(self) -> Task:
         task = self.config.task
         match task.name:
             case "minishop":
@@ -444,7 +464,13 @@ class Setup:
         )
 
     def imitation_rows(self, executor: Executor) -> list[Row]:
-        """What imitation learns from: the teacher's sessions on the train streams."""
+        """What imitation learns from: the teacher's sessions on the train streams, or those that people asked for."""
+        if self.config.task.desk is not None:
+            sessions, counts = imitated(self.folder / SESSIONS, executor.codec)
+            if ranks.is_main():
+                told = ", ".join(f"{number:,} {how}" for how, number in counts.most_common())
+                get_console().print(f"Sessions to imitate: {len(sessions):,} ({told or 'none was served'})")
+            return [row for session in sessions for row in session_rows(session)]
         if self.config.sft.teacher is not None:
             raise AgileError(
                 "sft.teacher is a model behind an endpoint, whose sessions are built beforehand: agile sft-data CONFIG "

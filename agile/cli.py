@@ -151,13 +151,24 @@ def train(
     trainers (the extra `trl`) on what experts corrected, or on the file `preferences.data`, and write the agent `dpo`
     and the sequence classifier `reward-model`. Killed in one of them, a run starts that stage anew.
 
+    `task.desk` trains the agent that `agile serve` serves on what people asked it and what they said of its answers
+    (docs/serve.md).
+
     - `agile train configs/productqa-tiny.yaml task.data=DIR`
+    - `agile train configs/from-desk.yaml task.desk.since=2026-11-01`
     - `agile train configs/demo.yaml ppo.lr=1e-4 evaluate.baselines=[router] out=runs/mine`
     - `torchrun --nproc-per-node 8 -m agile.cli train CONFIG engine.zero_stage=2`
     """
     with one_screen():
         ranks.join()
         loaded, out = _load(config, overrides, f"runs/{config.stem}", skip_bad_rows=skip_bad_rows)
+        if loaded.task.desk is not None:
+            from agile.extras import needs
+
+            with needs("serve"):
+                from agile.serve.export import from_desk_config
+
+            loaded = from_desk_config(loaded)
 
         from agile.training import train as run
 

@@ -388,7 +388,7 @@ async def _replay_one(parts: RunParts, logged: Logged) -> Difference | None:
         )
     stream, executor = parts.stream(logged), parts.executor(logged)
     assert stream is not None
-    found = await replay_session(executor, session, item, session.index / len(stream.items))
+    found = await replay_session(executor, session, item, stream.progress(session.index))
     return first_difference(session, found, executor.codec)
 
 

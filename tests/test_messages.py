@@ -54,9 +54,7 @@ def test_the_prompt_is_the_template_s_and_the_rest_is_sampled(tokenizer: PreTrai
     (segment,) = session.segments
     asked, sampled = segment.spans
     expected = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
-    assert expected == (
-        "<|system|>Add.<|user|>2 + 2?<|assistant|>4<end><|user|>[SubmitAnswer] 2 + 3?<|assistant|>"
-    )
+    assert expected == ("<|system|>Add.<|user|>2 + 2?<|assistant|>4<end><|user|>[SubmitAnswer] 2 + 3?<|assistant|>")
     assert (asked.source, list(asked.token_ids)) == (Source.TASK, tokenizer(expected)["input_ids"])
     assert (sampled.source, tokenizer.decode(list(sampled.token_ids))) == (Source.LLM, "5<end>")
     assert (session.status, session.answer) == (SessionStatus.COMPLETED, "5")

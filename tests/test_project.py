@@ -190,6 +190,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *NOUNS,
         *("agile.config", "agile.engine", "agile.ranks", "agile.session_log", "agile.tracking"),
     ),
+    "agile.from_desk": (*NOUNS, "agile.session_log", "agile.tasks.scoring", "agile.tokens"),
     "agile.evaluate": NOUNS,
     "agile.published": NOUNS,
     "agile.expert_worth": (*NOUNS, "agile.evaluate"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -21,7 +23,18 @@ class GradingConfig(Section):
     time_s: float = Field(120.0, gt=0, description="Limit of a python grader, and of a function.")
 
 
+class DeskConfig(Section):
+    """What people said of served sessions, to learn from."""
+
+    served: UserPath = Field(Path("runs/serve"), description="Folder of agile serve; its database is read.")
+    since: datetime | None = Field(None, description="Only what was asked from then on, such as 2026-11-01.")
+    until: datetime | None = Field(None, description="Only what was asked before then.")
+
+
 class TaskConfig(Section):
+    desk: DeskConfig | None = Field(
+        None, description="Train questions are those that people asked a server; null for the task's own."
+    )
     name: Literal["minishop", "productqa", "medmcqa", "hotpotqa", "jsonl", "rft"] = Field(
         "minishop",
         description="Generated worlds, official files, your own questions (docs/your-own-data.md), or files of "
@@ -51,7 +64,7 @@ class TaskConfig(Section):
         "file", description="medmcqa: one stream of a file, in its order, or one of each subject."
     )
     stream_length: Count | None = Field(
-        None, description="medmcqa, hotpotqa, jsonl: most questions of a stream; all by default, hotpotqa 10."
+        None, description="medmcqa, hotpotqa, jsonl, desk: most questions of a stream; all by default, hotpotqa 10."
     )
     database: UserPath | None = Field(
         None, description="jsonl: table to search, a file of CSV, JSON or Parquet or a SQLite database."

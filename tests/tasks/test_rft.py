@@ -181,9 +181,7 @@ def test_what_does_not_fit_the_response_format_is_not_graded(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("returned", ["math.nan", "None", "'0.5'", "1 / 0"])
-def test_no_number_is_worth_nothing_and_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returned: str
-) -> None:
+def test_no_number_is_worth_nothing_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, returned: str) -> None:
     name = f"rewards_of_rft_{abs(hash(returned))}"
     (tmp_path / f"{name}.py").write_text(f"import math\ndef grade(sample, item): return {returned}\n")
     monkeypatch.syspath_prepend(tmp_path)
