@@ -95,8 +95,15 @@ MLFLOW = ["mlflow>=3.5,<4"]
 # The stages dpo and reward-model. The names of its trainers' arguments change with major releases.
 TRL = ["trl>=1.16,<2"]
 
-# Metrics of `text_similarity` graders. What they compute may change with a minor release below 1.0, and in sacrebleu.
-GRADERS = ["rouge-score>=0.1.2,<0.2", "sacrebleu>=2.5,<2.7", "nltk>=3.9,<4", "rapidfuzz>=3.10,<4"]
+# Metrics of `text_similarity` graders: what they compute may change with a minor release below 1.0, and in sacrebleu.
+# jsonschema is for response formats.
+GRADERS = [
+    "rouge-score>=0.1.2,<0.2",
+    "sacrebleu>=2.5,<2.7",
+    "nltk>=3.9,<4",
+    "rapidfuzz>=3.10,<4",
+    "jsonschema>=4.23,<5",
+]
 
 # `agile serve`. Below 1.0 a minor release may break; SQLAlchemy's minor releases do at times.
 SERVE = [

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agile import __version__, cli_grade, cli_serve, ranks
+from agile import __version__, cli_grade, cli_rft, cli_serve, ranks
 from agile.cli_words import Config, Overrides, parse
 from agile.errors import AgileError
 from agile.screen import console, one_screen
@@ -151,13 +151,24 @@ def train(
     trainers (the extra `trl`) on what experts corrected, or on the file `preferences.data`, and write the agent `dpo`
     and the sequence classifier `reward-model`. Killed in one of them, a run starts that stage anew.
 
+    `task.desk` trains the agent that `agile serve` serves on what people asked it and what they said of its answers
+    (docs/serve.md).
+
     - `agile train configs/productqa-tiny.yaml task.data=DIR`
+    - `agile train configs/from-desk.yaml task.desk.since=2026-11-01`
     - `agile train configs/demo.yaml ppo.lr=1e-4 evaluate.baselines=[router] out=runs/mine`
     - `torchrun --nproc-per-node 8 -m agile.cli train CONFIG engine.zero_stage=2`
     """
     with one_screen():
         ranks.join()
         loaded, out = _load(config, overrides, f"runs/{config.stem}", skip_bad_rows=skip_bad_rows)
+        if loaded.task.desk is not None:
+            from agile.extras import needs
+
+            with needs("serve"):
+                from agile.serve.export import from_desk_config
+
+            loaded = from_desk_config(loaded)
 
         from agile.training import train as run
 
@@ -469,6 +480,7 @@ def minishop(
 
 
 app.add_typer(cli_grade.app, name="grade")
+cli_rft.add_to(app)
 cli_serve.add_to(app)
 
 

@@ -1,4 +1,4 @@
-"""The commands `agile serve` and `agile serve-user`."""
+"""The commands `agile serve`, `agile serve-swap` and `agile serve-user`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ CONFIG = Path(__file__).parent / "configs" / "serve.yaml"
 
 
 def add_to(app: typer.Typer) -> None:
-    """Add both to the command line."""
+    """Add them to the command line."""
     app.command()(serve)
+    app.command("serve-swap")(serve_swap)
     app.add_typer(users, name="serve-user")
 
 
@@ -68,6 +69,40 @@ def serve(
 
         tls = None if tls_cert is None or tls_key is None else (tls_cert, tls_key)
         run_server(config, rest, out, console, host=host, port=port, tls=tls, behind_proxy=behind_proxy)
+
+
+def serve_swap(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Run whose agent is to be served, and as for `serve` the config, out=DIR and changes.",
+            metavar="RUN [CONFIG] [a.b=value]",
+        ),
+    ] = None,
+    agent: Annotated[
+        str | None, typer.Option(help="Which of its agents: sft, ppo or dpo (default: the newest).", show_default=False)
+    ] = None,
+    back: Annotated[bool, typer.Option("--back", help="Serve again what was served before.")] = False,
+    wait_s: Annotated[float, typer.Option("--wait", help="Seconds to wait for the server.")] = 120,
+) -> None:
+    """Have the server answer with another agent, without stopping it.
+
+    What is asked from then on is answered by the agent of RUN; sessions under way end with the one that they began
+    with. Products, tools, memory and price stay those of the server. A server that is started later serves it too.
+
+    - `agile serve-swap runs/from-desk`
+    - `agile serve-swap --back`
+    """
+    with one_screen():
+        given = words or []
+        runs = [word for word in given if "=" not in word and not word.endswith((".yaml", ".yml"))]
+        if len(runs) != (not back):
+            raise AgileError(f"expected one run, or --back and none, found {' '.join(runs) or 'none'}.")
+        database = _database([word for word in given if word not in runs])
+
+        from agile.serve.swap import swap
+
+        swap(database, None if back else Path(runs[0]).expanduser(), agent, console, wait_s=wait_s)
 
 
 @users.command("add")

@@ -74,7 +74,7 @@ class Imitation:
                 memory,
                 stream_id=f"{job.stream.id}#{job.repeat}",
                 index=job.index,
-                progress=job.index / len(job.stream.items),
+                progress=job.stream.progress(job.index),
                 seed=seed,
                 price=price,
             )

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from agile.advice import gold_answer
 from agile.errors import AgileError
+from agile.from_desk import SESSIONS, judged
 from agile.replay import RunParts
 from agile.run_folder import write_atomically, writing
 from agile.session_log import Logged, logged_sessions
@@ -136,17 +137,19 @@ def find_preferences(
     sessions: Callable[[], Iterable[Session]],
     codec: ActionCodec,
     gold: Callable[[Session], str | None] = lambda session: None,
+    told: Iterable[tuple[Question, str]] = (),
 ) -> tuple[list[Preference], dict[str, int]]:
     """Pairs from sessions, and how many sessions were left out for what reason.
 
     Args:
         sessions: Gives all sessions; called twice.
         gold: The task's answer to a session's question, for those that no expert answered.
+        told: What people said is right, who are experts too.
 
     Returns:
         The pairs in the order of the sessions, each once; and counts by the keys of `COUNTS`.
     """
-    said: dict[Question, set[str]] = {}
+    said: dict[Question, set[str]] = {question: {answer} for question, answer in told}
     for session in sessions():
         if session.advised and session.advice is not None:
             said.setdefault(session.key, set()).add(session.advice.answer)
@@ -192,6 +195,8 @@ def _corrected(
 def run_preferences(run: Path, *, gold: bool = False) -> tuple[list[Preference], dict[str, int]]:
     """`find_preferences` of what a run played in training; its tests are no training data.
 
+    A run from the desk also has the sessions that people asked for, and what they said is right.
+
     Args:
         gold: Whether the task's own answers correct what no expert was asked.
 
@@ -203,6 +208,7 @@ def run_preferences(run: Path, *, gold: bool = False) -> tuple[list[Preference],
     def logged() -> Iterable[Logged]:
         return (found for found in logged_sessions(run) if not found.agent)
 
+    served = [] if parts.config.task.desk is None else list(judged(run / SESSIONS))
     first = next(iter(logged()), None)
     if first is None:
         raise AgileError(f"{run} played no session in training. Name a run of `agile train` or `agile demo`.")
@@ -214,7 +220,12 @@ def run_preferences(run: Path, *, gold: bool = False) -> tuple[list[Preference],
         item = items.get(session.key)
         return None if item is None or isinstance(item.answer, list | tuple) else gold_answer(item)
 
-    return find_preferences(lambda: (found.session for found in logged()), parts.executor(first).codec, answer)
+    def sessions() -> Iterable[Session]:
+        yield from (session for session, _ in served)
+        yield from (found.session for found in logged())
+
+    told = [(session.key, right) for session, right in served]
+    return find_preferences(sessions, parts.executor(first).codec, answer, told)
 
 
 def export_preferences(run: Path, out: Path, console: Console, *, gold: bool = False) -> int:

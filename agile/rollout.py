@@ -62,7 +62,7 @@ async def collect(
                     memory,
                     stream_id=stream.id,
                     index=index,
-                    progress=index / len(stream.items),
+                    progress=stream.progress(index),
                     seed=derive_seed(seed, stream.id, index),
                     price=stream.price,
                 )

@@ -257,11 +257,17 @@ class Stream:
 
     Attributes:
         price: What advice costs in them; None for the desk's own price.
+        endless: Whether more are to come, as to a server: it then always stands at its beginning.
     """
 
     id: str
     items: tuple[Item, ...]
     price: float | None = None
+    endless: bool = False
+
+    def progress(self, index: int) -> float:
+        """Share of the stream that lies before a question, which the agent is told."""
+        return 0.0 if self.endless else index / len(self.items)
 
 
 class MemoryKind(StrEnum):

@@ -148,6 +148,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "agile.memory.database",
     ),
     "agile.chat_template": (*NOUNS, "agile.tokens"),
+    "agile.messages": (*NOUNS, "agile.tokens"),
     "agile.watchdog": (),
     "agile.threads": (),
     "agile.executor": (*NOUNS, "agile.tokens", "agile.advice", "agile.watchdog"),
@@ -189,6 +190,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *NOUNS,
         *("agile.config", "agile.engine", "agile.ranks", "agile.session_log", "agile.tracking"),
     ),
+    "agile.from_desk": (*NOUNS, "agile.session_log", "agile.tasks.scoring", "agile.tokens"),
     "agile.evaluate": NOUNS,
     "agile.published": NOUNS,
     "agile.expert_worth": (*NOUNS, "agile.evaluate"),
@@ -207,6 +209,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.memory_use": NOUNS,
     "agile.instructive": (*NOUNS, "agile.calibration"),
     "agile.extras": NOUNS,
+    "agile.rft_report": (
+        *NOUNS,
+        *("agile.evaluate", "agile.plots", "agile.report", "agile.session_log", "agile.show"),
+    ),
     "agile.cli_words": ("agile.errors",),
     # Nothing of the server is imported by what runs without it, and it imports nothing that trains.
     "agile.serve": (
@@ -235,6 +241,7 @@ ENTRY_POINTS = {
     *("agile.dry_run", "agile.experts", "agile.expert_play", "agile.measure", "agile.play"),
     *("agile.replay", "agile.rescore", "agile.show_run", "agile.prompted", "agile.preferences"),
     *("agile.sft_data", "agile.judge", "agile.learner"),
+    *("agile.graded", "agile.rft", "agile.rft_files", "agile.cli_rft"),
     *("agile.stages", "agile.stages.sft", "agile.stages.ppo", "agile.stages.rewards", "agile.stages.progress"),
     *("agile.stages.collection", "agile.stages.guard", "agile.stages.preference", "agile.stages.validation"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -28,6 +29,7 @@ from agile.serve.runner import Runner
 from agile.show import page_environment
 
 HERE = Path(__file__).parent
+SWAP_LOOK_S = 1.0
 
 
 def create_app(
@@ -44,10 +46,11 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        looking = asyncio.create_task(desk.watch.look())
         await asyncio.to_thread(runner.start)
+        looking = [asyncio.create_task(desk.watch.look()), asyncio.create_task(swapping(runner))]
         yield
-        looking.cancel()
+        for task in looking:
+            task.cancel()
         await asyncio.to_thread(runner.stop)
 
     app = FastAPI(
@@ -71,6 +74,14 @@ def create_app(
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_middleware(Guard, max_body_bytes=config.max_body_bytes, secure=access.secure)
     return app
+
+
+async def swapping(runner: Runner) -> None:
+    """For the life of the server: serve the agent that it is told to."""
+    while True:
+        with contextlib.suppress(DatabaseAway):
+            await asyncio.to_thread(runner.look)
+        await asyncio.sleep(SWAP_LOOK_S)
 
 
 def templates_of() -> jinja2.Environment:

@@ -48,6 +48,7 @@ class Question(Base):
         session: The finished session as JSON, token by token.
         advised: Whether an expert answered; None until it is finished.
         confidence: The probability that the agent gave to the tokens of its own answer; None where that is not known.
+        deployment: Which agent it was asked of, and which therefore ends it.
     """
 
     __tablename__ = "questions"
@@ -62,6 +63,7 @@ class Question(Base):
     session: Mapped[str | None]
     advised: Mapped[bool | None]
     confidence: Mapped[float | None]
+    deployment: Mapped[int | None]
     created_at: Mapped[float]
     finished_at: Mapped[float | None]
 
@@ -86,6 +88,24 @@ class Review(Base):
     sampled: Mapped[bool]
     key: Mapped[str] = mapped_column(unique=True)
     at: Mapped[float]
+
+
+class Deployment(Base):
+    """That an agent is to be served: `agent` of the folder `run`.
+
+    Attributes:
+        by: `config`, or who swapped it in.
+        state: `wanted` until a server has taken it, then `served`, or `failed` with an error.
+    """
+
+    __tablename__ = "deployments"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run: Mapped[str]
+    agent: Mapped[str]
+    by: Mapped[str]
+    at: Mapped[float]
+    state: Mapped[str]
+    error: Mapped[str] = mapped_column(default="")
 
 
 class JournalEntry(Base):

@@ -26,10 +26,16 @@ from agile.types import Session, to_json
 FINISHED = ("answered", "failed")
 
 
-def ask(database: Database, user_id: int, text: str, product: str) -> Question:
-    """Keep a question; from now on it will be answered."""
+def ask(database: Database, user_id: int, text: str, product: str, deployment: int | None = None) -> Question:
+    """Keep a question; from now on it will be answered, by the agent of this deployment."""
     question = Question(
-        id=new_id(), user_id=user_id, text=text, product=product, status="working", created_at=time.time()
+        id=new_id(),
+        user_id=user_id,
+        text=text,
+        product=product,
+        status="working",
+        deployment=deployment,
+        created_at=time.time(),
     )
     with database.writing() as session:
         session.add(question)

@@ -6,17 +6,19 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Coroutine, Mapping
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agile.errors import AgileError
 from agile.executor import Executor
 from agile.own_answers import confidence
 from agile.protocols import Advisor, Policy
 from agile.seeding import derive_seed
-from agile.serve import questions, requests
+from agile.serve import deployments, questions, requests
 from agile.serve.advisor import DeskAdvisor
 from agile.serve.database import Database
 from agile.serve.memory import DeskMemory
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 LOG = "sessions-served.jsonl"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Served:
     """The agent that is served.
 
@@ -41,6 +43,7 @@ class Served:
         products: What can be asked about; the item of each holds what is known of it. One of the name "" for agents
             that are asked about nothing in particular.
         seed: Of sampling, together with a question's number.
+        deployment: Its number in the database; None where nothing is swapped.
     """
 
     name: str
@@ -49,6 +52,15 @@ class Served:
     policy: Policy
     products: Mapping[str, Item]
     seed: int
+    deployment: int | None = None
+
+    def close(self) -> None:
+        """Give back what its policy holds."""
+        try:
+            if close := getattr(self.policy, "close", None):
+                close()
+        except AgileError as error:  # it goes with the last reference to it
+            logger.warning("%s", error)
 
     def item(self, question: Question) -> Item:
         like = self.products[question.product]
@@ -71,9 +83,13 @@ class Progress:
 class Runner:
     """Plays a session for every question, and goes on with those that an earlier server left behind.
 
+    A session ends with the agent that it began with, whatever is served meanwhile.
+
     Args:
+        served: Who answers from now on, see `swap`.
         folder: Where the log of sessions is, for `agile show`; what a crash kept from it is added.
         advice_timeout_s, fallback, similar: See `DeskAdvisor`.
+        load: Gives the agent of a deployment that is served no more, for sessions that it began.
     """
 
     def __init__(
@@ -87,11 +103,15 @@ class Runner:
         advice_timeout_s: float | None = None,
         fallback: Advisor | None = None,
         similar: Similar | None = None,
+        load: Callable[[int], Served] | None = None,
     ) -> None:
         self.database, self.served, self.memory, self.metrics = database, served, memory, metrics
         self._desk = DeskAdvisor(
             database, STREAM, lasting=True, timeout_s=advice_timeout_s, fallback=fallback, similar=similar
         )
+        self._load = load
+        self._lock = threading.Lock()
+        self._busy: Counter[Served] = Counter()  # sessions under way of each agent
         self._progress: dict[str, Progress] = {}
         self._log = _whole_log(folder / LOG, database, served.checkpoint)
         self._loop = asyncio.new_event_loop()
@@ -102,9 +122,58 @@ class Runner:
         """Begin; how many questions an earlier server left, which are gone on with."""
         left = questions.unfinished(self.database)
         self._thread.start()
+        agents = {self.served.deployment: self.served}
         for question in left:
-            self._begin(question)
+            if question.deployment not in agents:
+                agents[question.deployment] = self._earlier(question.deployment)
+            self._begin(question, self._take(agents[question.deployment]))
         return len(left)
+
+    def _earlier(self, deployment: int | None) -> Served:
+        if self._load is None or deployment is None:
+            return self.served
+        try:
+            return self._load(deployment)
+        except AgileError as error:  # its journal tells whether this agent can go on with a session of that one
+            logger.error("%s", error)
+            return self.served
+
+    def look(self) -> None:
+        """Swap in the agent that the database says is to be served, if it is another one; blocks while it loads."""
+        wanted = deployments.newest(self.database)
+        if self._load is None or wanted is None or wanted.id == self.served.deployment:
+            return
+        began = time.monotonic()
+        try:
+            self.swap(self._load(wanted.id))
+        except Exception as error:  # whatever is wrong with it, the one that is served goes on
+            logger.exception("deployment %d", wanted.id)
+            deployments.settle(self.database, wanted.id, f"{type(error).__name__}: {error}")
+            return
+        deployments.settle(self.database, wanted.id)
+        logger.info("%s/%s is served, after %.1f s", wanted.run, wanted.agent, time.monotonic() - began)
+
+    def swap(self, served: Served) -> None:
+        """Who answers what is asked from now on."""
+        with self._lock:
+            before, self.served = self.served, served
+            idle = not self._busy[before]
+        if idle:
+            before.close()
+
+    def _take(self, served: Served | None = None) -> Served:
+        """An agent for a session, by default the one that is served; it is kept until `_give_back`."""
+        with self._lock:
+            taken = served or self.served
+            self._busy[taken] += 1
+            return taken
+
+    def _give_back(self, served: Served) -> None:
+        with self._lock:
+            self._busy[served] -= 1
+            over = not self._busy[served] and served is not self.served
+        if over:
+            served.close()
 
     def stop(self) -> None:
         """Leave what is under way to the next server."""
@@ -122,9 +191,14 @@ class Runner:
 
     def ask(self, user_id: int, text: str, product: str) -> tuple[Question, Progress]:
         """Keep a question and begin to answer it. Raises DatabaseAway."""
-        question = questions.ask(self.database, user_id, text, product)
+        served = self._take()
+        try:
+            question = questions.ask(self.database, user_id, text, product, served.deployment)
+        except BaseException:
+            self._give_back(served)
+            raise
         self.metrics.questions.inc()
-        return question, self._begin(question)
+        return question, self._begin(question, served)
 
     def learn(self, request_id: str) -> None:
         """Remember an answer that came when nobody waited any more."""
@@ -143,9 +217,9 @@ class Runner:
         """Of a question that is not answered yet."""
         return self._progress.get(question_id)
 
-    def _begin(self, question: Question) -> Progress:
+    def _begin(self, question: Question, served: Served) -> Progress:
         progress = self._progress[question.id] = Progress(asking=question.status == "waiting")
-        self._loop.call_soon_threadsafe(self._start, self._run(question, progress))
+        self._loop.call_soon_threadsafe(self._start, self._run(question, progress, served))
         return progress
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -153,24 +227,23 @@ class Runner:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, question: Question, progress: Progress) -> None:
+    async def _run(self, question: Question, progress: Progress, served: Served) -> None:
         try:
             try:
-                session = await patiently(lambda: self._play(question, progress))
+                session = await patiently(lambda: self._play(question, progress, served))
             except Exception as error:
                 logger.exception("question %d", question.number)
-                await self._finish(question, None, f"{type(error).__name__}: {error}")
+                await self._finish(question, None, f"{type(error).__name__}: {error}", served)
             else:
                 why = f"{session.status}: {session.error}".removesuffix(": ")
-                await self._finish(question, session, why if session.answer is None or session.failed else "")
+                await self._finish(question, session, why if session.answer is None or session.failed else "", served)
         finally:
+            self._give_back(served)
             self._progress.pop(question.id, None)
             if not progress.done.done():
                 progress.done.set_result(None)
 
-    async def _play(self, question: Question, progress: Progress) -> Session:
-        served = self.served
-
+    async def _play(self, question: Question, progress: Progress, served: Served) -> Session:
         async def on_asking() -> None:
             progress.asking = True
             questions.set_waiting(self.database, question.number)
@@ -196,8 +269,8 @@ class Runner:
             self.metrics.waited.observe(time.monotonic() - began)
         return advice
 
-    async def _finish(self, question: Question, session: Session | None, error: str) -> None:
-        sure = None if session is None or session.advised else confidence(session, self.served.executor.codec)
+    async def _finish(self, question: Question, session: Session | None, error: str, served: Served) -> None:
+        sure = None if session is None or session.advised else confidence(session, served.executor.codec)
 
         async def keep() -> None:
             questions.finish(
@@ -214,7 +287,7 @@ class Runner:
         self.metrics.failed.inc(bool(error))
         if session is not None:
             self.metrics.tokens.inc(sum(len(s.token_ids) for s in session.segments))
-            append_sessions(self._log, [session], agent=self.served.checkpoint)
+            append_sessions(self._log, [session], agent=served.checkpoint)
 
 
 def _whole_log(path: Path, database: Database, checkpoint: str) -> JsonLines:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -24,11 +24,14 @@ from agile.errors import AgileError
 from agile.memory.encoders import Encoder
 from agile.protocols import Advisor
 from agile.run_folder import writing
+from agile.serve import deployments
 from agile.serve.access import Access, secret_of
 from agile.serve.app import accuracy, create_app, queue_length
 from agile.serve.database import Database, database_url
+from agile.serve.deployments import BY_CONFIG
 from agile.serve.memory import DeskMemory
 from agile.serve.metrics import Metrics
+from agile.serve.models import Deployment
 from agile.serve.requests import Similar
 from agile.serve.runner import Runner, Served
 from agile.types import Reward
@@ -36,21 +39,26 @@ from agile.types import Reward
 AGENTS = ("dpo", "ppo", "sft")
 
 
-def served_config(path: Path, overrides: Sequence[str]) -> RunConfig:
+def served_config(path: Path, overrides: Sequence[str], swapped: Path | None = None) -> RunConfig:
     """The config of the run that is served, with what the server's own config says otherwise.
 
+    Args:
+        swapped: A run whose agent takes the place of that of `serve.run`: products, tools, memory and price stay.
+
     Raises:
-        AgileError: A config cannot be used, or `serve.run` names no run with an agent.
+        AgileError: A config cannot be used, or a run has no agent.
     """
     given = load_config(path, overrides)
     run = given.serve.run
     if run is None:
         raise AgileError(f"The config {path} names no run to serve; set serve.run=RUN, for example runs/demo.")
-    if not (run / "config.yaml").exists() or not any((run / name / "config.json").exists() for name in AGENTS):
-        raise AgileError(
-            f"There is no trained agent in {run}. Train one first: agile demo, or agile train CONFIG out={run}."
-        )
+    agent_of(run)
     values = load_config(run / "config.yaml").model_dump(mode="json")
+    if swapped is not None:
+        agent_of(swapped)
+        own = load_config(swapped / "config.yaml").model_dump(mode="json")
+        values |= {name: own[name] for name in ("agent", "model", "lora", "prompt", "rollout", "vllm", "engine")}
+    values["task"]["desk"] = None  # what it learned from
     try:
         return RunConfig.model_validate(_over(values, given.model_dump(mode="json", exclude_unset=True)))
     except ValidationError as error:
@@ -65,16 +73,39 @@ def _over(below: dict[str, object], above: dict[str, object]) -> dict[str, objec
     return result
 
 
-def load_served(config: RunConfig, run: Path) -> tuple[Setup, Served]:
+def agent_of(run: Path, chosen: str | None = None) -> str:
+    """The name of the agent of a run that is served: the chosen one, else the one that was trained last.
+
+    Raises:
+        AgileError: There is none.
+    """
+    trained = [name for name in AGENTS if (run / name / "config.json").exists()]
+    if not trained or not (run / "config.yaml").exists():
+        raise AgileError(
+            f"There is no trained agent in {run}. Train one first: agile demo, or agile train CONFIG out={run}."
+        )
+    if chosen is not None and chosen not in trained:
+        raise AgileError(f"{run} has no agent {chosen}, only {', '.join(trained)}.")
+    return chosen or trained[0]
+
+
+def load_served(config: RunConfig, run: Path, deployed: Deployment | None = None) -> tuple[Setup, Served]:
     """The agent of a run, ready to answer about the shop of the first test stream.
+
+    Args:
+        run: Whose shop it is, and whose agent but for `deployed`.
 
     Raises:
         AgileError: There is no such agent, or its questions are about nothing that a client could name.
     """
-    chosen = config.serve.agent
-    names = [name for name in AGENTS if (run / name / "config.json").exists() and chosen in (None, name)]
-    if not names:
-        raise AgileError(f"{run} has no agent {chosen}; leave serve.agent out to serve the newest.")
+    folder = run / agent_of(run, config.serve.agent)
+    if deployed is not None:
+        folder = Path(deployed.run) / agent_of(Path(deployed.run), deployed.agent)
+    if deployed is not None and deployed.by != BY_CONFIG and config.rollout.policy == "vllm-server":
+        raise AgileError(
+            f"{folder} is played by vLLM servers, which hold one set of weights: sessions under way would go on with "
+            "others. Stop the server and start it with serve.run."
+        )
     setup = Setup(config, run)
     stream = setup.task.streams("test")[0]
     if "metadata" not in stream.items[0].context:
@@ -82,14 +113,14 @@ def load_served(config: RunConfig, run: Path) -> tuple[Setup, Served]:
             f"{run} learned {config.task.name}, whose questions are about nothing that a client could name. Serve an "
             "agent of products, such as the demo's."
         )
-    folder = run / names[0]
     tokenizer = setup.tokenizer(folder)
     executor = setup.executor(tokenizer)
     executor.score = lambda item, session: Reward({})
     executor.limits = replace(executor.limits, max_stage_s=None)  # people think as long as they like
     products = {item.product: about(item) for item in stream.items}
     policy = setup.greedy(tokenizer, folder)
-    return setup, Served(config.serve.model, names[0], executor, policy, products, config.seed)
+    number = None if deployed is None else deployed.id
+    return setup, Served(config.serve.model, folder.name, executor, policy, products, config.seed, number)
 
 
 def similar_by(encoder: Encoder, threshold: float) -> Similar | None:
@@ -115,8 +146,13 @@ def make_app(
     *,
     fallback: Advisor | None = None,
     secure: bool = False,
+    load: Callable[[int], Served] | None = None,
 ) -> FastAPI:
-    """The application of a server whose folder is `out`."""
+    """The application of a server whose folder is `out`.
+
+    Args:
+        load: Gives the agent of a deployment; without it nothing can be swapped.
+    """
     serve = config.serve
     memory = DeskMemory(database, encoder)
     shares = {name: partial(accuracy, database, sampled=name == "sampled") for name in ("all", "sampled")}
@@ -130,6 +166,7 @@ def make_app(
         advice_timeout_s=serve.advice_timeout_s,
         fallback=fallback,
         similar=similar_by(encoder, serve.join_similarity),
+        load=load,
     )
     access = Access(
         database,
@@ -179,19 +216,38 @@ def run_server(
     config = served_config(path, overrides)
     run = config.serve.run
     assert run is not None  # served_config checks it
-    setup, served = load_served(config, run)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         # as a bench notes it: `agile show` finds the agent's tokenizer there
         noted = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"checkpoint": (run,)})})
         (out / "config.yaml").write_text(yaml.safe_dump(noted.model_dump(mode="json"), sort_keys=False), "utf-8")
     url = database_url(config.serve.database, out)
-    fallback = None if config.serve.fallback is None else setup.advisor(config.serve.fallback)
     with closing(Database(url)) as database:
+
+        def load(number: int) -> tuple[Setup, Served]:
+            deployed = deployments.by_id(database, number)
+            if deployed is None:
+                raise AgileError(f"The database knows no deployment {number}; is it another server's?")
+            return load_served(served_config(path, overrides, Path(deployed.run)), run, deployed)
+
+        first = deployments.starting(database, run, agent_of(run, config.serve.agent))
+        setup, served = load(first.id)
+        deployments.settle(database, first.id)
+        fallback = None if config.serve.fallback is None else setup.advisor(config.serve.fallback)
         secure = tls is not None or behind_proxy
-        app = make_app(config, out, database, served, setup.encoder, fallback=fallback, secure=secure)
+        app = make_app(
+            config,
+            out,
+            database,
+            served,
+            setup.encoder,
+            fallback=fallback,
+            secure=secure,
+            load=lambda number: load(number)[1],
+        )
         address = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-        console.print(f"The agent {run / served.checkpoint} answers at {address}/v1, its desk is {address}/desk/queue")
+        agent = Path(first.run) / first.agent
+        console.print(f"The agent {agent} answers at {address}/v1, its desk is {address}/desk/queue", soft_wrap=True)
         console.print(f"Accounts: agile serve-user add NAME --role expert {path} out={out}", soft_wrap=True)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         uvicorn.run(
