@@ -148,6 +148,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "agile.memory.database",
     ),
     "agile.chat_template": (*NOUNS, "agile.tokens"),
+    "agile.chat_format": (*NOUNS, "agile.tokens"),
     "agile.messages": (*NOUNS, "agile.tokens"),
     "agile.watchdog": (),
     "agile.threads": (),
@@ -223,7 +224,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "agile.gateway": (
         *NOUNS,
-        *("agile.advice", "agile.copies", "agile.extras", "agile.learner", "agile.serve.errors", "agile.tokens"),
+        *("agile.advice", "agile.chat_format", "agile.copies", "agile.extras", "agile.learner", "agile.serve.errors"),
     ),
     "agile.own_answers": (*NOUNS, "agile.calibration", "agile.executor", "agile.rollout", "agile.tokens"),
 }

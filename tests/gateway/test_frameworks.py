@@ -23,12 +23,12 @@ async def with_langgraph(base_url: str, api_key: str) -> str:
     from langgraph.graph import START, MessagesState, StateGraph
     from langgraph.prebuilt import ToolNode, tools_condition
 
-    @tool
+    @tool  # type: ignore[untyped-decorator]
     def look(of: str) -> str:
         """Look something up."""
         return f"{of} is steel"
 
-    model = ChatOpenAI(model="agile", base_url=base_url, api_key=api_key).bind_tools([look])  # type: ignore[arg-type]
+    model = ChatOpenAI(model="agile", base_url=base_url, api_key=api_key).bind_tools([look])
 
     async def think(state: MessagesState) -> dict[str, Any]:
         return {"messages": [await model.ainvoke(state["messages"])]}
@@ -44,10 +44,17 @@ async def with_langgraph(base_url: str, api_key: str) -> str:
 
 
 async def with_the_agents_sdk(base_url: str, api_key: str) -> str:
-    from agents import Agent, OpenAIChatCompletionsModel, Runner, function_tool, set_tracing_disabled
     from openai import AsyncOpenAI
 
-    @function_tool
+    from agents import (  # noqa: TID251
+        Agent,
+        OpenAIChatCompletionsModel,
+        Runner,
+        function_tool,
+        set_tracing_disabled,
+    )
+
+    @function_tool  # type: ignore[untyped-decorator]
     def look(of: str) -> str:
         """Look something up."""
         return f"{of} is steel"
