@@ -1,7 +1,7 @@
 """Graders over HTTP: the hosted API's `POST /v1/fine_tuning/alpha/graders/validate` and `/run`, on this machine.
 
-Whoever reaches the server may run graders of theirs, so it listens on the loopback address alone, answers requests of no
-web page, and runs no `function` graders, which would import code of this process unconfined.
+Whoever reaches the server may run graders of theirs, so it listens on the loopback address alone, answers no requests
+of web pages, and runs no `function` graders, which would import code of this process unconfined.
 """
 
 from __future__ import annotations

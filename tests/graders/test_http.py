@@ -69,7 +69,7 @@ def test_errors_of_grading_are_booleans(graders: Any) -> None:
 
 def test_the_client_validates_graders(graders: Any) -> None:
     assert graders.validate(grader=CHECK).grader.operation == "eq"
-    with pytest.raises(openai.BadRequestError, match="operation is .*is") as caught:
+    with pytest.raises(openai.BadRequestError, match=r"operation is .*is") as caught:
         graders.validate(grader=CHECK | {"operation": "is"})
     assert (caught.value.param, caught.value.type) == ("grader", "invalid_request_error")
 
@@ -92,9 +92,10 @@ def test_an_asynchronous_client_runs_many_at_once(address: str) -> None:
     [FUNCTION, {"type": "multi", "name": "m", "graders": {"f": FUNCTION}, "calculate_output": "f"}],
 )
 def test_functions_of_this_process_are_out_of_reach(graders: Any, grader: Any) -> None:
-    for ask in (lambda: graders.run(grader=grader, model_sample="x"), lambda: graders.validate(grader=grader)):
-        with pytest.raises(openai.BadRequestError, match="function graders are not run over HTTP"):
-            ask()
+    with pytest.raises(openai.BadRequestError, match="function graders are not run over HTTP"):
+        graders.run(grader=grader, model_sample="x")
+    with pytest.raises(openai.BadRequestError, match="function graders are not run over HTTP"):
+        graders.validate(grader=grader)
 
 
 @pytest.mark.parametrize(
