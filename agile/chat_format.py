@@ -170,7 +170,11 @@ class ChatFormat:
                 )
             )
         except Exception as error:  # templates raise errors of their own, and jinja its
-            raise AgileError(f"The chat template cannot render these messages: {str(error).rstrip('.')}.") from error
+            roles = ", ".join(str(m["role"]) for m in messages)
+            raise AgileError(
+                f"The model's chat template cannot show messages of the roles {roles} ({str(error).rstrip('.')}); use "
+                "roles that it knows."
+            ) from error
 
     def _marked(self, value: Any) -> Any:
         """A message with a private character wherever a special token is typed in its texts."""

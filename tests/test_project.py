@@ -149,7 +149,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "agile.chat_template": (*NOUNS, "agile.tokens"),
     "agile.chat_format": (*NOUNS, "agile.tokens"),
-    "agile.messages": (*NOUNS, "agile.tokens"),
+    "agile.messages": (*NOUNS, "agile.chat_format", "agile.tokens"),
     "agile.watchdog": (),
     "agile.threads": (),
     "agile.executor": (*NOUNS, "agile.tokens", "agile.advice", "agile.watchdog"),
