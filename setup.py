@@ -95,8 +95,15 @@ MLFLOW = ["mlflow>=3.5,<4"]
 # The stages dpo and reward-model. The names of its trainers' arguments change with major releases.
 TRL = ["trl>=1.16,<2"]
 
-# Metrics of `text_similarity` graders. What they compute may change with a minor release below 1.0, and in sacrebleu.
-GRADERS = ["rouge-score>=0.1.2,<0.2", "sacrebleu>=2.5,<2.7", "nltk>=3.9,<4", "rapidfuzz>=3.10,<4"]
+# Metrics of `text_similarity` graders: what they compute may change with a minor release below 1.0, and in sacrebleu.
+# jsonschema is for response formats.
+GRADERS = [
+    "rouge-score>=0.1.2,<0.2",
+    "sacrebleu>=2.5,<2.7",
+    "nltk>=3.9,<4",
+    "rapidfuzz>=3.10,<4",
+    "jsonschema>=4.23,<5",
+]
 
 # `agile serve`. Below 1.0 a minor release may break; SQLAlchemy's minor releases do at times.
 SERVE = [
@@ -111,6 +118,9 @@ SERVE = [
     "itsdangerous>=2.2,<3",
     "prometheus-client>=0.22,<1",
 ]
+
+# Agents that tests put behind the gateway. Their tools are what tests use; nothing of the package imports them.
+FRAMEWORKS = ["langgraph>=1.2,<2", "langchain-openai>=1.7,<2", "openai-agents>=0.24,<0.25"]
 
 # Tools of the developer: constraints.txt holds them still, so a range would say nothing.
 DEV = [
@@ -138,7 +148,8 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["agile", "agile.*"]),
+    # agents/ has no __init__.py: in a clone it would hide the OpenAI Agents SDK, whose import name is `agents`
+    packages=[*find_packages(include=["agile", "agile.*"]), "agile.agents"],
     package_data={
         "agile": [
             *("py.typed", "templates/*", "serve/templates/*", "serve/static/*"),
@@ -148,6 +159,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "dev": DEV,
+        "frameworks": FRAMEWORKS,
         "graders": GRADERS,
         "serve": SERVE,
         "trl": TRL,

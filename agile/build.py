@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from agile import ranks
 from agile.advice import AdviceDesk
+from agile.agents.answer import AnswerAgent
 from agile.agents.hotpot_qa import SEARCH, HotPotQAAgent
 from agile.agents.multiple_choice import MultipleChoiceAgent
 from agile.agents.own_qa import own_spec
@@ -30,11 +31,13 @@ from agile.executor import Executor, Limits
 from agile.experts import make_advisor, recorded_answers
 from agile.extras import needs
 from agile.from_desk import SESSIONS, imitated
+from agile.graded import graded_task
 from agile.imitation import Imitation, jobs
 from agile.judge import judged
 from agile.lora import adapter_config, add_adapter, is_adapted
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
+from agile.messages import MessagesCodec, messages_tokenizer
 from agile.model import check_context, load_lm, small_llama
 from agile.policies import HFPolicy
 from agile.policies.vllm import VLLMPolicy
@@ -122,6 +125,9 @@ class Setup:
                     **self._reading,
                 )
 
+            case "rft":
+                return graded_task(task, self.folder)
+
     @property
     def _data(self) -> Path:
         data = self.config.task.data
@@ -142,6 +148,8 @@ class Setup:
         """What is learned from: all train streams but those set aside for validation."""
         streams = self.task.streams("train")
         self.tell_skipped()
+        if self.config.task.validation_data is not None:
+            return streams
         return streams[: len(streams) - len(self.validation_streams)]
 
     def tell_skipped(self) -> None:
@@ -154,7 +162,7 @@ class Setup:
 
     @cached_property
     def validation_streams(self) -> Sequence[Stream]:
-        """The last train streams, if the config asks for validation.
+        """Those of `task.validation_data`, or the last train streams, if the config asks for validation.
 
         Raises:
             AgileError: None would be left to learn from.
@@ -162,6 +170,8 @@ class Setup:
         streams, validation = self.task.streams("train"), self.config.validation
         if not validation.every:
             return ()
+        if self.config.task.validation_data is not None:
+            return self.task.streams("validation")[: validation.num_streams]
         num = validation.num_streams or min(8, max(1, len(streams) // 10))
         if num >= len(streams):
             raise AgileError(
@@ -169,6 +179,11 @@ class Setup:
                 "to learn from. Lower validation.num_streams, or take more train groups or worlds."
             )
         return streams[-num:]
+
+    @property
+    def imitated_streams(self) -> Sequence[Stream]:
+        """What imitation learns from."""
+        return self.train_streams if self.config.task.imitation_data is None else self.task.streams("imitation")
 
     @cached_property
     def agent(self) -> TeachableAgent:
@@ -183,6 +198,8 @@ class Setup:
                 table = self.config.task.database is not None
                 shown = {**self.config.agent.model_dump(), "show_schema": table}
                 return ProductQAAgent(**shown, spec=own_spec(table=table))
+            case "rft":
+                return AnswerAgent()
 
     @cached_property
     def encoder(self) -> CachedEncoder:
@@ -232,7 +249,10 @@ class Setup:
         model = self.config.model
         source = saved or (Path(model.path) if model.path else None)
         if source is None:
-            texts = self.agent.corpus([item for stream in self.train_streams for item in stream.items])
+            streams = [*self.train_streams, *(self.imitated_streams if self.config.task.imitation_data else ())]
+            texts = self.agent.corpus([item for stream in streams for item in stream.items])
+            if self.config.prompt.format == "messages":
+                return messages_tokenizer(model.tokenizer, texts, model.vocab_size)
             return build_tokenizer(model.tokenizer, texts, self.agent.spec, model.vocab_size)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(source), padding_side="left")
@@ -373,6 +393,8 @@ class Setup:
             AgileError: The chat template cannot be extended turn by turn, see `agile.chat_template`.
         """
         prompt, spec = self.config.prompt, spec or self.agent.spec
+        if prompt.format == "messages":
+            return MessagesCodec(tokenizer, spec, prompt.template_options)
         price = None if self.agent.show_price else self.config.task.advice_price
         told = "" if prompt.instructions == "none" else instructions(spec, price)
         keep = prompt.thinking == "keep"
@@ -454,7 +476,7 @@ class Setup:
                 "sft.teacher is a model behind an endpoint, whose sessions are built beforehand: agile sft-data CONFIG "
                 "out=DIR, then agile train CONFIG sft.data=DIR."
             )
-        streams = self.train_streams
+        streams = self.imitated_streams
         sizes = [len(stream.items) for stream in streams]
         own = [streams[i] for i in ranks.own_share(sizes)]
         todo = list(jobs(own, self.config.sft.sessions_per_item))

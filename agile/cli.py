@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from agile import __version__, cli_grade, cli_serve, ranks
+from agile import __version__, cli_grade, cli_rft, cli_serve, ranks
 from agile.cli_words import Config, Overrides, parse
 from agile.errors import AgileError
 from agile.screen import console, one_screen
@@ -480,6 +480,7 @@ def minishop(
 
 
 app.add_typer(cli_grade.app, name="grade")
+cli_rft.add_to(app)
 cli_serve.add_to(app)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from agile.types import Trajectory
 
 Floats = NDArray[np.float64]
 
+GRADE = "grade"  # the component of a reward that a grader gave
 MIN_STREAMS = 10  # fewer streams than this are too few to resample; blocks of questions are resampled instead
 
 
@@ -27,6 +29,7 @@ class Outcome:
         correct: Whether it counts as right; the task says when an expert's answer does.
         advised: Whether an expert answered (and was paid).
         failed: Whether the session broke off; it is then not correct.
+        grade: What a grader gave, where one grades; it then counts in the score in place of `correct`.
     """
 
     item_id: str
@@ -37,10 +40,13 @@ class Outcome:
     correct: bool
     advised: bool
     failed: bool = False
+    grade: float | None = None
 
 
 def outcomes(trajectories: Iterable[Trajectory]) -> list[Outcome]:
     """One outcome per session, right if its reward has `correct` above 0.5: the task decides, see `Task.score`.
+
+    Where answers are graded, those of grade 1 and above are right.
 
     Raises:
         ValueError: A session has no reward.
@@ -50,6 +56,7 @@ def outcomes(trajectories: Iterable[Trajectory]) -> list[Outcome]:
         for session in trajectory.sessions:
             if session.reward is None:
                 raise ValueError(f"Session {session.id} has no reward; score it before it is evaluated.")
+            grade = session.reward.components.get(GRADE)
             result.append(
                 Outcome(
                     session.item_id,
@@ -57,12 +64,20 @@ def outcomes(trajectories: Iterable[Trajectory]) -> list[Outcome]:
                     session.index,
                     len(trajectory.sessions),
                     session.kind,
-                    bool(session.correct),
+                    bool(session.correct) if grade is None else grade >= 1 - 1e-9,
                     session.advised,
                     session.failed,
+                    grade,
                 )
             )
     return result
+
+
+def grading_errors(trajectories: Iterable[Trajectory]) -> dict[str, int]:
+    """How many sessions' rewards name each error of grading (a component of 0); what did not occur is left out."""
+    rewards = [s.reward for t in trajectories for s in t.sessions if s.reward is not None]
+    counts = Counter(name for reward in rewards for name in reward.components if name.endswith("_error"))
+    return dict(sorted(counts.items()))
 
 
 def by_stream(results: Iterable[Outcome]) -> dict[str, list[Outcome]]:
@@ -176,8 +191,8 @@ def paired_difference(
 
 
 def _scores(results: Sequence[Outcome], price: float | Sequence[float]) -> Floats:
-    correct, advised = (np.array([getattr(o, name) for o in results], np.float64) for name in ("correct", "advised"))
-    return correct - np.asarray(price) * advised
+    worth = np.array([o.correct if o.grade is None else o.grade for o in results], np.float64)
+    return np.asarray(worth - np.asarray(price) * np.array([o.advised for o in results]), np.float64)
 
 
 def _weights(results: Sequence[Outcome], macro: bool) -> Floats:

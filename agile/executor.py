@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -260,8 +260,8 @@ class Executor:
             price: What advice costs in it; None for the desk's own price.
 
         Raises:
-            AgileError: Policy or memory met what only a user can mend, such as a full disk; no other session would fare
-                better.
+            AgileError: Policy, memory or task met what only a user can mend, such as a full disk; no other session
+                would fare better.
         """
         price = self.desk.price if price is None else price
         draft = _Draft(item, memory, policy, f"{stream_id}/{index}", seed, progress, price, time.monotonic())
@@ -299,9 +299,12 @@ class Executor:
             price=price,
         )
         try:
-            reward = self.score(item, session)
+            scored = self.score(item, session)
+            reward = await scored if isinstance(scored, Awaitable) else scored
             if not math.isfinite(reward.total):
                 raise ValueError(f"the reward is {dict(reward.components)}, expected finite numbers")
+        except AgileError:
+            raise
         except Exception as reason:  # a task that cannot score an answer must not take the other sessions with it
             error = f"task: {type(reason).__name__}: {reason}"
             return replace(session, status=SessionStatus.FAILED, error=error, reward=Reward({"failed": 0.0}))
@@ -466,7 +469,8 @@ class Executor:
                     text, ok = f"error : {type(error).__name__}: {error}", False
         draft.steps.append(Observation(action, source, text, ok))
         with _stage("agent"):
-            token_ids = self.codec.encode(text)
+            from_task = source is Source.TASK
+            token_ids = self.codec.question_ids(draft.item, text) if from_task else self.codec.encode(text)
             blank = None if without is None else self.codec.encode(without)
         if token_ids:
             self._show(draft, source, token_ids)

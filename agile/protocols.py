@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -160,8 +160,11 @@ class Task(AnswerKey, Protocol):
 
     def streams(self, split: str) -> Sequence[Stream]: ...
 
-    def score(self, item: Item, session: Session) -> Reward:
-        """The reward; its component `correct` is what reports call right, an advised session or not."""
+    def score(self, item: Item, session: Session) -> Reward | Awaitable[Reward]:
+        """The reward; its component `correct` is what reports call right, an advised session or not.
+
+        Where answers are graded, the component `grade` stands in its place.
+        """
         ...
 
 
@@ -202,4 +205,4 @@ class Advisor(Protocol):
     async def advise(self, request: AdviceRequest) -> Advice: ...
 
 
-Score = Callable[[Item, Session], Reward]
+Score = Callable[[Item, Session], Reward | Awaitable[Reward]]

@@ -7,7 +7,7 @@ shows at the first session that it touches, without a model, an encoder or an ex
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -136,7 +136,7 @@ async def replay_session(executor: Executor, session: Session, item: Item, progr
         item, progress: The question, and the share of its stream that lies before it.
     """
 
-    def score(question: Item, found: Session) -> Reward:
+    def score(question: Item, found: Session) -> Reward | Awaitable[Reward]:
         return executor.score(question, _ended_alike(found, session))
 
     player = Executor(

@@ -107,9 +107,8 @@ def write_report(report: Mapping[str, Any], out: Path) -> None:
     Raises:
         AgileError: The folder cannot be written.
     """
-    text = json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _write(out / "report.json", text.encode("utf-8", "replace"))  # first: no fault in drawing can lose the figures
-    _write(out / "report.html", render_html(report).encode("utf-8", "replace"))
+    write_json(out / "report.json", report)  # first: no fault in drawing can lose the figures
+    write_bytes(out / "report.html", render_html(report).encode("utf-8", "replace"))
 
 
 def save_plots(report: Mapping[str, Any], out: Path) -> None:
@@ -118,7 +117,17 @@ def save_plots(report: Mapping[str, Any], out: Path) -> None:
     Raises:
         AgileError: The folder cannot be written.
     """
-    _write(out / "report.png", draw_picture(_plain(report)))
+    write_bytes(out / "report.png", draw_picture(_plain(report)))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, whole or not at all, with null for every number that is not finite.
+
+    Raises:
+        AgileError: The folder cannot be written.
+    """
+    text = json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def write_page(path: Path, page: str) -> None:
@@ -127,10 +136,15 @@ def write_page(path: Path, page: str) -> None:
     Raises:
         AgileError: It cannot be written.
     """
-    _write(path, page.encode("utf-8", "replace"))
+    write_bytes(path, page.encode("utf-8", "replace"))
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        AgileError: The folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

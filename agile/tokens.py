@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from agile.errors import AgileError
-from agile.types import Action, AgentSpec
+from agile.types import Action, AgentSpec, Item
 
 END, PAD, UNK = "<end>", "<pad>", "<unk>"
 THINK, THINK_END = "<think>", "</think>"
@@ -116,6 +116,10 @@ class ActionCodec:
         plain = PlainText(tokenizer, {self.end_id, *self._names})
         self._reserved = plain.reserved
         self.encode = lru_cache(maxsize=65536)(plain)
+
+    def question_ids(self, item: Item, text: str) -> tuple[int, ...]:
+        """What shows a question, of which `text` is what the agent says."""
+        return self.encode(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids, action and end tokens included."""

@@ -11,7 +11,7 @@ from agile.build import Setup
 from agile.config import RunConfig
 from agile.errors import AgileError
 from agile.run_folder import RunFolder
-from agile.stages.ppo import reinforce
+from agile.stages.ppo import Watch, reinforce
 from agile.stages.preference import train_on_preferences
 from agile.stages.sft import imitate
 
@@ -60,8 +60,13 @@ def check_streams(num_train: int, num_validation: int, num: int) -> None:
         )
 
 
-def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
+def train(
+    config: RunConfig, out: Path, *, resume: bool = False, watch: Watch = lambda iteration, figures: None
+) -> None:
     """Run the stages of a config; writes the agents `<out>/sft`, `<out>/ppo` and `<out>/dpo`, and `<out>/reward-model`.
+
+    Args:
+        watch: Called with the figures of each iteration of PPO.
 
     Raises:
         AgileError: Whatever a user can mend: data, config, run folder, disk.
@@ -80,5 +85,5 @@ def train(config: RunConfig, out: Path, *, resume: bool = False) -> None:
         if "sft" in config.stages and (run.place is None or run.place.stage == "sft"):
             imitate(config, run, setup, executor)
         if config.plays:
-            reinforce(config, run, setup, executor)
+            reinforce(config, run, setup, executor, watch)
         train_on_preferences(config, run, setup)

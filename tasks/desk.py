@@ -6,7 +6,7 @@ and who said so, which nothing reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class DeskTask:
             )
         return self._train
 
-    def score(self, item: Item, session: Session) -> Reward:
+    def score(self, item: Item, session: Session) -> Reward | Awaitable[Reward]:
         if item.kind != SERVED:
             return self.shop.score(item, session)
         return question_reward(session, lambda answer: self.is_correct(item, answer, False), self.advice_counts)

@@ -154,6 +154,11 @@ class RunConfig(TrainingConfig):
             raise ValueError("guard.max_kl is set, but ppo.kl_coef is 0, so that no reference is kept; set it above 0")
         if guard.max_score_drop is not None and not self.validation.every:
             raise ValueError("guard.max_score_drop is set, but nothing is validated; set validation.every=1")
+        if guard.action == "finish" and not self.validation.select_best:
+            raise ValueError(
+                "guard.action is finish, which keeps the agent that scored best, but validation.select_best is false; "
+                "set validation.select_best=true, or guard.action=stop"
+            )
         if guard.action == "rollback" and self.rollout.lag:
             raise ValueError(
                 f"guard.action is rollback, but rollout.lag is {self.rollout.lag}: what was collected ahead is of "
@@ -181,6 +186,20 @@ class RunConfig(TrainingConfig):
             raise ValueError(
                 "lora trains a few weights beside a frozen trunk, but model.critic is separate, which trains a second "
                 "trunk whole; set model.critic=shared, or leave lora out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _messages_are_shown_as_they_are(self) -> RunConfig:
+        if (self.task.name == "rft") != (self.prompt.format == "messages"):
+            raise ValueError(
+                f"task.name is {self.task.name}, but prompt.format is {self.prompt.format}: rows of messages, which "
+                "task rft has, are shown by prompt.format=messages prompt.special_tokens=false, and nothing else is"
+            )
+        if self.task.imitation_data is None and self.task.name == "rft" and self.sft.num_steps:
+            raise ValueError(
+                f"sft.num_steps is {self.sft.num_steps}, but there are no rows to imitate; give them "
+                "(task.imitation_data=FILE), or set sft.num_steps=0"
             )
         return self
 

@@ -12,6 +12,17 @@ from agile.config.evaluate import PromptedConfig
 from agile.config.section import Count, Price, Section, UserPath
 
 
+class GradingConfig(Section):
+    """What graders of task rft run with."""
+
+    base_url: str = Field(
+        "https://api.openai.com/v1", description="OpenAI-compatible endpoint of the models that grade."
+    )
+    api_key_env: str | None = Field("OPENAI_API_KEY", description="Variable that holds its key; null for no key.")
+    max_concurrent: Count = Field(8, description="Most requests under way at once.")
+    time_s: float = Field(120.0, gt=0, description="Limit of a python grader, and of a function.")
+
+
 class DeskConfig(Section):
     """What people said of served sessions, to learn from."""
 
@@ -24,8 +35,10 @@ class TaskConfig(Section):
     desk: DeskConfig | None = Field(
         None, description="Train questions are those that people asked a server; null for the task's own."
     )
-    name: Literal["minishop", "productqa", "medmcqa", "hotpotqa", "jsonl"] = Field(
-        "minishop", description="Generated worlds, official files, or your own questions (docs/your-own-data.md)."
+    name: Literal["minishop", "productqa", "medmcqa", "hotpotqa", "jsonl", "rft"] = Field(
+        "minishop",
+        description="Generated worlds, official files, your own questions (docs/your-own-data.md), or files of "
+        "reinforcement fine-tuning (docs/rft.md).",
     )
     data: UserPath | None = Field(
         None,
@@ -36,6 +49,17 @@ class TaskConfig(Section):
         None,
         description="File of test questions; by default dev.json (medmcqa), the last fifth of data (hotpotqa, jsonl).",
     )
+    validation_data: UserPath | None = Field(None, description="rft: file of validation rows.")
+    imitation_data: UserPath | None = Field(
+        None, description="rft: rows whose last message is the assistant's, for imitation before PPO."
+    )
+    grader: UserPath | None = Field(
+        None, description="rft: grader file (docs/graders.md), or a function as module.name."
+    )
+    response_format: UserPath | None = Field(
+        None, description="rft: file of the hosted API's response_format; answers that do not fit are worth 0."
+    )
+    grading: GradingConfig = GradingConfig()
     stream_by: Literal["file", "subject"] = Field(
         "file", description="medmcqa: one stream of a file, in its order, or one of each subject."
     )
@@ -87,6 +111,10 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _data_is_given(self) -> TaskConfig:
+        if self.name == "rft":
+            if missing := [n for n in ("data", "validation_data", "grader") if getattr(self, n) is None]:
+                raise ValueError(f"{', '.join(missing)} missing; give the file: task.{missing[0]}=FILE")
+            return self
         one_file = self.name in ("hotpotqa", "jsonl")
         files = "the file of questions: task.data=FILE" if one_file else "the folder of its files: task.data=DIR"
         if self.name != "minishop" and self.data is None:
@@ -118,7 +146,10 @@ class MemoryConfig(Section):
 class PromptConfig(Section):
     """How prompts are written as tokens."""
 
-    format: Literal["plain", "chat"] = Field("plain", description="Text alone, or the model's own chat template.")
+    format: Literal["plain", "chat", "messages"] = Field(
+        "plain",
+        description="Text alone, the model's own chat template around turns, or (rft) a row's messages by it.",
+    )
     special_tokens: bool = Field(True, description="Whether an action's name is one special token, or plain text.")
     instructions: Literal["none", "system", "user"] = Field(
         "none",
@@ -135,5 +166,10 @@ class PromptConfig(Section):
         if self.format == "plain" and self.instructions == "system":
             raise ValueError(
                 "instructions is system, but format is plain, which has no turns; set instructions to user"
+            )
+        if self.format == "messages" and (self.special_tokens or self.instructions != "none"):
+            raise ValueError(
+                "format is messages, in which no action is written and nothing is told beside the messages; set "
+                "special_tokens to false and instructions to none"
             )
         return self

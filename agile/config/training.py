@@ -270,6 +270,7 @@ class ValidationConfig(Section):
     """Greedy play of train streams that nothing is learned from."""
 
     every: int = Field(0, ge=0, description="Iterations of PPO between; 0 for none.")
+    start: bool = Field(False, description="Whether also before the first one: the best agent may be PPO's start.")
     num_streams: Count | None = Field(
         None, description="The last train streams, set aside for it; by default a tenth of them, 1 to 8."
     )
@@ -277,8 +278,9 @@ class ValidationConfig(Section):
 
     @model_validator(mode="after")
     def _best_is_known(self) -> ValidationConfig:
-        if self.select_best and not self.every:
-            raise ValueError("select_best is true, but every is 0, so nothing is validated; set validation.every=1")
+        for name in ("select_best", "start"):
+            if getattr(self, name) and not self.every:
+                raise ValueError(f"{name} is true, but every is 0, so nothing is validated; set validation.every=1")
         return self
 
 
@@ -290,8 +292,10 @@ class GuardConfig(Section):
     max_score_drop: float | None = Field(
         None, gt=0, description="Fall of the validation score below its best so far; null for none."
     )
-    action: Literal["stop", "rollback"] = Field(
-        "stop", description="End the run, or go on from the weights of the last checkpoint within the limits."
+    action: Literal["stop", "rollback", "finish"] = Field(
+        "stop",
+        description="End the run, go on from the weights of the last checkpoint within the limits, or end PPO there "
+        "and keep the agent that scored best in validation.",
     )
     max_rollbacks: Count = Field(2, description="Rollbacks after which the run stops.")
     max_grad_norm: float | None = Field(

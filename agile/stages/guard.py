@@ -14,6 +14,10 @@ logger = logging.getLogger(__name__)
 VALIDATION_SCORE = "validation/score"
 
 
+class Finished(Exception):
+    """PPO ends before its last iteration."""
+
+
 def trouble(guard: GuardConfig, metrics: Mapping[str, float], best_score: float | None) -> str | None:
     """Which limit the figures of an iteration pass, and by how much; None if they pass none.
 
@@ -62,8 +66,12 @@ class Course:
         """Count a rollback to `good_step`, or end the run.
 
         Raises:
+            Finished: The guard ends PPO, and the best agent is kept.
             AgileError: The guard stops the run, at once or after too many rollbacks.
         """
+        if guard.action == "finish" and self.best_step is not None:
+            logger.warning("PPO ends at iteration %d: %s. Kept is iteration %d.", iteration, reason, self.best_step)
+            raise Finished
         remedy = (
             f"The weights of iteration {self.good_step} were within the limits. Lower ppo.lr or ppo.num_epochs, raise "
             "ppo.kl_coef in a new run, or go on by --resume, with another limit or with guard.action=rollback."
@@ -73,7 +81,7 @@ class Course:
                 f"The agent that PPO starts from is outside the limits: {reason}. Set another limit, or train it "
                 "longer by imitation."
             )
-        if guard.action == "stop":
+        if guard.action != "rollback":
             raise AgileError(f"Iteration {iteration} was stopped by the guard: {reason}. {remedy}")
         if self.num_rollbacks == guard.max_rollbacks:
             raise AgileError(

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from agile.config import PPOConfig, RolloutConfig, RunConfig, UpdateConfig
 from agile.credit import Estimator
 from agile.engine import Engine
 from agile.errors import AgileError
-from agile.evaluate import outcomes, rates
+from agile.evaluate import grading_errors, outcomes, rates
 from agile.executor import Executor
 from agile.export import Trained
 from agile.lag import Collector, staleness
@@ -31,7 +31,7 @@ from agile.reference import Reference, adapter_free, frozen
 from agile.rollout import status_counts
 from agile.run_folder import Place, RunFolder
 from agile.stages.collection import Collection
-from agile.stages.guard import VALIDATION_SCORE, Course, trouble
+from agile.stages.guard import VALIDATION_SCORE, Course, Finished, trouble
 from agile.stages.progress import advance, progress_bar
 from agile.stages.rewards import discounts, terminal_rewards
 from agile.stages.validation import is_validated, validate
@@ -40,6 +40,8 @@ from agile.train.ppo import train_ppo
 from agile.types import Trajectory
 
 logger = logging.getLogger(__name__)
+
+Watch = Callable[[int, Mapping[str, Any]], None]  # number of an iteration (0: before the first), figures
 
 # About twice what is seen in healthy runs in bfloat16: a mean ratio of 0.995, 7 % of the tokens outside [0.9, 1.1].
 HEALTHY_RATIO = 0.02
@@ -150,6 +152,7 @@ class Aftermath:
     course: Course
     kl_control: KLControl
     show: Callable[[int, str], None]
+    watch: Watch
     started: float = field(default_factory=time.monotonic)
 
     def save(self, iteration: int) -> None:
@@ -157,6 +160,14 @@ class Aftermath:
         kept = [Place("ppo", i) for i in (course.good_step, course.saved_step, course.best_step) if i is not None]
         state = {"course": asdict(course), "kl_coef": self.kl_control.coef}
         self.run.save(Place("ppo", iteration), self.engine, self.collector.ahead(), state=state, keep=kept)
+
+    def before_the_first(self) -> None:
+        """Validate what PPO starts from: it may stay the best."""
+        figures = validate(self.setup, self.executor, self.policy, self.collector, 0)
+        self.course.validated(0, figures[VALIDATION_SCORE])
+        self.run.log("ppo", 0, figures)
+        self.watch(0, figures)
+        self.save(0)
 
     def __call__(self, iteration: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
         config, course = self.setup.config, self.course
@@ -166,6 +177,7 @@ class Aftermath:
             **{f"status/{status}": n for status, n in status_counts(trajectories).items()},
             "staleness": staleness(trajectories, iteration - 1),
             "skipped_steps": self.engine.num_skipped,
+            **{f"grading/{name}": n for name, n in grading_errors(trajectories).items()},
             **metrics,
         }
         if is_validated(config.validation.every, iteration, ppo.num_iterations):
@@ -174,6 +186,7 @@ class Aftermath:
         figures["seconds"], self.started = now - self.started, now
         self.run.log("ppo", iteration, figures)
         self.show(iteration, f"score {figures['score']:.3f}")
+        self.watch(iteration, figures)
         if reason := trouble(guard, figures, course.best_score):
             self.run.log("guard", iteration, {"reason": reason, "action": guard.action, "to": course.good_step})
             course.respond(guard, iteration, reason)
@@ -192,7 +205,13 @@ class Aftermath:
             self.save(iteration)
 
 
-def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executor) -> None:
+def reinforce(
+    config: RunConfig,
+    run: RunFolder,
+    setup: Setup,
+    executor: Executor,
+    watch: Watch = lambda iteration, figures: None,
+) -> None:
     """Train the agent `sft` and a critic on its own sessions, from where the run stands; writes the agent `ppo`."""
     ppo, rollout, start = config.ppo, config.rollout, run.path / "sft"
     kl_control = KLControl(ppo.kl_coef, ppo.kl_target)
@@ -212,10 +231,12 @@ def reinforce(config: RunConfig, run: RunFolder, setup: Setup, executor: Executo
     engine_dtype = "float32" if rollout.policy == "hf" or config.vllm.dtype == "auto" else config.vllm.dtype
     exact = lm.dtype == torch.float32 and engine_dtype == "float32"
     collection = Collection(run, setup, executor, policy, (lambda: ()) if shares_model else weights, resumed=done > 0)
-    with progress_bar() as progress, closing(policy), closing(collection):
+    with progress_bar() as progress, closing(policy), closing(collection), suppress(Finished):
         bar = progress.add_task("PPO", total=ppo.num_iterations, completed=done, note="")
         show = partial(advance, progress, bar)
-        follow = Aftermath(run, setup, engine, executor, policy, collection.collector, course, kl_control, show)
+        follow = Aftermath(run, setup, engine, executor, policy, collection.collector, course, kl_control, show, watch)
+        if config.validation.start and not (done or course.best_step == 0):
+            follow.before_the_first()
         train_ppo(
             engine,
             reference,

@@ -55,7 +55,7 @@ def run(
 
     async def grade_all() -> list[Grade]:
         endpoint = None
-        if _asks_model(grader):
+        if asks_model(grader):
             from agile.policies.endpoint import Endpoint  # takes a second to import
 
             endpoint = Endpoint(base_url, "", api_key_env=api_key_env, cache=cache, section="the endpoint's settings")
@@ -151,6 +151,7 @@ def _brief(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _asks_model(grader: Grader | Function) -> bool:
+def asks_model(grader: Grader | Function) -> bool:
+    """Whether a grader needs an endpoint."""
     parts = grader.graders.values() if isinstance(grader, Multi) else [grader]
     return any(isinstance(part, ScoreModel | LabelModel) for part in parts)

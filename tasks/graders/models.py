@@ -389,7 +389,7 @@ def notes(grader: Grader) -> Iterator[str]:
             yield f"{at}image_tag is not used: the Python of this environment runs the grader."
         if isinstance(part, FunctionGrader):
             yield f"{at}function is imported and run in this process, unconfined, when a sample is graded."
-        for text in _texts(part):
+        for text in templates(part):
             if "{{" in "".join(p for p in parse(text) if isinstance(p, str)):
                 yield f"{at}{_short(text)} holds {{{{ without }}}}: it stays as it is."
     if isinstance(grader, Multi):
@@ -399,7 +399,7 @@ def notes(grader: Grader) -> Iterator[str]:
                 yield f"graders.{name} is run, but calculate_output does not use it."
 
 
-def _texts(part: Any) -> Iterator[str]:
+def templates(part: Any) -> Iterator[str]:
     """All templates of a grader."""
     for found in (getattr(part, "input", None), getattr(part, "reference", None)):
         if isinstance(found, str):

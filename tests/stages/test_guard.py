@@ -9,7 +9,7 @@ import pytest
 
 from agile.config import GuardConfig, load_config
 from agile.errors import AgileError
-from agile.stages.guard import Course, trouble
+from agile.stages.guard import Course, Finished, trouble
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,20 @@ def test_it_stops_at_once_or_after_rollbacks(caplog: pytest.LogCaptureFixture) -
         course.respond(guard, 9, "kl is 2")
 
 
+def test_it_ends_training_where_there_is_a_best_agent(caplog: pytest.LogCaptureFixture) -> None:
+    guard = GuardConfig(action="finish")
+    with pytest.raises(AgileError, match="Iteration 7"):
+        Course().respond(guard, 7, "kl is 2")
+    with pytest.raises(Finished):
+        Course(best_step=0, best_score=0.5).respond(guard, 1, "kl is 2")
+    assert "PPO ends at iteration 1: kl is 2. Kept is iteration 0." in caplog.text
+
+
 @pytest.mark.parametrize(
     ("overrides", "remedy"),
     [
+        (["guard.action=finish", "validation.every=1"], r"select_best is false; set validation.select_best=true"),
+        (["validation.start=true"], r"start is true, but every is 0"),
         (["guard.max_kl=0.1", "ppo.kl_coef=0"], r"guard.max_kl .* ppo.kl_coef is 0"),
         (["guard.max_score_drop=0.1"], r"max_score_drop .* set validation.every=1"),
         (["guard.action=rollback", "rollout.lag=1"], r"set rollout.lag=0 or guard.action=stop"),
