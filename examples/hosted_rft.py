@@ -4,7 +4,7 @@
     python examples/hosted_rft.py
 
 Tickets are turned into JSON. A tiny model from scratch, which has imitated somebody who finds the device and guesses
-whether it is urgent, learns from the grader what is urgent. Takes about 3 minutes of one core.
+whether it is urgent, learns from the grader what is urgent. Takes about 3 minutes of a core of its own.
 """
 
 from __future__ import annotations

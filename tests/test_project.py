@@ -161,11 +161,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "agile.tasks": (
         *NOUNS,
-        "agile.threads",
-        "agile.tools",
-        "agile.policies.endpoint",
-        "agile.memory.encoders",
-        "agile.extras",
+        *("agile.extras", "agile.memory.encoders", "agile.policies.endpoint", "agile.threads", "agile.tools"),
     ),
     "agile.prices": NOUNS,
     "agile.copies": NOUNS,
