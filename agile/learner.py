@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from agile.batching import Row
+from agile.chat_format import ChatFormat, for_template
 from agile.config import LearnerConfig
 from agile.config.file import explained
 from agile.credit import Estimator
@@ -27,7 +30,8 @@ from agile.run_folder import Place, RunFolder
 from agile.stages.ppo import coefficients
 from agile.train.kl import KLControl
 from agile.train.ppo import Discounts, train_ppo
-from agile.types import Trajectory
+from agile.train.sft import sft_schedule, train_sft
+from agile.types import SegmentEnd, Trajectory
 
 
 class Learner:
@@ -166,6 +170,62 @@ class Learner:
             self.close()
         else:
             self.run.close(wait=False)
+
+
+def imitate(
+    model: Path | str,
+    out: Path | str,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    *,
+    num_steps: int,
+    lr: float,
+    batch_size: int = 64,
+    tools: Sequence[Any] | None = None,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Path:
+    """Train a model on the assistant's turns of conversations, as a start for a `Learner`.
+
+    Args:
+        model: Hugging Face folder or name.
+        out: Where the trained model goes; returned.
+        conversations: Lists of messages as OpenAI's API has them.
+        on_step: Called with the number of each step (from 1) and its loss, nats a token.
+
+    Raises:
+        AgileError: The model cannot be loaded, or its chat template does not take the conversations.
+    """
+    tokenizer = _tokenizer(str(model))
+    chat = ChatFormat(tokenizer)
+    rows = [_row(chat.spoken([for_template(m) for m in messages], tools)) for messages in conversations]
+    torch.manual_seed(seed)
+    module = ActorCritic(load_lm(str(model), tokenizer, dtype="float32"))
+    engine = Engine(
+        module,
+        lr=lr,
+        groups=[{"params": list(module.lm.parameters())}],
+        schedule=sft_schedule(num_steps, num_steps // 20),
+    )
+    train_sft(
+        engine,
+        rows,
+        batch_size=batch_size,
+        micro_batch_tokens=4096,
+        share_prefixes=True,
+        num_steps=num_steps,
+        seed=seed,
+        on_step=on_step,
+    )
+    Trained.gather(engine, str(model)).save_pretrained(Path(out))
+    tokenizer.save_pretrained(out)
+    engine.close()
+    return Path(out)
+
+
+def _row(pieces: Sequence[tuple[bool, tuple[int, ...]]]) -> Row:
+    ids = np.array([i for _, part in pieces for i in part], dtype=np.int64)
+    mask = np.array([own for own, part in pieces for _ in part], dtype=bool)
+    return Row(ids, mask, np.zeros(int(mask.sum()), np.float32), SegmentEnd.TERMINATED)
 
 
 def _config(settings: Mapping[str, Any]) -> LearnerConfig:

@@ -45,7 +45,7 @@ def check_prompts(setup: Setup, tokenizer: PreTrainedTokenizerFast) -> None:
             try:
                 length = len(codec.question_ids(item, ""))
             except AgileError as error:
-                problems.append(f"{where}: {error}.")
+                problems.append(f"{where}: {error}")
                 continue
             answer = 1 if item.answer is None else len(codec.encode(item.answer)) + 1
             if length + answer > rollout.max_context_tokens:

@@ -66,10 +66,9 @@ def test_an_answer_that_does_not_end_is_none(tokenizer: PreTrainedTokenizerFast)
     assert (session.status, session.answer) == (SessionStatus.INVALID_ACTION, None)
 
 
-def test_special_tokens_in_a_message_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    codec = MessagesCodec(tokenizer, SPEC)
-    with pytest.raises(AgileError, match=r"a message holds <end>, a special token of this model"):
-        codec.question_ids(item([{"role": "user", "content": "x<end>"}]), "")
+def test_special_tokens_in_a_message_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = MessagesCodec(tokenizer, SPEC).question_ids(item([{"role": "user", "content": "x<end>"}]), "")
+    assert tokenizer.eos_token_id not in ids and tokenizer.decode(list(ids)) == "<|user|>x<end><|assistant|>"
 
 
 def test_the_token_that_ends_a_turn_is_the_template_s(tokenizer: PreTrainedTokenizerFast) -> None:

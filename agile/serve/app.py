@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from agile import __version__
 from agile.config.serve import ServeConfig
-from agile.serve import api, pages, requests, review_pages, reviews
+from agile.serve import api, figures_page, pages, requests, review_pages, reviews
 from agile.serve.access import Access, administrator
 from agile.serve.database import Database, DatabaseAway
 from agile.serve.desk import Desk, Watch, desk_of
@@ -65,6 +65,7 @@ def create_app(
     app.include_router(api.router)
     app.include_router(pages.router, include_in_schema=False)
     app.include_router(review_pages.router, include_in_schema=False)
+    app.include_router(figures_page.router, include_in_schema=False)
     app.add_api_route("/healthz", healthz, methods=["GET"], include_in_schema=False)
     app.add_api_route("/metrics", prometheus, methods=["GET"], include_in_schema=False, response_model=None)
     app.add_exception_handler(ApiError, _api_error)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from agile.config import RunConfig, load_config
 from agile.config.task import DeskConfig
 from agile.errors import AgileError
 from agile.run_folder import write_atomically, writing
-from agile.serve import deployments
+from agile.serve import deployments, terms
 from agile.serve.database import Database, database_url
 from agile.serve.models import Asker, Question, Request, Review, User
 from agile.serve.requests import normalised
@@ -65,9 +65,11 @@ def from_desk_config(given: RunConfig) -> RunConfig:
     if served.task.name == "minishop" and served.task.data is None:
         values["task"]["data"] = str(run / "minishop")
     with closing(Database(database_url(served.serve.database, desk.served))) as database:
-        deployed = deployments.newest(database)
+        deployed, held = deployments.newest(database), terms.current(database)
     if deployed is not None:
         values["model"]["path"] = str(Path(deployed.run) / deployed.agent)
+    if held is not None:
+        values["task"]["advice_price"] = held.advice_price
     for key, value in given.model_dump(mode="json", exclude_unset=True).items():
         values[key] = values[key] | value if isinstance(value, dict) and isinstance(values.get(key), dict) else value
     return RunConfig.model_validate(values)

@@ -49,6 +49,7 @@ class Question(Base):
         advised: Whether an expert answered; None until it is finished.
         confidence: The probability that the agent gave to the tokens of its own answer; None where that is not known.
         deployment: Which agent it was asked of, and which therefore ends it.
+        price: At which advice is offered in it; None for that of the config.
     """
 
     __tablename__ = "questions"
@@ -64,6 +65,7 @@ class Question(Base):
     advised: Mapped[bool | None]
     confidence: Mapped[float | None]
     deployment: Mapped[int | None]
+    price: Mapped[float | None]
     created_at: Mapped[float]
     finished_at: Mapped[float | None]
 
@@ -215,6 +217,17 @@ class MemoryChange(Base):
     action: Mapped[str]
     before: Mapped[str | None]
     after: Mapped[str]
+    at: Mapped[float]
+
+
+class Terms(Base):
+    """What advice costs from then on, and what may be spent on it in a day, None for any sum; the newest holds."""
+
+    __tablename__ = "terms"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    advice_price: Mapped[float]
+    daily_budget: Mapped[float | None]
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
     at: Mapped[float]
 
 

@@ -18,6 +18,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session as Transaction
 
 from agile.errors import AgileError
+from agile.serve import terms
 from agile.serve.database import Database, new_id
 from agile.serve.models import JournalEntry, MemoryRead, Question, User
 from agile.session_log import session_from_json
@@ -27,7 +28,7 @@ FINISHED = ("answered", "failed")
 
 
 def ask(database: Database, user_id: int, text: str, product: str, deployment: int | None = None) -> Question:
-    """Keep a question; from now on it will be answered, by the agent of this deployment."""
+    """Keep a question; from now on it will be answered, by the agent of this deployment, at the price of now."""
     question = Question(
         id=new_id(),
         user_id=user_id,
@@ -38,6 +39,8 @@ def ask(database: Database, user_id: int, text: str, product: str, deployment: i
         created_at=time.time(),
     )
     with database.writing() as session:
+        held = terms.newest(session)
+        question.price = None if held is None else held.advice_price
         session.add(question)
     return question
 

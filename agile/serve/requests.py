@@ -19,11 +19,14 @@ from sqlalchemy.orm import Session
 from agile.serve.accounts import EXPERT
 from agile.serve.database import Database, new_id
 from agile.serve.models import Asker, Claim, Request, User
+from agile.serve.terms import WAITING, committed
 
 # Which of the waiting questions means the same as this one, if any does.
 Similar = Callable[[str, Sequence[str]], int | None]
 
-WAITING = ("open", "claimed")
+
+class BudgetSpent(Exception):
+    """What may be spent in a day is; nobody was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +94,20 @@ def post(
     price: float,
     reuse: bool,
     similar: Similar | None = None,
+    budget: float | None = None,
 ) -> int:
     """Put a question to the experts, or wait with others for its answer.
 
     Args:
         session_key: One that posted before is the same asker; None makes a new one each time.
         reuse: Whether an answer that an identical question had before is taken at once.
+        budget: What answers of this scope may cost in a day, those that are waited for included; None for any sum.
 
     Returns:
         The number of the asker, whose outcome `outcomes` tells.
+
+    Raises:
+        BudgetSpent: Another question would exceed the budget.
     """
     now, words = time.time(), normalised(question)
     with database.writing() as session:
@@ -115,6 +123,8 @@ def post(
             found = select(Request).where(*about, Request.matched == words, Request.status == "answered")
             answered = session.scalars(found.order_by(Request.answered_at.desc()).limit(1)).first()
         joined = answered or _same(session, about, question, words, similar)
+        if joined is None and budget is not None and committed(session, scope) + price > budget + 1e-9:
+            raise BudgetSpent
         if joined is None:
             joined = Request(
                 id=new_id(),

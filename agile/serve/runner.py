@@ -18,7 +18,7 @@ from agile.executor import Executor
 from agile.own_answers import confidence
 from agile.protocols import Advisor, Policy
 from agile.seeding import derive_seed
-from agile.serve import deployments, questions, requests
+from agile.serve import deployments, questions, requests, terms
 from agile.serve.advisor import DeskAdvisor
 from agile.serve.database import Database
 from agile.serve.memory import DeskMemory
@@ -256,6 +256,7 @@ class Runner:
             served.item(question),
             question.number,
             derive_seed(served.seed, STREAM, question.number),
+            price=question.price,
             advise=self._advise,
             on_asking=on_asking,
         )
@@ -263,7 +264,8 @@ class Runner:
     async def _advise(self, request: AdviceRequest, detail: Mapping[str, Any]) -> Advice:
         began = time.monotonic()
         self.metrics.asked.inc()
-        advice = await self._desk.advise(request, detail)
+        held = await asyncio.to_thread(terms.current, self.database)
+        advice = await self._desk.advise(request, detail, budget=None if held is None else held.daily_budget)
         self.metrics.advised.labels(str(advice.status)).inc()
         if advice.answered:
             self.metrics.waited.observe(time.monotonic() - began)

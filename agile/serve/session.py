@@ -51,6 +51,7 @@ async def play(
     number: int,
     seed: int,
     *,
+    price: float | None = None,
     advise: Callable[[AdviceRequest, Mapping[str, Any]], Awaitable[Advice]],
     on_asking: Callable[[], Awaitable[None]],
 ) -> Session:
@@ -58,6 +59,7 @@ async def play(
 
     Args:
         executor: Its agent, codec, tools, limits, price and score are used.
+        price: Of advice; None for the executor's.
         advise: Asks the expert, who is also shown what was retrieved and what the agent would answer.
         on_asking: Called when an expert is about to be asked, before anybody can see the question.
 
@@ -92,7 +94,9 @@ async def play(
         executor.score,
         executor.limits,
     )
-    return await player.run(sampled, item, remembered, stream_id=STREAM, index=number, progress=0.0, seed=seed)
+    return await player.run(
+        sampled, item, remembered, stream_id=STREAM, index=number, progress=0.0, seed=seed, price=price
+    )
 
 
 async def patiently(do: Callable[[], Awaitable[T]]) -> T:

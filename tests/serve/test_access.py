@@ -44,6 +44,8 @@ ROUTES = {
     "POST /desk/memory/{entry_id}/undo": "expert",
     "GET /desk/sessions": "expert",
     "GET /desk/sessions/{question_id}": "expert",
+    "GET /desk/figures": "expert",
+    "POST /desk/figures/terms": "administrator",
     "GET /metrics": "administrator",
 }
 RANKS = ("user", "expert", "administrator")

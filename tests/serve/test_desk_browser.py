@@ -123,7 +123,7 @@ def test_answers_are_reviewed_by_keyboard(tmp_path: Path, browsers: list[Browser
         for n in range(3):
             body = {"model": "agile/p1", "messages": [{"role": "user", "content": f"is it {n} ? <i>"}]}
             assert httpx2.post(f"{server.url}/v1/chat/completions", json=body, headers=server.key()).status_code == 200
-        log_in(ann, server.url, "ann")
+        log_in(ann, server.url, "root")
         ann.open(f"{server.url}/desk/review", 1280)
         assert (
             shows(ann, "is it 0 ? <i>")
@@ -148,4 +148,8 @@ def test_answers_are_reviewed_by_keyboard(tmp_path: Path, browsers: list[Browser
             ann.open(f"{server.url}/desk/review?order=done", width)
             assert shows(ann, "33 % of 3") and ann.value("document.documentElement.scrollWidth") <= width
             picture(ann, f"reviewed-{width}")
+            ann.open(f"{server.url}/desk/figures", width)
+            assert shows(ann, "33 % of 3") and ann.value("document.documentElement.scrollWidth") <= width
+            assert ann.value("document.querySelectorAll('circle').length") == 3, "nobody waited"
+            picture(ann, f"figures-{width}")
         assert ann.complaints == [], "no script, style or request that the policy forbids"

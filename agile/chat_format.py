@@ -116,6 +116,30 @@ class ChatFormat:
             return None
         return self._encode(("" if ended else end) + tail + whole[len(before) :])
 
+    def spoken(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> list[tuple[bool, tuple[int, ...]]]:
+        """A whole conversation as it would have been sampled: pieces of tokens, and whether they are the LLM's.
+
+        Raises:
+            AgileError: The template does not take it, or renders earlier turns differently as it grows.
+        """
+        pieces: list[tuple[bool, tuple[int, ...]]] = []
+        last = 0
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            shown = (
+                self.continuation(messages[:i], last, tools, ended=True) if last else self.prompt(messages[:i], tools)
+            )
+            if shown is None:
+                raise AgileError("The chat template renders earlier turns differently once others follow.")
+            whole = self._render(messages[: i + 1], tools, open_turn=False)
+            said = whole[len(self._render(messages[:i], tools, open_turn=True)) :].rpartition(self._end)[0]
+            pieces += [(False, shown), (True, (*self._encode(said), self.end_id))]
+            last = i + 1
+        return pieces
+
     def answer(self, prompt_ids: Sequence[int], sampled_ids: Sequence[int], *, tools: bool) -> Answer:
         """Read what was sampled; without tools, or where it cannot be read, all of it is text."""
         ids = list(sampled_ids)
@@ -146,7 +170,11 @@ class ChatFormat:
                 )
             )
         except Exception as error:  # templates raise errors of their own, and jinja its
-            raise AgileError(f"The chat template cannot render these messages: {str(error).rstrip('.')}.") from error
+            roles = ", ".join(str(m["role"]) for m in messages)
+            raise AgileError(
+                f"The model's chat template cannot show messages of the roles {roles} ({str(error).rstrip('.')}); use "
+                "roles that it knows."
+            ) from error
 
     def _marked(self, value: Any) -> Any:
         """A message with a private character wherever a special token is typed in its texts."""
