@@ -140,12 +140,12 @@ def test_the_ported_script_runs(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     served = [sys.executable, "-m", "agile.cli", "grade", "serve", "--port", str(port)]
-    script = [sys.executable, ROOT / "examples" / "hosted_rft.py", "--graders", f"http://127.0.0.1:{port}/v1"]
+    script = [sys.executable, str(ROOT / "examples" / "hosted_rft.py"), "--graders", f"http://127.0.0.1:{port}/v1"]
     with subprocess.Popen(served, stdout=subprocess.PIPE, env=environment) as server:
         try:
             assert server.stdout is not None
             server.stdout.readline()
-            run = [*script, "--out", tmp_path / "out", "sft.num_steps=20", "ppo.num_iterations=2"]
+            run = [*script, "--out", str(tmp_path / "out"), "sft.num_steps=20", "ppo.num_iterations=2"]
             result = subprocess.run(run, env=environment, check=True, capture_output=True, text=True)
         finally:
             server.terminate()
