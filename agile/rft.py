@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from agile.config import RunConfig
 from agile.errors import AgileError
 from agile.messages import MessagesCodec
 from agile.rft_report import draw, read_course, write_rft_report
-from agile.rollout import collect
+from agile.rollout import collect, run_loop
 from agile.seeding import derive_seed
 from agile.stages.guard import VALIDATION_SCORE
 from agile.tasks.rft_rows import raise_all
@@ -108,6 +107,11 @@ def run_rft(config: RunConfig, out: Path, console: Console, *, resume: bool) -> 
     Raises:
         AgileError: Whatever a user can mend.
     """
+    if config.model.path is None and not config.sft.num_steps:
+        raise AgileError(
+            "There is neither a model nor anything to imitate: a model from scratch answers with noise, from which no "
+            "grader teaches. Give --model DIR, or --imitate FILE with rows that end in an answer."
+        )
     setup = Setup(config, out)
     train_rows, validation = setup.train_streams, setup.task.streams("validation")
     check_prompts(setup, setup.tokenizer())
@@ -148,6 +152,6 @@ def _play(setup: Setup, agent: Path, rows: Sequence[Stream]) -> list[Session]:
         max_concurrent=setup.config.rollout.concurrency,
     )
     try:
-        return [session for trajectory in asyncio.run(played) for session in trajectory.sessions]
+        return [session for trajectory in run_loop(played) for session in trajectory.sessions]
     finally:
         policy.close()

@@ -6,7 +6,7 @@ Notes about invoices are turned into JSON. The model is first trained by imitati
 always finds the days, but takes the buyer for the seller, and the net amount for the total, three times of five. So it
 starts with habits that are wrong, and with something to explore. What each word means it learns from the grader alone.
 
-Each seed also has a control: the same run, where each train row is graded by another row's answer.
+Each seed also has a control from the same start: every answer has the reward of another one (demo.shuffle_rewards).
 
 Whatever is done stands in the folder: started again, it goes on. Takes about 8 minutes of one core a run.
 """
@@ -36,7 +36,7 @@ GRADER = {
     "fields": {"seller": {}, "total": {}, "days": {}},
 }
 SETTINGS = ("compute_multiplier=0.5", "eval_interval=2", "threads=1")
-EPOCHS = {"train": 200, "shuffled": 60}
+EPOCHS = {"train": 200, "shuffled": 30}
 LIMITS = ("rollout.max_action_tokens=32", "rollout.max_context_tokens=96")
 IMITATION = ("sft.num_steps=700", "sft.lr=4e-3", "sft.batch_size=64", "sft.checkpoint_every=700")
 WEAK = 0.6  # how often the player is wrong about seller and total
@@ -68,7 +68,7 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def write_files(folder: Path, seed: int, *, num_rows: int = 50, num_imitated: int = 12_000) -> None:
-    """Rows to imitate, to train on, to train the control on, and to validate on; no note stands in two files."""
+    """Rows to imitate, to train on, and to validate on; no note stands in two files."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     notes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
@@ -88,21 +88,15 @@ def write_files(folder: Path, seed: int, *, num_rows: int = 50, num_imitated: in
             for text, (right, wrong) in imitated
         ),
     )
-    answers = [right for _, (right, _) in train]
-    others = answers[1:] + answers[:1]  # each row is graded by the next one's answer
     write(folder / "train.jsonl", ({"messages": messages(t), "invoice": right} for t, (right, _) in train))
-    write(
-        folder / "shuffled.jsonl",
-        ({"messages": messages(t), "invoice": other} for (t, _), other in zip(train, others, strict=True)),
-    )
     write(folder / "validation.jsonl", ({"messages": messages(t), "invoice": right} for t, (right, _) in validation))
     (folder / "grader.json").write_text(json.dumps(GRADER))
 
 
-def rft(files: Path, train: str, out: Path, *words: str | Path) -> dict[str, Any]:
+def rft(files: Path, out: Path, *words: str | Path) -> dict[str, Any]:
     """The report of a run, which is made if it is not there."""
     if not (out / "report.json").exists():
-        command: list[str | Path] = [sys.executable, "-m", "agile.cli", "rft", "--train", files / train]
+        command: list[str | Path] = [sys.executable, "-m", "agile.cli", "rft", "--train", files / "train.jsonl"]
         command += ["--validation", files / "validation.jsonl", "--grader", files / "grader.json"]
         resume = ["--resume"] if (out / "config.yaml").exists() else []
         subprocess.run([*command, *resume, f"out={out}", *SETTINGS, *LIMITS, *words], check=True)
@@ -120,10 +114,9 @@ def one(out: Path, seed: int, overrides: Sequence[str]) -> list[dict[str, Any]]:
         own = name == "train"  # the control starts from the same weights
         start: list[str | Path] = ["--imitate", files / "imitate.jsonl", *IMITATION]
         if not own:
-            start = ["--model", out / f"train-{seed}" / "sft"]
+            start = ["--model", out / f"train-{seed}" / "sft", "demo.shuffle_rewards=true"]
         report = rft(
             files,
-            f"{name}.jsonl",
             out / f"{name}-{seed}",
             *start,
             f"seed={seed}",

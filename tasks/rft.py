@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ from agile.types import Item, Reward, Session, Stream
 
 if TYPE_CHECKING:
     from agile.policies.endpoint import Endpoint
+
+logger = logging.getLogger(__name__)
 
 GRADE = "grade"  # the component of the reward
 FORMAT_ERROR = "response_format_error"  # of 0, beside the grader's own errors: they are counted
@@ -79,6 +82,7 @@ class RftTask:
         self._problems = problems
         self.grader: Grader | Function | None = None
         self._schema: Any = None
+        self._told: set[str] = set()  # kinds of errors
         try:
             self.grader = find_grader(str(grader))
         except AgileError as error:
@@ -135,6 +139,10 @@ class RftTask:
             graded = asyncio.wait_for(graded, self._time_s)
         grade = await graded
         kinds = grade.errors.kinds
+        for kind in kinds:
+            if kind not in self._told:
+                self._told.add(kind)
+                logger.warning("%s: %s. Further ones are counted.", kind, "; ".join(grade.errors.details))
         if any(kind in BLAMELESS for kind in kinds):
             raise RuntimeError("; ".join(grade.errors.details) or ", ".join(kinds))
         return Reward({GRADE: grade.reward, **dict.fromkeys(kinds, 0.0)})

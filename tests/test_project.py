@@ -160,7 +160,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *NOUNS,
         *("agile.memory_use", "agile.policies", "agile.tasks.choices", "agile.tokens", "agile.tools"),
     ),
-    "agile.tasks": (*NOUNS, "agile.tools", "agile.policies.endpoint", "agile.memory.encoders", "agile.extras"),
+    "agile.tasks": (
+        *NOUNS,
+        *("agile.extras", "agile.memory.encoders", "agile.policies.endpoint", "agile.threads", "agile.tools"),
+    ),
     "agile.prices": NOUNS,
     "agile.copies": NOUNS,
     "agile.credit": NOUNS,

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +14,10 @@ import pytest
 
 from agile.errors import AgileError
 from agile.rft_files import Files, hyperparameters, rft_config
-from benchmarks.rft import write_files
+from benchmarks.rft import one, write_files
 from tests.tiny import agile
 
+ROOT = Path(__file__).parents[1]
 TINY = (
     "threads=1", "model.num_layers=1", "model.hidden_size=32", "model.num_heads=2", "sft.num_steps=4",
     "rollout.max_action_tokens=20", "rollout.max_context_tokens=64",
@@ -84,6 +89,12 @@ def test_check_says_that_files_are_valid_or_what_is_not(files: Files) -> None:
     assert "train.jsonl, line 7: messages: expected a list of messages, found []" in result.output
 
 
+def test_a_model_from_scratch_needs_something_to_imitate(files: Files, tmp_path: Path) -> None:
+    result = agile("rft", *options(files)[:6], f"out={tmp_path / 'run'}")
+    assert result.exit_code == 2
+    assert "Give --model DIR, or --imitate FILE" in result.output
+
+
 def test_what_does_not_fit_the_model_is_named_before_it_trains(files: Files, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = agile("rft", *options(files), *TINY, "rollout.max_context_tokens=24", f"out={out}")
@@ -111,3 +122,32 @@ def test_a_run_from_files_to_a_report(files: Files, tmp_path: Path) -> None:
     assert agile("rft", *options(files), *words, "--resume").exit_code == 0
     assert json.loads((out / "report.json").read_text()) == report
     assert agile("replay", out).exit_code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_it_learns_what_the_grader_pays_and_nothing_where_rewards_are_shuffled(tmp_path: Path) -> None:
+    trained, control = one(tmp_path, 0, ["n_epochs=16"])
+    assert trained["last"] - trained["start"] > 0.15
+    assert abs(control["last"] - control["start"]) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_ported_script_runs(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    served = [sys.executable, "-m", "agile.cli", "grade", "serve", "--port", str(port)]
+    script = [sys.executable, str(ROOT / "examples" / "hosted_rft.py"), "--graders", f"http://127.0.0.1:{port}/v1"]
+    with subprocess.Popen(served, stdout=subprocess.PIPE, env=environment) as server:
+        try:
+            assert server.stdout is not None
+            server.stdout.readline()
+            run = [*script, "--out", str(tmp_path / "out"), "sft.num_steps=20", "ppo.num_iterations=2"]
+            result = subprocess.run(run, env=environment, check=True, capture_output=True, text=True)
+        finally:
+            server.terminate()
+    assert "half of it is right: 0.5, {'device': 1.0, 'urgent': 0.0}" in result.stdout
+    assert (tmp_path / "out" / "run" / "report.html").exists()

@@ -8,12 +8,15 @@ import inspect
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from agile import threads
 from agile.errors import AgileError
 from agile.tasks.graders import model_graders, structured
 from agile.tasks.graders.formula import FormulaError, evaluate, parse_formula
@@ -103,7 +106,8 @@ class Grading:
         self.endpoint = endpoint
         self.limits = limits or Limits()
         self._processes = ThreadPoolExecutor(num_processes or os.cpu_count(), "python-grader")
-        # functions of users and the libraries of metrics need not stand several threads
+        self._lock = threading.Lock()
+        # the libraries of metrics need not stand several threads either
         self._one = ThreadPoolExecutor(1, "grader")
 
     async def __aenter__(self) -> Grading:
@@ -193,6 +197,11 @@ class Grading:
             case FunctionGrader():
                 return await self._function(grader.name, import_function(grader.function), sample, item)
 
+    def _alone(self, function: Function, sample: Mapping[str, Any], item: Mapping[str, Any]) -> Any:
+        """One at a time: functions of users need not stand several threads."""
+        with self._lock:
+            return function(sample, item)
+
     async def _function(
         self, name: str, function: Function, sample: Mapping[str, Any], item: Mapping[str, Any]
     ) -> Grade:
@@ -200,7 +209,8 @@ class Grading:
             if inspect.iscoroutinefunction(function):
                 given = await function(sample, item)
             else:
-                given = await asyncio.get_running_loop().run_in_executor(self._one, function, sample, item)
+                # a thread that nobody waits for: a function that never returns must not hold up the end
+                given = await asyncio.wrap_future(threads.start(partial(self._alone, function, sample, item)))
             reward = float(given)
             if isinstance(given, str) or not math.isfinite(reward):
                 raise ValueError(f"it returned {given!r}, expected a finite number")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -166,10 +167,14 @@ def test_an_answer_is_worth_its_grade(tmp_path: Path) -> None:
     assert scored(task, None) == {"grade": 0.0}
 
 
-def test_a_grader_s_error_is_counted_and_worth_what_the_grade_is(tmp_path: Path) -> None:
+def test_a_grader_s_error_is_counted_and_worth_what_the_grade_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     task = make(tmp_path, FIELDS, {"total": 4, "days": 9})
     assert scored(task, '{"total": 4}') == {"grade": 0.5}
-    assert scored(task, "four") == {"grade": 0.0, "sample_parse_error": 0.0}
+    for answer in ("four", "nine"):
+        assert scored(task, answer) == {"grade": 0.0, "sample_parse_error": 0.0}
+    assert caplog.text.count("sample_parse_error: fields: ") == 1
 
 
 def test_what_does_not_fit_the_response_format_is_not_graded(tmp_path: Path) -> None:
@@ -197,9 +202,14 @@ def test_a_function_that_hangs_is_left_behind(tmp_path: Path) -> None:
         await asyncio.sleep(60)
         return 1.0
 
-    task.grader = grade
-    with pytest.raises(TimeoutError):
-        scored(task, "4")
+    def blocks(sample: object, item: object) -> float:
+        time.sleep(60)  # in a thread that nobody waits for
+        return 1.0
+
+    for function in (grade, blocks):
+        task.grader = function
+        with pytest.raises(TimeoutError):
+            scored(task, "4")
 
 
 def test_an_endpoint_that_fails_is_nobody_s_zero(tmp_path: Path) -> None:
