@@ -66,7 +66,7 @@ def tell_late(database: Database, request_id: str, answer: str) -> None:
         asked = session.scalars(
             select(Asker.session_id).where(Asker.request_id == request_id, Asker.status == "expired")
         )
-        numbers = [int(name.rpartition("/")[2]) for name in asked]
+        numbers = [int(number) for name in asked if (number := name.removeprefix("served/")).isdecimal()]
         first = select(Webhook).where(Webhook.question.in_(numbers), Webhook.late.is_(None))
         for webhook in session.scalars(first).all():
             add(session, webhook.question, webhook.url, answer)

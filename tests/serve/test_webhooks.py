@@ -98,16 +98,23 @@ def states(server: Running) -> list[tuple[str, int, str]]:
 
 
 def test_who_stopped_waiting_is_told_what_the_expert_said(tmp_path: Path, ear: Ear) -> None:
-    def without(context: str) -> Action:
-        return Action("PredictAnswer", "maybe") if "no advice" in context else asks_once(context)
-
-    options = {"wait_s": 0, "webhook_hosts": ["127.0.0.1"], "advice_timeout_s": 0.5}
-    with running(an_app(tmp_path, open_desk(tmp_path), Counted(without), **options)) as server:
+    policy = Counted(lambda _: Action("PredictAnswer", "maybe"))
+    with running(an_app(tmp_path, open_desk(tmp_path), policy, webhook_hosts=["127.0.0.1"])) as server:
         ann = server.person("ann")
         ask(server, "is it warm ?", ear.url)
-        (request,) = until(lambda: ann.waiting() or None)
-        ann.send(f"/desk/requests/{request}/claim")
         until(lambda: ear.heard or None)
+        # as if the session had asked, and had gone on when nobody answered in time
+        given = {"scope": "served", "group": "shop", "product": "p1", "detail": {}, "price": 0.3, "reuse": False}
+        asker = requests.post(
+            server.database,
+            session_id="served/1",
+            session_key="k",
+            question="is it warm ?",
+            **given,  # type: ignore[arg-type]
+        )
+        (request,) = ann.waiting()
+        ann.send(f"/desk/requests/{request}/claim")
+        assert requests.expire(server.database, asker)
         ann.send(f"/desk/requests/{request}/answer", answer="yes", key="k")
         until(lambda: len(ear.heard) == 2 or None)
         first, second = ear.heard
