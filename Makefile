@@ -19,7 +19,7 @@ test: lint ## lint, types and unit tests
 	@$(PYTEST) -n 2
 
 test-slow: .venv/.installed ## the tests that `make test` leaves out
-	@$(PYTEST) -m slow
+	@$(PYTEST) -n 2 --dist worksteal -m slow
 
 test-vllm: .venv-vllm/.installed ## the tests that need vLLM (on the CPU) or agent frameworks, in .venv-vllm
 	@.venv-vllm/bin/python -m pytest -q -m "vllm or frameworks"
