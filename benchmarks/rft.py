@@ -8,7 +8,7 @@ starts with habits that are wrong, and with something to explore. What each word
 
 Each seed also has a control from the same start: every answer has the reward of another one (demo.shuffle_rewards).
 
-Whatever is done stands in the folder: started again, it goes on. Takes about 15 minutes of a core of its own for each seed.
+Whatever is done stands in the folder: started again, it goes on. A seed takes about 15 minutes of a core of its own.
 """
 
 from __future__ import annotations
