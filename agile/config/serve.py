@@ -24,6 +24,9 @@ class ServeConfig(Section):
         None, gt=0, description="Seconds that a question waits for an expert; null for as long as it takes."
     )
     fallback: str | None = Field(None, description="Which of experts is asked when nobody at the desk was in time.")
+    webhook_hosts: tuple[str, ...] = Field(
+        (), description="Hosts of the own network that webhooks may reach; by default those of the whole network alone."
+    )
     claim_s: float = Field(900, gt=0, description="Seconds after which another expert may take a claimed question.")
     join_similarity: Share = Field(
         0.97,

@@ -13,7 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from agile.serve import accounts, questions
+from agile.serve import accounts, questions, webhooks
 from agile.serve.access import KeyUser
 from agile.serve.desk import Desk, desk_of
 from agile.serve.errors import ApiError
@@ -52,7 +52,9 @@ class ChatRequest(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
-    metadata: dict[str, str] | None = Field(None, description="`product`: what the question is about.")
+    metadata: dict[str, str] | None = Field(
+        None, description="`product`: what the question is about; `webhook`: where the answer is posted."
+    )
 
 
 @router.get("/models")
@@ -70,12 +72,15 @@ async def chat(request: Request, body: ChatRequest, user: KeyUser) -> JSONRespon
     desk = desk_of(request)
     product = _product(desk.runner.served, body)
     text = _question(body, desk.config.max_question_chars)
+    webhook = (body.metadata or {}).get("webhook", "")
+    if webhook and (why := webhooks.problem(webhook)):
+        raise ApiError(400, f"The webhook {webhook!r:.80} is none: {why}.", param="metadata.webhook")
     if desk.access.questions.full(user.id):
         raise ApiError(
             429, "Too many questions in a minute; wait a little.", type="rate_limit_error", code="rate_limit"
         )
     desk.access.questions.add(user.id)
-    question, progress = await run_in_threadpool(desk.runner.ask, user.id, text, product)
+    question, progress = await run_in_threadpool(desk.runner.ask, user.id, text, product, webhook)
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(desk, question, progress, body.model, usage)
@@ -98,6 +103,11 @@ def answer(request: Request, answer_id: str, user: KeyUser) -> dict[str, Any]:
     question = questions.by_id(desk_of(request).database, answer_id)
     if question is None or (question.user_id != user.id and user.role != accounts.ADMINISTRATOR):
         raise ApiError(404, f"There is no answer {answer_id!r:.80} of yours.", param="answer_id", code="not_found")
+    return answer_body(question)
+
+
+def answer_body(question: Question) -> dict[str, Any]:
+    """What is said of a question, to who asks for it and to webhooks."""
     return {
         "id": question.id,
         "object": "answer",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from agile import __version__
 from agile.config.serve import ServeConfig
-from agile.serve import api, figures_page, pages, requests, review_pages, reviews
+from agile.serve import api, figures_page, pages, requests, review_pages, reviews, webhooks
 from agile.serve.access import Access, administrator
 from agile.serve.database import Database, DatabaseAway
 from agile.serve.desk import Desk, Watch, desk_of
@@ -30,6 +31,8 @@ from agile.show import page_environment
 
 HERE = Path(__file__).parent
 SWAP_LOOK_S = 1.0
+TELL_LOOK_S = 1.0
+logger = logging.getLogger(__name__)
 
 
 def create_app(
@@ -47,7 +50,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(runner.start)
-        looking = [asyncio.create_task(desk.watch.look()), asyncio.create_task(swapping(runner))]
+        tasks = (desk.watch.look(), swapping(runner), telling(desk))
+        looking = [asyncio.create_task(task) for task in tasks]
         yield
         for task in looking:
             task.cancel()
@@ -83,6 +87,22 @@ async def swapping(runner: Runner) -> None:
         with contextlib.suppress(DatabaseAway):
             await asyncio.to_thread(runner.look)
         await asyncio.sleep(SWAP_LOOK_S)
+
+
+async def telling(desk: Desk) -> None:
+    """For the life of the server: tell answers to webhooks."""
+    while True:
+        try:
+            states = await asyncio.to_thread(
+                webhooks.deliver, desk.database, api.answer_body, desk.config.webhook_hosts
+            )
+            for state in states:
+                desk.metrics.webhooks.labels(state).inc()
+        except DatabaseAway:
+            pass
+        except Exception:  # one that is odd must not keep the others waiting
+            logger.exception("webhooks")
+        await asyncio.sleep(TELL_LOOK_S)
 
 
 def templates_of() -> jinja2.Environment:

@@ -34,6 +34,9 @@ class Metrics:
         self.tokens = Counter("agile_tokens", "Tokens of finished sessions, read and written.", registry=registry)
         waiting = Gauge("agile_queue_length", "Questions that wait for an expert now.", registry=registry)
         waiting.set_function(queue_length)
+        self.webhooks = Counter(
+            "agile_webhooks", "Tries to tell an answer, by what the webhook is then.", ["state"], registry=registry
+        )
         self.reviews = Counter(
             "agile_reviews", "Reviews of the agent's own answers, by verdict.", ["verdict"], registry=registry
         )

@@ -110,6 +110,26 @@ class Deployment(Base):
     error: Mapped[str] = mapped_column(default="")
 
 
+class Webhook(Base):
+    """An address at which an answer is told, once the question is finished.
+
+    Attributes:
+        late: What an expert said when nobody waited any more; None for the answer itself.
+        state: `due`, `delivered` or `failed`.
+        attempts: How often it was tried; `error` says why the last one did not work.
+    """
+
+    __tablename__ = "webhooks"
+    id: Mapped[int] = mapped_column(Number, primary_key=True)
+    question: Mapped[int] = mapped_column(ForeignKey("questions.number"), index=True)
+    url: Mapped[str]
+    late: Mapped[str | None]
+    state: Mapped[str] = mapped_column(index=True)
+    attempts: Mapped[int]
+    next_at: Mapped[float]
+    error: Mapped[str] = mapped_column(default="")
+
+
 class JournalEntry(Base):
     """One thing that a session under way was given: a completion, a read, a result. It is never asked for again."""
 

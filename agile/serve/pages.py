@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Form, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
-from agile.serve import accounts, questions, requests, reviews
+from agile.serve import accounts, questions, requests, reviews, webhooks
 from agile.serve.access import COOKIE, LOGIN_COOKIE, Login, Needs, NeedsForm
 from agile.serve.accounts import EXPERT, USER
 from agile.serve.database import new_id
@@ -262,7 +262,13 @@ def _changed(entry_id: int, done: bool) -> Response:
 def sessions(request: Request, login: Expert, before: int | None = None) -> Response:
     desk = desk_of(request)
     before = None if before is None else max(0, min(before, 2**62))
-    return page(desk, "sessions", login, asked=questions.newest(desk.database, before=before))
+    return page(
+        desk,
+        "sessions",
+        login,
+        asked=questions.newest(desk.database, before=before),
+        troubled=webhooks.troubled(desk.database),
+    )
 
 
 @router.get("/desk/sessions/{question_id}")
@@ -273,5 +279,12 @@ def session(request: Request, question_id: str, login: Expert) -> Response:
         raise HTTPException(404, "There is no such session.")
     played = questions.session_of(desk.database, question.number)
     view = None if played is None else describe(played, desk.runner.served.executor.codec)
+    told = webhooks.of(desk.database, [question.number])
     words = reviews.history(desk.database, [question.number]).get(question.number, [])
-    return page(desk, "desk_session", login, question=question, view=view, words=words)
+    return page(desk, "desk_session", login, question=question, view=view, words=words, told=told)
+
+
+@router.post("/desk/webhooks/{webhook_id}/again")
+def webhook_again(request: Request, webhook_id: int, login: ExpertForm) -> Response:
+    known = abs(webhook_id) < 2**62 and webhooks.again(desk_of(request).database, webhook_id)
+    return to("/desk/sessions", said="" if known else "gone")

@@ -18,7 +18,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session as Transaction
 
 from agile.errors import AgileError
-from agile.serve import terms
+from agile.serve import terms, webhooks
 from agile.serve.database import Database, new_id
 from agile.serve.models import JournalEntry, MemoryRead, Question, User
 from agile.session_log import session_from_json
@@ -27,8 +27,14 @@ from agile.types import Session, to_json
 FINISHED = ("answered", "failed")
 
 
-def ask(database: Database, user_id: int, text: str, product: str, deployment: int | None = None) -> Question:
-    """Keep a question; from now on it will be answered, by the agent of this deployment, at the price of now."""
+def ask(
+    database: Database, user_id: int, text: str, product: str, deployment: int | None = None, webhook: str = ""
+) -> Question:
+    """Keep a question; from now on it will be answered, by the agent of this deployment, at the price of now.
+
+    Args:
+        webhook: Where the answer is told.
+    """
     question = Question(
         id=new_id(),
         user_id=user_id,
@@ -42,6 +48,9 @@ def ask(database: Database, user_id: int, text: str, product: str, deployment: i
         held = terms.newest(session)
         question.price = None if held is None else held.advice_price
         session.add(question)
+        if webhook:
+            session.flush()
+            webhooks.add(session, question.number, webhook)
     return question
 
 

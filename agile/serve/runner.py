@@ -18,7 +18,7 @@ from agile.executor import Executor
 from agile.own_answers import confidence
 from agile.protocols import Advisor, Policy
 from agile.seeding import derive_seed
-from agile.serve import deployments, questions, requests, terms
+from agile.serve import deployments, questions, requests, terms, webhooks
 from agile.serve.advisor import DeskAdvisor
 from agile.serve.database import Database
 from agile.serve.memory import DeskMemory
@@ -189,11 +189,11 @@ class Runner:
         self._thread.join(timeout=30)
         self._log.close()
 
-    def ask(self, user_id: int, text: str, product: str) -> tuple[Question, Progress]:
+    def ask(self, user_id: int, text: str, product: str, webhook: str = "") -> tuple[Question, Progress]:
         """Keep a question and begin to answer it. Raises DatabaseAway."""
         served = self._take()
         try:
-            question = questions.ask(self.database, user_id, text, product, served.deployment)
+            question = questions.ask(self.database, user_id, text, product, served.deployment, webhook)
         except BaseException:
             self._give_back(served)
             raise
@@ -201,7 +201,7 @@ class Runner:
         return question, self._begin(question, served)
 
     def learn(self, request_id: str) -> None:
-        """Remember an answer that came when nobody waited any more."""
+        """Remember an answer that came when nobody waited any more, and tell it to those who gave an address."""
         found = requests.settled(self.database, request_id)
         if found is None or found[0].scope != STREAM or found[1].answer is None:
             return
@@ -212,6 +212,7 @@ class Runner:
         item = Item(request_id, request.question, "", STREAM, like.group, like.product, like.context)
         advice = Advice(said.answer, said.explanation, said.expert, request.price)
         self.memory.write(self.served.executor.agent.remember(item, f"late/{request_id}", advice, ""))
+        webhooks.tell_late(self.database, request_id, said.answer)
 
     def progress(self, question_id: str) -> Progress | None:
         """Of a question that is not answered yet."""

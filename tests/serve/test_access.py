@@ -44,6 +44,7 @@ ROUTES = {
     "POST /desk/memory/{entry_id}/undo": "expert",
     "GET /desk/sessions": "expert",
     "GET /desk/sessions/{question_id}": "expert",
+    "POST /desk/webhooks/{webhook_id}/again": "expert",
     "GET /desk/figures": "expert",
     "POST /desk/figures/terms": "administrator",
     "GET /metrics": "administrator",
@@ -84,7 +85,7 @@ def send(client: httpx2.Client, route: str, headers: dict[str, str] | None = Non
     method, path = route.split()
     for name in ("name", "answer_id", "request_id", "question_id"):
         path = path.replace(f"{{{name}}}", "desk.js" if name == "name" else "unknown")
-    path = path.replace("{entry_id}", "1")
+    path = path.replace("{entry_id}", "1").replace("{webhook_id}", "1")
     form = {"csrf": csrf, "key": "k", "text": "t", "answer": "a"} if csrf else None
     with client.stream(method, path, headers=headers, data=form) as answer:  # events have no end
         return answer.status_code
