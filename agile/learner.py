@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from pydantic import ValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -233,6 +234,14 @@ def _config(settings: Mapping[str, Any]) -> LearnerConfig:
         return LearnerConfig.model_validate(settings)
     except ValidationError as error:
         raise AgileError("Learner cannot be set so:\n" + explained(LearnerConfig, error)) from None
+
+
+def learner_format(run: Path) -> ChatFormat | None:
+    """The chat format of a learner's folder; None for other runs."""
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    if not isinstance(values.get("model"), str):  # a section
+        return None
+    return ChatFormat(_tokenizer(str(run / "ppo") if (run / "ppo").is_dir() else values["model"]))
 
 
 def _tokenizer(path: str) -> PreTrainedTokenizerFast:

@@ -204,7 +204,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "agile.calibrated": (*NOUNS, "agile.memory.encoders", "agile.tasks.scoring"),
     "agile.plots": (),
-    "agile.show": (*NOUNS, "agile.tokens"),
+    "agile.show": NOUNS,
     "agile.plots_bench": ("agile.plots",),
     "agile.report_words": ("agile.plots", "agile.plots_bench"),
     "agile.report": (*NOUNS, "agile.plots", "agile.plots_bench", "agile.report_words", "agile.show"),
