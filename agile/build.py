@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rich import get_console
 from rich.progress import Progress
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from agile import ranks
 from agile.advice import AdviceDesk
@@ -38,7 +38,7 @@ from agile.lora import adapter_config, add_adapter, is_adapted
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
 from agile.messages import MessagesCodec, messages_tokenizer
-from agile.model import check_context, load_lm, small_llama
+from agile.model import check_context, load_lm, load_tokenizer, small_llama
 from agile.policies import HFPolicy
 from agile.policies.vllm import VLLMPolicy
 from agile.policies.vllm_server import VLLMServerPolicy
@@ -254,24 +254,9 @@ class Setup:
             if self.config.prompt.format == "messages":
                 return messages_tokenizer(model.tokenizer, texts, model.vocab_size)
             return build_tokenizer(model.tokenizer, texts, self.agent.spec, model.vocab_size)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(source), padding_side="left")
-        except (OSError, ValueError) as error:
-            reason = str(error).partition("\n")[0].rstrip(" .:")
-            raise AgileError(
-                f"Cannot load a tokenizer from {source}: {reason}. Expected a folder with tokenizer.json, as "
-                "`agile train` and save_pretrained write it, or a model that was downloaded before."
-            ) from None
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
-            raise AgileError(
-                f"The tokenizer of {source} is a {type(tokenizer).__name__}, expected a fast one (tokenizer.json): "
-                "only that keeps what users type apart from action tokens. Choose a model that has one."
-            )
-        if saved is None:
-            if self.config.prompt.special_tokens:
-                add_action_tokens(tokenizer, self.agent.spec)
-            if tokenizer.pad_token_id is None:
-                tokenizer.pad_token = tokenizer.eos_token
+        tokenizer = load_tokenizer(str(source))
+        if saved is None and self.config.prompt.special_tokens:
+            add_action_tokens(tokenizer, self.agent.spec)
         return tokenizer
 
     def carrier(self) -> PreTrainedTokenizerFast:

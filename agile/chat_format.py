@@ -84,7 +84,11 @@ class ChatFormat:
         opened = self._render(exchange[:1], None, open_turn=True)
         self._thinks = "<think>" if opened.rstrip().endswith("<think>") else ""
         self.end_id = int(ids[0])
-        self._end = str(tokenizer.decode([self.end_id]))
+        self._end = self.decode([self.end_id])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[int, ...]:
         """The ids of a conversation, the LLM's turn opened.
@@ -145,11 +149,11 @@ class ChatFormat:
         ids = list(sampled_ids)
         if ids and ids[-1] == self.end_id:
             ids.pop()
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=False))
+        text = self.decode(ids)
         if not tools:
             return Answer(text)
         template = getattr(self.tokenizer, "response_template", None)
-        prefix = str(self.tokenizer.decode(list(prompt_ids))) if template else self._thinks
+        prefix = self.decode(prompt_ids) if template else self._thinks
         try:
             found = self.tokenizer.parse_response(text, template or TOOL_CALLS, prefix=prefix)
             calls = tuple(_call(call["function"]) for call in found.get("tool_calls") or ())

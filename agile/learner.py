@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from pydantic import ValidationError
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from agile.batching import Row
 from agile.chat_format import ChatFormat, for_template
@@ -22,7 +23,7 @@ from agile.engine import Engine
 from agile.errors import AgileError
 from agile.export import Trained
 from agile.lora import add_adapter
-from agile.model import ActorCritic, load_lm
+from agile.model import ActorCritic, load_lm, load_tokenizer
 from agile.policies import HFPolicy
 from agile.reference import Reference, adapter_free, frozen
 from agile.rollout import status_counts
@@ -62,7 +63,7 @@ class Learner:
             torch.set_num_threads(config.threads)
         self.run = RunFolder(Path(out), config, resume=resume)
         try:
-            self.tokenizer = _tokenizer(config.model)
+            self.tokenizer = load_tokenizer(config.model)
             torch.manual_seed(config.seed)
             self.engine = _engine(config, self.tokenizer)
             self._reference = _reference(config, self.engine, self.tokenizer)
@@ -195,7 +196,7 @@ def imitate(
     Raises:
         AgileError: The model cannot be loaded, or its chat template does not take the conversations.
     """
-    tokenizer = _tokenizer(str(model))
+    tokenizer = load_tokenizer(str(model))
     chat = ChatFormat(tokenizer)
     rows = [_row(chat.spoken([for_template(m) for m in messages], tools)) for messages in conversations]
     torch.manual_seed(seed)
@@ -235,18 +236,12 @@ def _config(settings: Mapping[str, Any]) -> LearnerConfig:
         raise AgileError("Learner cannot be set so:\n" + explained(LearnerConfig, error)) from None
 
 
-def _tokenizer(path: str) -> PreTrainedTokenizerFast:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    except (OSError, ValueError) as error:
-        raise AgileError(f"Cannot load a tokenizer from {path}: {str(error).partition(chr(10))[0]}") from None
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise AgileError(
-            f"The tokenizer of {path} is a {type(tokenizer).__name__}, expected a fast one (tokenizer.json)."
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+def learner_format(run: Path) -> ChatFormat | None:
+    """The chat format of a learner's folder; None for other runs."""
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    if not isinstance(values.get("model"), str):  # a section
+        return None
+    return ChatFormat(load_tokenizer(str(run / "ppo") if (run / "ppo").is_dir() else values["model"]))
 
 
 def _engine(config: LearnerConfig, tokenizer: PreTrainedTokenizerFast) -> Engine:

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from agile.attention import attend_by_plans, check_runs, hidden_states
 from agile.batching import Batch
@@ -122,6 +129,30 @@ def small_llama(
 
 # Models pad their vocabulary to a round number; more rows than that without a token belong to another tokenizer.
 MAX_UNUSED_IDS = 2048
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """A fast tokenizer by Hugging Face path or name; where it has no padding token, the end token is it.
+
+    Raises:
+        AgileError: It cannot be loaded, or is not a fast one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(" .:")
+        raise AgileError(
+            f"Cannot load a tokenizer from {path}: {reason}. Expected a folder with tokenizer.json, as "
+            "`agile train` and save_pretrained write it, or a model that was downloaded before."
+        ) from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise AgileError(
+            f"The tokenizer of {path} is a {type(tokenizer).__name__}, expected a fast one (tokenizer.json): "
+            "only that keeps what users type apart from action tokens. Choose a model that has one."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_lm(

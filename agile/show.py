@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2
 from rich.console import Console
 from rich.text import Text
 
-from agile.tokens import ActionCodec
 from agile.types import Session, Source, Usage
 
 LABELS = {source: "LLM" if source is Source.LLM else str(source) for source in Source} | {Source.ADVISOR: "expert"}
@@ -28,6 +27,14 @@ _STYLES = {
     Source.ADVISOR: "red",
 }
 _GUTTER = 12
+
+
+class Decoder(Protocol):
+    """Token ids to text: an `ActionCodec` or a `ChatFormat`."""
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
 WRITERS = "Only what the LLM wrote is a decision, and is trained."
 
 
@@ -93,7 +100,7 @@ class View:
 
 def describe(
     session: Session,
-    codec: ActionCodec,
+    codec: Decoder,
     *,
     title: str = "",
     values: Sequence[float] = (),
@@ -126,7 +133,8 @@ def _facts(session: Session) -> Iterator[tuple[str, str]]:
     if session.reward is not None:
         components = ", ".join(f"{name} {value:+g}" for name, value in session.reward.components.items())
         yield "reward", f"{session.reward.total:g} ({components})"
-    yield "steps", ", ".join(f"{step.action.name}{'' if step.ok else ' (not ok)'}" for step in session.steps)
+    if session.steps:
+        yield "steps", ", ".join(f"{step.action.name}{'' if step.ok else ' (not ok)'}" for step in session.steps)
     texts = {entry.item.id: entry.item.text for read in session.reads for entry in read.entries}
     for number, similarity in session.retrieved:
         yield "memory", f"{similarity:.2f}  {texts.get(number, '')}  (entry {number})"
@@ -143,7 +151,7 @@ def _facts(session: Session) -> Iterator[tuple[str, str]]:
         yield "usage", f"{usage.prompt_tokens:,} tokens read{cached}, {usage.completion_tokens:,} written{cost}"
 
 
-def text_of(codec: ActionCodec, token_ids: Sequence[int]) -> str:
+def text_of(codec: Decoder, token_ids: Sequence[int]) -> str:
     """Text of any ids; those that no tokenizer decodes, which a policy may have made up, stand as numbers."""
     try:
         return codec.decode(token_ids)
@@ -151,7 +159,7 @@ def text_of(codec: ActionCodec, token_ids: Sequence[int]) -> str:
         return " ".join(f"<{i}>" for i in token_ids)
 
 
-def token_texts(codec: ActionCodec, token_ids: Sequence[int]) -> list[str]:
+def token_texts(codec: Decoder, token_ids: Sequence[int]) -> list[str]:
     """What each id adds to the text of those before it; a character of several ids stands at its last one."""
     texts, done = [], ""
     for number in range(1, len(token_ids) + 1):

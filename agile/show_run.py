@@ -16,6 +16,7 @@ from agile.copies import original_id
 from agile.credit import Estimator
 from agile.engine import Engine
 from agile.errors import AgileError
+from agile.learner import learner_format
 from agile.replay import RunParts
 from agile.report import write_page
 from agile.run_folder import checkpoints
@@ -49,13 +50,21 @@ def show(
             raise AgileError("--html, --values and --logprobs show one session: name it by --session ID.")
         list_sessions(run, console, last_step(run) if step is None else step)
         return
-    parts = RunParts(run)
+    codec = learner_format(run) if (run / "config.yaml").exists() else None
+    if codec is not None and values:
+        raise AgileError(f"{run} is of agile.Learner, whose critic is not asked here. Leave --values out.")
+    parts = RunParts(run) if codec is None else None
     places: list[str] = []
     newest: deque[Logged] = deque(maxlen=1)
     for logged in logged_sessions(run, session_id, step):
         places.append(logged.place)
         newest.append(logged)
-    view = _view(parts, newest[0], values)
+    shown = newest[0]
+    if parts is not None:
+        view = _view(parts, shown, values)
+    else:
+        assert codec is not None
+        view = describe(shown.session, codec, title=str(shown))
     if html is None:
         print_view(view, console, figures=logprobs or values)
     else:

@@ -204,7 +204,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "agile.calibrated": (*NOUNS, "agile.memory.encoders", "agile.tasks.scoring"),
     "agile.plots": (),
-    "agile.show": (*NOUNS, "agile.tokens"),
+    "agile.show": NOUNS,
     "agile.plots_bench": ("agile.plots",),
     "agile.report_words": ("agile.plots", "agile.plots_bench"),
     "agile.report": (*NOUNS, "agile.plots", "agile.plots_bench", "agile.report_words", "agile.show"),
@@ -323,7 +323,7 @@ def test_the_folder_agents_hides_no_other_package(tmp_path: Path) -> None:
     """The OpenAI Agents SDK is imported as `agents`, from a clone too."""
     (tmp_path / "agents").mkdir()
     (tmp_path / "agents" / "__init__.py").write_text("WHO = 'the SDK'")
-    code = "import agents, agile.agents.product_qa; print(agents.WHO)"
+    code = "import agents, agile.agents.corpus; print(agents.WHO)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
     output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True)
     assert output.strip() == "the SDK"

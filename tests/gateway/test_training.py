@@ -28,6 +28,7 @@ from agile.tokens import ActionCodec
 from agile.types import Action, Fn, Session, SessionStatus, Source, Trajectory
 from tests.families import ASKS
 from tests.gateway.agents import KEY, call, gateway, make_model, said, sampled, tell
+from tests.tiny import agile
 from tests.worlds import Add, NoteAgent, Replay, item, make_executor, play
 
 PLAIN = {"kl_coef": 0.0, "value_warmup_epochs": 0, "batch_size": 8, "num_epochs": 1}
@@ -186,6 +187,10 @@ def test_resumed_it_is_the_same_training(model: Path, tmp_path: Path) -> None:
     for name in ("ppo/model.safetensors", "sessions-0.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
     assert len(list(read_lines(tmp_path / "whole" / "sessions-0.jsonl"))) == 18
+    shown = agile("show", tmp_path / "whole", "--session", "q#0/0", "--step", "2", "--logprobs")
+    assert shown.exit_code == 0 and "is it washable ?" in shown.output and "reward" in shown.output
+    refused = agile("show", tmp_path / "whole", "--session", "q#0/0", "--values")
+    assert refused.exit_code != 0 and "agile.Learner" in refused.output
 
 
 def test_new_weights_serve_the_next_call_and_open_trajectories_go_on(model: Path, tmp_path: Path) -> None:
