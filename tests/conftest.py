@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 settings.register_profile("agile", deadline=None)  # a busy machine is not a failure
 settings.load_profile("agile")
 
@@ -27,6 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(900))
+
+
+@pytest.fixture(autouse=True)
+def no_launcher() -> Iterator[None]:
+    """What a library puts into the environment of this process must not make the next test's programs join others."""
+    before = {name: os.environ.get(name) for name in LAUNCHER}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,8 @@ def test_the_halves_are_about_other_products(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_circle_closes(tiny_run: TinyRun, tmp_path: Path) -> None:
-    quick = ("sft.num_steps=2", "sft.warmup_steps=1", "ppo.num_iterations=2", "ppo.rollouts_per_stream=2")
+    # without imitation: the words of this shop are not among those of the tiny agent
+    quick = ("sft.num_steps=0", "ppo.num_iterations=2", "ppo.rollouts_per_stream=2")
     overrides = (*quick, "rollout.max_failed=1.0")
     found = circle(tiny_run.path, tmp_path, agent="sft", number=20, seed=1, overrides=overrides)
     assert [found[phase]["questions"] for phase in ("before", "control", "after")] == [20, 20, 20]
