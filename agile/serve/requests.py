@@ -170,7 +170,7 @@ def _same(session: Session, about: Sequence[Any], question: str, words: str, sim
     return None if index is None else found[index]
 
 
-def _unread(session: Session, answered: Select[tuple[Request]], session_id: str) -> Request | None:
+def _unread(session: Session, answered: Select[Request], session_id: str) -> Request | None:
     """The newest of these, if no session that was told it had ended, and so remembered it, before this one began.
 
     None where people have changed or retired since what was remembered of it.
