@@ -190,7 +190,9 @@ class Aftermath:
         if reason := trouble(guard, figures, course.best_score):
             self.run.log("guard", iteration, {"reason": reason, "action": guard.action, "to": course.good_step})
             course.respond(guard, iteration, reason)
+            num_skipped = self.engine.num_skipped
             self.run.load(self.engine, Place("ppo", course.good_step))
+            self.engine.num_skipped = num_skipped  # what was skipped stays counted
             course.good_step = course.saved_step = iteration
             self.save(iteration)
             return
