@@ -12,8 +12,8 @@ from agile.build import Setup
 from agile.calibration import calibration
 from agile.config import RunConfig, differences
 from agile.errors import AgileError
-from agile.evaluate import Outcome, by_stream, paired_difference, rates, summarise
-from agile.measure import Measured, best_of, joined, measure, trained_agents, trained_config
+from agile.evaluate import Outcome, best_of, by_stream, paired_difference, rates, summarise
+from agile.measure import Measured, joined, measure, trained_agents, trained_config
 from agile.memory_use import SIMILAR, memory_use
 from agile.prompted import check_key
 from agile.published import published_ablation, set_beside
@@ -163,7 +163,7 @@ def _report(config: RunConfig, found: Measured, started: float) -> dict[str, Any
     if found.ablations:
         report["ablations"] = _ablations(found, price, macro, seed)
     if found.prices:
-        report |= _prices(found)
+        report |= _prices(found, seed)
     set_beside(report, found.groups, whole=config.task.max_items is None)
     report["seconds"] = {**found.seconds, "total": time.monotonic() - started}
     return report
@@ -216,15 +216,15 @@ def _verdict(pair: Mapping[str, Any], paper: Mapping[str, Any] | None) -> str:
     return "as in the paper" if (pair["difference"] > 0) == (paper["difference"] > 0) else "against the paper"
 
 
-def _prices(found: Measured) -> dict[str, Any]:
+def _prices(found: Measured, seed: int) -> dict[str, Any]:
     """Agents and baselines at other prices: in all, and for each group."""
     prices: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     for price, (results, _) in found.prices.items():
-        prices[f"{price:g}"] = {name: summarise(o, price, macro=found.macro) for name, o in results.items()}
+        prices[f"{price:g}"] = {name: summarise(o, price, macro=found.macro, seed=seed) for name, o in results.items()}
         for name, played in results.items():
             for group, part in by_stream(played).items():
-                groups.setdefault(group, {}).setdefault(f"{price:g}", {})[name] = summarise(part, price)
+                groups.setdefault(group, {}).setdefault(f"{price:g}", {})[name] = summarise(part, price, seed=seed)
     return {"prices": prices, "groups": groups}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,7 @@ class Setup:
 
     config: RunConfig
     folder: Path
+    _bad_answers: list[str] = field(default_factory=list, init=False, repr=False)
 
     @cached_property
     def task(self) -> Task:
@@ -152,9 +153,14 @@ class Setup:
             return streams
         return streams[: len(streams) - len(self.validation_streams)]
 
+    @property
+    def skipped(self) -> list[str]:
+        """What is wrong with each row that was left out, of questions and of recorded answers."""
+        return list(dict.fromkeys([*self.task.skipped, *self._bad_answers]))
+
     def tell_skipped(self) -> None:
         """List rows that were left out in `skipped_rows.txt`, and say how many."""
-        if (skipped := self.task.skipped) and ranks.is_main():
+        if (skipped := self.skipped) and ranks.is_main():
             path = self.folder / "skipped_rows.txt"
             with writing(path):
                 path.write_text("".join(f"{row}\n" for row in skipped), encoding="utf-8")
@@ -231,7 +237,7 @@ class Setup:
         expert = self.config.experts.get(name or self.config.expert, ExpertConfig())
         return make_advisor(
             expert,
-            data=self.config.task.data,
+            recorded=self.recorded,
             seed=self.config.seed,
             question=lambda item: self.agent.question(item, 0.0, 1.0),
             folder=self.folder,
@@ -240,7 +246,12 @@ class Setup:
 
     def _stronger_model(self) -> Mapping[str, str | None] | None:
         name = self.config.sft.stronger_model
-        return None if name is None else recorded_answers(self.config.experts[name], self.config.task.data)
+        return None if name is None else self.recorded(self.config.experts[name])
+
+    def recorded(self, expert: ExpertConfig) -> Mapping[str, str | None]:
+        """The answers of a recorded expert."""
+        task = self.config.task
+        return recorded_answers(expert, task.data, self._bad_answers if task.skip_bad_rows else None)
 
     # ---------------------------------------------------------------------------------------------------------------
 

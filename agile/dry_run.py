@@ -16,7 +16,8 @@ from rich.table import Table
 
 from agile.build import Setup
 from agile.config import ExpertConfig, RunConfig
-from agile.measure import best_of, trained_agents, trained_config
+from agile.evaluate import best_of
+from agile.measure import trained_agents, trained_config
 from agile.policies.scripted import ScriptedPolicy
 from agile.prompts import instructions
 from agile.protocols import Memory, Policy

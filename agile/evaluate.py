@@ -16,6 +16,7 @@ from agile.types import Trajectory
 Floats = NDArray[np.float64]
 
 GRADE = "grade"  # the component of a reward that a grader gave
+TRAINED = ("dpo", "ppo", "sft")  # names of agents from the last stage of training to the first
 MIN_STREAMS = 10  # fewer streams than this are too few to resample; blocks of questions are resampled instead
 
 
@@ -78,6 +79,11 @@ def grading_errors(trajectories: Iterable[Trajectory]) -> dict[str, int]:
     rewards = [s.reward for t in trajectories for s in t.sessions if s.reward is not None]
     counts = Counter(name for reward in rewards for name in reward.components if name.endswith("_error"))
     return dict(sorted(counts.items()))
+
+
+def best_of(names: Iterable[str]) -> str | None:
+    """The agent that a report is about: that of the last stage of training, else the prompted one."""
+    return next((name for name in (*TRAINED, "prompted") if name in names), None)
 
 
 def by_stream(results: Iterable[Outcome]) -> dict[str, list[Outcome]]:

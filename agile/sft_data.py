@@ -77,7 +77,7 @@ def build_sft_data(config: RunConfig, out: Path, console: Console, *, workers: i
                 log.append(records)
             progress.update(bar, advance=len(records))
     log.close()
-    summary = {**summarise(path), "skipped_rows": list(setup.task.skipped)}
+    summary = {**summarise(path), "skipped_rows": setup.skipped}
     with writing(out):
         write_atomically(out / SUMMARY, json.dumps(summary, indent=2))
     lock.close()
