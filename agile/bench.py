@@ -57,7 +57,8 @@ def bench(config: RunConfig, out: Path, checkpoints: Sequence[Path] = ()) -> dic
         began = time.monotonic()
         parts[run.name] = _measure(own, out / run.name, run)
         _written(_report(own, parts[run.name], began), out / run.name)
-    report = _report(config, joined(parts), started)
+    same = config.task.data is not None  # each seed has MiniShop worlds of its own
+    report = _report(config, joined(parts, same_questions=same), started, num_runs=len(parts))
     report["seeds"] = _seeds(config, parts, [own.seed for own in configs.values()])
     return _written(report, out)
 
@@ -129,7 +130,7 @@ def _claim(out: Path, config: RunConfig) -> None:
 # From what was measured to a report
 
 
-def _report(config: RunConfig, found: Measured, started: float) -> dict[str, Any]:
+def _report(config: RunConfig, found: Measured, started: float, num_runs: int = 1) -> dict[str, Any]:
     price, macro, seed = config.task.advice_price, found.macro, config.seed
     report: dict[str, Any] = {
         "task": config.task.name,
@@ -164,7 +165,7 @@ def _report(config: RunConfig, found: Measured, started: float) -> dict[str, Any
         report["ablations"] = _ablations(found, price, macro, seed)
     if found.prices:
         report |= _prices(found, seed)
-    set_beside(report, found.groups, whole=config.task.max_items is None)
+    set_beside(report, found.groups, whole=config.task.max_items is None, num_runs=num_runs)
     report["seconds"] = {**found.seconds, "total": time.monotonic() - started}
     return report
 

@@ -31,6 +31,7 @@ class Outcome:
         advised: Whether an expert answered (and was paid).
         failed: Whether the session broke off; it is then not correct.
         grade: What a grader gave, where one grades; it then counts in the score in place of `correct`.
+        questions: Names the stream's questions where several runs played the same ones; these are resampled together.
     """
 
     item_id: str
@@ -42,6 +43,7 @@ class Outcome:
     advised: bool
     failed: bool = False
     grade: float | None = None
+    questions: str | None = None
 
 
 def outcomes(trajectories: Iterable[Trajectory]) -> list[Outcome]:
@@ -211,7 +213,7 @@ def _weights(results: Sequence[Outcome], macro: bool) -> Floats:
 
 def _deviations(results: Sequence[Outcome], values: Floats, weights: Floats, seed: int, num_resamples: int) -> Floats:
     """How far weighted means of resamples are from the mean, (num_resamples,), stretched as `summarise` says."""
-    streams, stream = np.unique([o.stream_id for o in results], return_inverse=True)
+    streams, stream = np.unique([o.questions or o.stream_id for o in results], return_inverse=True)
     blocks = np.zeros(len(results), np.int64)
     if len(streams) < MIN_STREAMS:
         blocks = np.array([o.position * max(1, round(o.length**0.5)) // o.length for o in results])

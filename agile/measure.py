@@ -209,21 +209,30 @@ def _examples(played: Played, told: Sequence[Belief], items: Mapping[tuple[str, 
 # Several runs
 
 
-def joined(parts: Mapping[str, Measured]) -> Measured:
+def joined(parts: Mapping[str, Measured], *, same_questions: bool) -> Measured:
     """What several runs measured as one: a question of each is another question.
 
     Args:
         parts: By the run's name, which is put before the ids of streams.
+        same_questions: Whether all of them played the same ones: these say no more of other questions than one run.
     """
+
+    def extend(whole: By, part: By, run: str) -> None:
+        for name, found in part.items():
+            whole.setdefault(name, []).extend(
+                replace(o, stream_id=f"{run}/{o.stream_id}", questions=o.stream_id if same_questions else None)
+                for o in found
+            )
+
     first = next(iter(parts.values()))
     whole = Measured(first.macro, first.groups)
     for run, part in parts.items():
-        _extend(whole.results, part.results, run)
-        _extend(whole.ablations, part.ablations, run)
+        extend(whole.results, part.results, run)
+        extend(whole.ablations, part.ablations, run)
         for price, (results, ablations) in part.prices.items():
             kept = whole.prices.setdefault(price, ({}, {}))
-            _extend(kept[0], results, run)
-            _extend(kept[1], ablations, run)
+            extend(kept[0], results, run)
+            extend(kept[1], ablations, run)
         for name, told in part.own.items():
             whole.own.setdefault(name, []).extend(told)
         for name, (similar, exact) in part.uses.items():
@@ -238,8 +247,3 @@ def joined(parts: Mapping[str, Measured]) -> Measured:
     whole.details, whole.examples = first.details, first.examples
     whole.experts, whole.skipped_rows = first.experts, first.skipped_rows
     return whole
-
-
-def _extend(whole: By, part: By, run: str) -> None:
-    for name, found in part.items():
-        whole.setdefault(name, []).extend(replace(o, stream_id=f"{run}/{o.stream_id}") for o in found)

@@ -486,7 +486,7 @@ def test_labels_with_room_stay_where_they_are() -> None:
 
 def test_table_ranks_by_score_and_dims_what_does_not_learn() -> None:
     lines = printed(made_up_report()).splitlines()
-    rows = [line for line in lines if re.search(r"\d–0\.\d{3}", line)]
+    rows = [line for line in lines if re.search("\\d\N{EN DASH}0", line)]
     order = ["oracle", "PPO", "SFT", "recall", "router", "always ask", "never ask"]
     assert [next(label for label in order if label in row) for row in rows] == order
     for row, label in zip(rows, order, strict=True):
@@ -498,6 +498,6 @@ def test_table_ranks_by_score_and_dims_what_does_not_learn() -> None:
 def test_a_narrow_terminal_shows_less_and_cuts_nothing() -> None:
     wide, narrow = (printed(made_up_report(), width) for width in (130, 80))
     assert "seconds" in wide and "seconds" not in narrow
-    for text in ("0.848–0.869", "−0.070 to −0.030", "as in the paper"):
+    for text in ("0.848\N{EN DASH}0.869", "\N{MINUS SIGN}0.070 to \N{MINUS SIGN}0.030", "as in the paper"):
         assert text in wide and text in narrow
-    assert "…" not in narrow
+    assert "\N{HORIZONTAL ELLIPSIS}" not in narrow
