@@ -171,8 +171,9 @@ def _report(config: RunConfig, found: Measured, started: float, num_runs: int = 
 
 
 def _comparisons(results: dict[str, list[Outcome]], price: float, macro: bool, seed: int) -> list[dict[str, Any]]:
-    """The learned agent against imitation and every baseline."""
-    best = best_of(results)
+    """The agent that the report is about, else the best one, against every other."""
+    usable = [name for name in results if name != "oracle"]
+    best = best_of(results) or max(usable, key=lambda name: rates(results[name], price, macro)["score"], default=None)
     return [
         {"a": best, "b": other, **paired_difference(results[best], results[other], price, macro=macro, seed=seed)}
         for other in results

@@ -191,7 +191,8 @@ def summary_of(report: Mapping[str, Any], looks: Mapping[str, Look]) -> list[str
     worth = [row for row in (report.get("experts") or {}).get("gains") or [] if row["agent"] == name]
     if rivals:
         row = pairs[rivals[0]]
-        sentences.append(f"The best agent that learns nothing is {looks[rivals[0]].label}; {label} {_beats(row)}.")
+        rival = "The best agent that learns nothing" if name in SUBJECTS else "Next to it"
+        sentences.append(f"{rival} is {looks[rivals[0]].label}; {label} {_beats(row)}.")
     if seeds := (report.get("seeds") or {}).get(name):
         sentences.append(
             f"Trained {len(seeds['runs'])} times from other seeds it scores {show_score(seeds['mean']['score'])} on "
