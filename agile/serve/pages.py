@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 
 from agile.serve import accounts, questions, requests, reviews, webhooks
 from agile.serve.access import COOKIE, LOGIN_COOKIE, Login, Needs, NeedsForm
-from agile.serve.accounts import EXPERT, USER
+from agile.serve.accounts import ADMINISTRATOR, EXPERT, USER
 from agile.serve.database import new_id
 from agile.serve.desk import desk_of, page, to
 from agile.serve.requests import Said
@@ -31,6 +31,7 @@ STATIC = {"desk.css": "text/css; charset=utf-8", "desk.js": "text/javascript; ch
 SHOWN = 50  # questions of the queue on a page
 MESSAGES = {
     "taken": "Thank you. Your answer is on its way.",
+    "noted": "Thank you. Another expert is asked too, for several must say the same.",
     "again": "Your answer was here already.",
     "late": "Who asked had stopped waiting. The agent remembers your answer.",
     "lost": "This question is no longer yours: somebody else has it, or nobody needs it any more.",
@@ -140,7 +141,8 @@ def _queue(request: Request, login: Login, template: str, said: str) -> Response
         mine=[w for w in waiting if w.mine],
         free=free[:SHOWN],
         more=max(0, len(free) - SHOWN),
-        number=sum(not w.claimed_by for w in free),
+        number=sum(not w.claimed_by and w.passed != "answered" for w in free),
+        decides=login.may(ADMINISTRATOR),
         new_key=new_id,
         said=MESSAGES.get(said, ""),
     )

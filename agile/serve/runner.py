@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agile.config.hours import HoursConfig
 from agile.errors import AgileError
 from agile.executor import Executor
 from agile.own_answers import confidence
@@ -88,7 +89,7 @@ class Runner:
     Args:
         served: Who answers from now on, see `swap`.
         folder: Where the log of sessions is, for `agile show`; what a crash kept from it is added.
-        advice_timeout_s, fallback, similar: See `DeskAdvisor`.
+        advice_timeout_s, fallback, hours, agree, similar: See `DeskAdvisor`.
         load: Gives the agent of a deployment that is served no more, for sessions that it began.
     """
 
@@ -102,12 +103,21 @@ class Runner:
         *,
         advice_timeout_s: float | None = None,
         fallback: Advisor | None = None,
+        hours: HoursConfig | None = None,
+        agree: int = 1,
         similar: Similar | None = None,
         load: Callable[[int], Served] | None = None,
     ) -> None:
         self.database, self.served, self.memory, self.metrics = database, served, memory, metrics
         self._desk = DeskAdvisor(
-            database, STREAM, lasting=True, timeout_s=advice_timeout_s, fallback=fallback, similar=similar
+            database,
+            STREAM,
+            lasting=True,
+            timeout_s=advice_timeout_s,
+            fallback=fallback,
+            hours=hours,
+            agree=agree,
+            similar=similar,
         )
         self._load = load
         self._lock = threading.Lock()

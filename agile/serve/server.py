@@ -165,6 +165,8 @@ def make_app(
         out,
         advice_timeout_s=serve.advice_timeout_s,
         fallback=fallback,
+        hours=serve.hours,
+        agree=serve.agree,
         similar=similar_by(encoder, serve.join_similarity),
         load=load,
     )
