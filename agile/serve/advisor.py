@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from agile.config.hours import HoursConfig
+from agile.conversation import TURNS, in_full
 from agile.protocols import Advisor
 from agile.serve import requests
 from agile.serve.database import Database, DatabaseAway
@@ -68,6 +69,7 @@ class DeskAdvisor:
             budget: What may be spent in a day; nobody is asked whose answer would exceed it. None for any sum.
         """
         item = request.item
+        follows = bool(item.context.get(TURNS))  # and means something else to who did not hear the rest
         try:
             asker = await asyncio.to_thread(
                 requests.post,
@@ -78,10 +80,11 @@ class DeskAdvisor:
                 question=item.question,
                 group=item.group,
                 product=item.product,
+                matched=in_full(item.question, item.context) if follows else None,
                 detail={**about(request), **(detail or {})},
                 price=request.price,
                 reuse=not self.lasting,
-                similar=self.similar,
+                similar=None if follows else self.similar,
                 budget=budget,
                 agree=self.agree,
                 closed=self.hours is not None and not self.hours.are(time.time()),
@@ -138,5 +141,6 @@ def about(request: AdviceRequest) -> dict[str, Any]:
     return {
         "product": {str(k): str(v) for k, v in metadata.items() if v is not None},
         "options": {str(k): str(v) for k, v in (request.item.context.get("options") or {}).items()},
+        TURNS: request.item.context.get(TURNS) or [],
         "message": request.message.strip(),
     }

@@ -92,6 +92,7 @@ def post(
     detail: Mapping[str, Any],
     price: float,
     reuse: bool,
+    matched: str | None = None,
     similar: Similar | None = None,
     budget: float | None = None,
     agree: int = 1,
@@ -101,6 +102,7 @@ def post(
 
     Args:
         session_key: One that posted before is the same asker; None makes a new one each time.
+        matched: What must be the same in questions that are answered together; None for the words of the question.
         reuse: Whether an answer that an identical question had before is taken at once.
         budget: What answers of this scope may cost in a day, those that are waited for included; None for any sum.
         agree: How many experts must give the same answer.
@@ -112,7 +114,7 @@ def post(
     Raises:
         NobodyAsked: The desk is closed, or (`BudgetSpent`) another question would exceed the budget.
     """
-    now, words = time.time(), normalised(question)
+    now, words = time.time(), normalised(question if matched is None else matched)
     with database.writing() as session:
         if not database.is_sqlite:  # two who ask the same at once must find each other
             session.execute(text("SELECT pg_advisory_xact_lock(1095189318)"))
@@ -127,7 +129,7 @@ def post(
             answered = session.scalars(found.order_by(Request.answered_at.desc()).limit(1)).first()
         if answered is None and closed:
             raise NobodyAsked("no expert is there at this time")
-        joined = answered or _same(session, about, question, words, similar)
+        joined = answered or _same(session, about, words, similar)
         if joined is None and budget is not None and committed(session, scope) + price > budget + 1e-9:
             raise BudgetSpent("the budget of the day is spent")
         if joined is None:
@@ -159,14 +161,14 @@ def post(
         return asker.id
 
 
-def _same(session: Session, about: Sequence[Any], question: str, words: str, similar: Similar | None) -> Request | None:
+def _same(session: Session, about: Sequence[Any], words: str, similar: Similar | None) -> Request | None:
     """The waiting request that asks the same, locked until this transaction ends."""
     waiting = select(Request).where(*about, Request.status.in_(WAITING)).order_by(Request.created_at).with_for_update()
     found = session.scalars(waiting).all()
     for request in found:
         if request.matched == words:
             return request
-    index = similar(question, [request.question for request in found]) if similar and found else None
+    index = similar(words, [request.matched for request in found]) if similar and found else None
     return None if index is None else found[index]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 import time
@@ -28,6 +29,7 @@ from agile.serve.models import Question
 from agile.serve.requests import Similar
 from agile.serve.session import STREAM, patiently, play
 from agile.session_log import JsonLines, append_sessions, read_lines
+from agile.subjects import question_about
 from agile.types import Advice, AdviceRequest, Item, Session
 
 logger = logging.getLogger(__name__)
@@ -64,8 +66,10 @@ class Served:
             logger.warning("%s", error)
 
     def item(self, question: Question) -> Item:
-        like = self.products[question.product]
-        return Item(f"{STREAM}/{question.number}", question.text, "", STREAM, like.group, like.product, like.context)
+        known = json.loads(question.context)
+        return question_about(
+            self.products[question.product], f"{STREAM}/{question.number}", question.text, STREAM, known
+        )
 
 
 @dataclass(slots=True)
@@ -199,11 +203,13 @@ class Runner:
         self._thread.join(timeout=30)
         self._log.close()
 
-    def ask(self, user_id: int, text: str, product: str, webhook: str = "") -> tuple[Question, Progress]:
+    def ask(
+        self, user_id: int, text: str, product: str, webhook: str = "", known: Mapping[str, Any] | None = None
+    ) -> tuple[Question, Progress]:
         """Keep a question and begin to answer it. Raises DatabaseAway."""
         served = self._take()
         try:
-            question = questions.ask(self.database, user_id, text, product, served.deployment, webhook)
+            question = questions.ask(self.database, user_id, text, product, served.deployment, webhook, known)
         except BaseException:
             self._give_back(served)
             raise
@@ -219,7 +225,7 @@ class Runner:
         like = self.served.products.get(request.product)
         if like is None or said.answer is None:
             return
-        item = Item(request_id, request.question, "", STREAM, like.group, like.product, like.context)
+        item = question_about(like, request_id, request.question, STREAM, json.loads(request.detail))
         advice = Advice(said.answer, said.explanation, said.expert, request.price)
         self.memory.write(self.served.executor.agent.remember(item, f"late/{request_id}", advice, ""))
         webhooks.tell_late(self.database, request_id, said.answer)
