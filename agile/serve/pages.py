@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import json
 import secrets
 from collections.abc import AsyncIterator
 from functools import lru_cache
@@ -13,6 +14,7 @@ from fastapi import APIRouter, Depends, Form, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
+from agile.conversation import TURNS
 from agile.serve import accounts, questions, requests, reviews, webhooks
 from agile.serve.access import COOKIE, LOGIN_COOKIE, Login, Needs, NeedsForm
 from agile.serve.accounts import ADMINISTRATOR, EXPERT, USER
@@ -281,9 +283,10 @@ def session(request: Request, question_id: str, login: Expert) -> Response:
         raise HTTPException(404, "There is no such session.")
     played = questions.session_of(desk.database, question.number)
     view = None if played is None else describe(played, desk.runner.served.executor.codec)
+    turns = json.loads(question.context).get(TURNS, ())
     told = webhooks.of(desk.database, [question.number])
     words = reviews.history(desk.database, [question.number]).get(question.number, [])
-    return page(desk, "desk_session", login, question=question, view=view, words=words, told=told)
+    return page(desk, "desk_session", login, question=question, view=view, words=words, told=told, turns=turns)
 
 
 @router.post("/desk/webhooks/{webhook_id}/again")

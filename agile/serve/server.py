@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -28,6 +27,7 @@ from agile.serve.access import Access, secret_of
 from agile.serve.app import accuracy, create_app, queue_length
 from agile.serve.database import Database, database_url
 from agile.serve.deployments import BY_CONFIG
+from agile.serve.logs import log_as_json
 from agile.serve.memory import DeskMemory
 from agile.serve.metrics import Metrics
 from agile.serve.models import Deployment
@@ -222,7 +222,7 @@ def run_server(
         agent = Path(first.run) / first.agent
         console.print(f"The agent {agent} answers at {address}/v1, its desk is {address}/desk/queue", soft_wrap=True)
         console.print(f"Accounts: agile serve-user add NAME --role expert {path} out={out}", soft_wrap=True)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+        log_as_json()
         uvicorn.run(
             app,
             host=host,
