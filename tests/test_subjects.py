@@ -35,7 +35,7 @@ def test_own_questions_are_about_rows_of_the_table_or_nothing(tmp_path: Path) ->
     path = write_rows(tmp_path, ROWS)
     found = subjects(JsonlTask(path, path, database=tmp_path / "wines.csv"), "jsonl")
     assert list(found) == ["", "Merlot", "Riesling", "Chianti"]
-    assert found["Merlot"].context["metadata"] == {"name": "Merlot", "color": "red", "price": "12"}
+    assert found["Merlot"].context["metadata"] == {"name": "Merlot", "color": "red", "price": "12.0"}
     alone = question_about(found[""], "x/1", "who ?", "served")
     assert AGENT.question(alone, 0.0, 0.3) == "round 0\nquestion: who ?\n", "nothing of any other question"
     choice = question_about(found[""], "x/1", "how ?", "served", {"options": {"A": "warm", "B": "cool"}})

@@ -31,6 +31,7 @@ Line = Annotated[str, Form(max_length=2000)]
 Text = Annotated[str, Form(max_length=8000)]
 STATIC = {"desk.css": "text/css; charset=utf-8", "desk.js": "text/javascript; charset=utf-8"}
 SHOWN = 50  # questions of the queue on a page
+NO_ENTRY = "There is no such entry."
 MESSAGES = {
     "taken": "Thank you. Your answer is on its way.",
     "noted": "Thank you. Another expert is asked too, for several must say the same.",
@@ -216,9 +217,9 @@ def memory(request: Request, login: Expert, q: str = "") -> Response:
 @router.get("/desk/memory/{entry_id}")
 def memory_entry(request: Request, entry_id: int, login: Expert, said: str = "") -> Response:
     desk = desk_of(request)
-    found = desk.memory.entry(entry_id) if abs(entry_id) < 2**62 else None
+    found = desk.memory.entry(_number(entry_id))
     if found is None:
-        raise HTTPException(404, "There is no such entry.")
+        raise HTTPException(404, NO_ENTRY)
     entry, retired, changes = found
     session = questions.id_of(desk.database, entry.session_id)
     reads, accuracy = reviews.use_of(desk.database, entry_id)
@@ -241,17 +242,24 @@ def edit(request: Request, entry_id: int, login: ExpertForm, key: Line, text: Te
     if not key.strip() or not text.strip() or "\0" in key + text + answer:
         raise HTTPException(422, "An entry needs what it is found by, and a text.")
     texts = {"key": key.strip(), "text": text.strip(), "answer": answer.strip()}
-    return _changed(entry_id, desk_of(request).memory.edit(entry_id, login.user.id, **texts))
+    return _changed(entry_id, desk_of(request).memory.edit(_number(entry_id), login.user.id, **texts))
 
 
 @router.post("/desk/memory/{entry_id}/retire")
 def retire(request: Request, entry_id: int, login: ExpertForm) -> Response:
-    return _changed(entry_id, desk_of(request).memory.retire(entry_id, login.user.id))
+    return _changed(entry_id, desk_of(request).memory.retire(_number(entry_id), login.user.id))
 
 
 @router.post("/desk/memory/{entry_id}/undo")
 def undo(request: Request, entry_id: int, login: ExpertForm) -> Response:
-    return _changed(entry_id, desk_of(request).memory.undo(entry_id, login.user.id))
+    return _changed(entry_id, desk_of(request).memory.undo(_number(entry_id), login.user.id))
+
+
+def _number(entry_id: int) -> int:
+    """Raises HTTPException for a number that no database counts up to."""
+    if abs(entry_id) >= 2**62:
+        raise HTTPException(404, NO_ENTRY)
+    return entry_id
 
 
 def _changed(entry_id: int, done: bool) -> Response:

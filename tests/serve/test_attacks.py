@@ -77,7 +77,7 @@ def test_nothing_breaks_whatever_stands_in_addresses_and_fields(server: Running,
         form = {"csrf": csrf, **dict.fromkeys(FIELDS, odd)} if method == "POST" else None
         answer = root.client.request(method, path, params=query, data=form, headers=headers)
         assert answer.status_code < 500, (route, answer.text)
-        assert "<script>alert" not in answer.text and "password_hash" not in answer.text.replace(odd, ""), route
+        assert "<script>alert" not in answer.text and "$argon2" not in answer.text, route
     if "\0" not in odd and odd.strip() and len(odd) < 4000:
         asked = ask(server, f"is it {odd} ?")
         assert httpx2.get(f"{server.url}/v1/answers/{asked}", headers=headers).json()["question"] == f"is it {odd} ?"

@@ -36,6 +36,7 @@ def opened() -> Iterator[list[Browser]]:
 @pytest.fixture
 def browsers(opened: list[Browser]) -> Iterator[list[Browser]]:
     for browser in opened:
+        browser.open("about:blank", 1280)  # away from a server that has ended
         browser.complaints.clear()
     yield opened
     for browser in opened:
