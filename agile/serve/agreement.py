@@ -81,6 +81,8 @@ def opinions(session: Session, request_ids: Sequence[str]) -> Mapping[str, list[
         .order_by(Opinion.at)
     )
     given: dict[str, list[Given]] = {}
+    if not request_ids:
+        return given
     for opinion, name in session.execute(found):
         given.setdefault(opinion.request_id, []).append(Given(name, opinion.answer, opinion.explanation))
     return given
