@@ -138,9 +138,9 @@ def test_another_site_cannot_use_a_login(server: Running) -> None:
     """A form there has the cookie, where the browser sends it, but no token; nor may its scripts read answers."""
     ann = server.person("ann")
     entry = server.app.state.desk.memory
+    other = found(r'name="csrf" value="([^"]+)"', server.person("bob").client.get("/desk/memory").text)
     for route in (r for r in ROUTES if r.startswith("POST /desk") or r == "POST /logout"):
         assert send(ann.client, route, {"origin": "https://evil.example", "referer": "https://evil.example/"}) == 403
-        other = found(r'name="csrf" value="([^"]+)"', server.person("bob").client.get("/desk/memory").text)
         assert send(ann.client, route, csrf=other) == 403, "the token of another login"
     page = ann.client.get("/desk/queue", headers={"origin": "https://evil.example"})
     assert "access-control-allow-origin" not in page.headers and len(entry) >= 0
@@ -178,6 +178,7 @@ def test_the_log_holds_no_secret(server: Running, caplog: pytest.LogCaptureFixtu
     assert [(s, line) for line in lines for s in secrets if s in line] == []
 
 
+@pytest.mark.slow
 def test_no_request_that_the_schema_allows_breaks_the_api(server: Running) -> None:
     key = server.key()
     schema = schemathesis.openapi.from_url(f"{server.url}/v1/openapi.json")
@@ -187,10 +188,11 @@ def test_no_request_that_the_schema_allows_breaks_the_api(server: Running) -> No
         operation = result.ok()
 
         @given(case=operation.as_strategy())
-        @settings(max_examples=60, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+        @settings(max_examples=40, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
         def check(case: Any) -> None:
-            if isinstance(case.body, dict) and len(str(case.body)) % 2:  # every other one names an agent
-                case.body["model"] = "agile/p1"
+            if isinstance(case.body, dict) and len(str(case.body)) % 2:  # every other one is a question
+                asked = {"model": "agile/p1", "metadata": None, "stream_options": None, "n": 1}
+                case.body.update(asked, messages=[{"role": "user", "content": "is it red ?"}])
             answer = case.call(base_url=server.url, headers=key, timeout=60)
             seen.add((case.operation.label, answer.status_code))
             assert answer.status_code < 500, answer.text
