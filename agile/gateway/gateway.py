@@ -16,34 +16,22 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from agile.advice import AdviceDesk
-from agile.chat_format import Answer, ChatFormat, Message, parsed_arguments, same
+from agile.chat_format import Answer, ChatFormat, Message, same
 from agile.copies import original_id
 from agile.errors import AgileError
 from agile.extras import needs
-from agile.gateway.recording import Recording, Window
+from agile.gateway.call import ADVICE_TOOL, SEEK_ADVICE, Call, as_message
+from agile.gateway.recording import Recording
 from agile.learner import Learner
 from agile.protocols import Advisor
 from agile.seeding import derive_seed
-from agile.types import Advice, Completion, Item, Reward, Session, SessionStatus, Source, Trajectory, Usage
+from agile.types import Advice, Completion, Reward, Session, SessionStatus, Source, Trajectory, Usage
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 logger = logging.getLogger(__name__)
 
-SEEK_ADVICE = "seek_advice"
-ADVICE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": SEEK_ADVICE,
-        "description": "Ask a human expert. Each answer has a price.",
-        "parameters": {
-            "type": "object",
-            "properties": {"question": {"type": "string", "description": "What to ask."}},
-            "required": ["question"],
-        },
-    },
-}
 MAX_ADVICE = 4  # of one call: a policy that asks without end must end
 
 
@@ -129,7 +117,8 @@ class Gateway:
 
     Attributes:
         counts: `calls`, `joined` to an earlier call's segment, `opened` a segment behind the first of a trajectory,
-            `rerendered` (the template changed earlier turns, so that no token could be joined), `corrected` requests.
+            `rerendered` (the template changed earlier turns, so that no token could be joined), `unanswered` (the
+            client hung up, or there was no answer), `corrected` requests.
     """
 
     def __init__(
@@ -394,11 +383,11 @@ class Gateway:
         return list(self.format.prompt(messages, tools))
 
     @asynccontextmanager
-    async def _call(self, t: OpenTrajectory | None, prompt: Sequence[int], source: Source) -> AsyncIterator[_Call]:
+    async def _call(self, t: OpenTrajectory | None, prompt: Sequence[int], source: Source) -> AsyncIterator[Call]:
         recording = Recording() if t is None else t.recording
         before = recording.num_windows
         window = recording.begin(prompt, source)
-        call = _Call(self, t, window, opened=recording.num_windows > before)
+        call = Call(self, t, window, opened=recording.num_windows > before)
         self.counts["calls"] += 1
         self.counts["joined"] += not call.opened
         self.counts["opened"] += call.opened and before > 0
@@ -409,6 +398,7 @@ class Gateway:
             recording.end(window)
         except BaseException:
             recording.abandon(window)
+            self.counts["unanswered"] += 1
             raise
         finally:
             if t is not None:
@@ -455,75 +445,3 @@ class Gateway:
             for t in list(self._open.values()):
                 if t.remote and not t.running and time.monotonic() - t.touched > self.idle_s:
                     self.fail(t, f"no call and no end for {self.idle_s:g} s (idle_s)")
-
-
-@dataclass(slots=True)
-class _Call:
-    """One call under way: what it has sampled so far, the expert's answers in between included."""
-
-    gateway: Gateway
-    trajectory: OpenTrajectory | None
-    window: Window
-    opened: bool
-    usage: Usage = field(default_factory=Usage)
-    num_advice: int = 0
-    prompt: tuple[int, ...] = ()
-
-    @property
-    def token_ids(self) -> list[int]:
-        return self.window.token_ids
-
-    async def sample(self, max_tokens: int | None) -> Completion:
-        t = self.trajectory
-        num = 0 if t is None else t.recording.next_sample()
-        self.prompt = tuple(self.window.token_ids)
-        completion = await self.gateway.sample(self.prompt, max_tokens, self.gateway.seed_of_next(t, num))
-        self.window.sampled(completion)
-        self.usage += completion.usage
-        return completion
-
-    async def advise(self, asked: tuple[str, str], messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
-        """Ask the expert, and show the LLM the answer."""
-        desk, t = self.gateway.desk, self.trajectory
-        assert desk is not None
-        self.num_advice += 1
-        question = question_of(asked[1])
-        name = "unrecorded" if t is None else t.id
-        last = next((str(m["content"]) for m in reversed(messages) if m["role"] == "user"), "")
-        item = Item(name, last, None, "gateway", group="" if t is None else t.group)
-        advice = await desk.seek(f"{name}/0", item, question)
-        if t is not None:
-            t.advice.append(advice)
-        told = list(messages)
-        told.append({"role": "assistant", "content": "", "tool_calls": [_tool_call(*asked)]})
-        told.append({"role": "tool", "name": SEEK_ADVICE, "content": advice_text(advice)})
-        more = self.gateway.format.continuation(told, len(told) - 1, tools, ended=True)
-        if more is None:
-            raise AgileError(
-                "The chat template changes earlier turns when a tool has answered; advice cannot be shown."
-            )
-        self.window.observe(Source.ADVISOR, more)
-
-
-def as_message(answer: Answer) -> Message:
-    """An answer as chat templates take it."""
-    message: Message = {"role": "assistant", "content": answer.content}
-    if answer.tool_calls:
-        message["tool_calls"] = [_tool_call(*call) for call in answer.tool_calls]
-    return message
-
-
-def _tool_call(name: str, arguments: str) -> Message:
-    return {"type": "function", "function": {"name": name, "arguments": parsed_arguments(arguments)}}
-
-
-def question_of(arguments: str) -> str:
-    found = parsed_arguments(arguments)
-    return str(found.get("question", "")) if isinstance(found, dict) else str(found)
-
-
-def advice_text(advice: Advice) -> str:
-    """What the LLM is shown."""
-    if not advice.answered:
-        return f"No advice: {advice.explanation or 'the expert does not know'}."
-    return f"{advice.answer}. {advice.explanation}" if advice.explanation else advice.answer
