@@ -68,6 +68,7 @@ def write_rows(folder: Path, rng: Random) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/from-trl"), help="new folder")
+    parser.add_argument("--model", help="Hugging Face folder; a tiny one from scratch without it")
     parser.add_argument("words", nargs="*", help="further settings, a.b=value")
     args = parser.parse_args()
     files = args.out / "files"
@@ -80,12 +81,12 @@ def main() -> None:
             train=files / "train.jsonl",
             validation=files / "validation.jsonl",
             grader="from_trl.grade",  # this file's
-            model=None,  # a Hugging Face folder in its place needs no imitation
-            imitate=files / "imitate.jsonl",
+            model=args.model,
+            imitate=None if args.model else files / "imitate.jsonl",
         ),
         [
-            # args=GRPOConfig(num_train_epochs=12, per_device_train_batch_size=400, num_generations=8,
-            "n_epochs=12",
+            # args=GRPOConfig(num_train_epochs=6, per_device_train_batch_size=400, num_generations=8,
+            "n_epochs=6",
             "batch_size=50",
             "ppo.rollouts_per_stream=8",
             #                 learning_rate=1e-3, num_iterations=2, epsilon=0.2, beta=0.0, max_completion_length=16,
@@ -94,10 +95,12 @@ def main() -> None:
             "ppo.clip=0.2",
             "ppo.kl_coef=0",
             "rollout.max_action_tokens=16",
-            #                 max_steps=-1, eval_strategy="steps", eval_steps=4, seed=0)
-            "eval_interval=4",
+            #                 max_steps=-1, eval_strategy="steps", eval_steps=3, seed=0)
+            "eval_interval=3",
             "seed=0",
-            *("sft.num_steps=150", "rollout.max_context_tokens=64", "threads=1"),  # of the tiny model alone
+            "rollout.max_context_tokens=64",
+            "threads=1",
+            *([] if args.model else ["sft.num_steps=150"]),
             *args.words,
         ],
     )
