@@ -143,7 +143,7 @@ SHUFFLED = ("demo.shuffle_rewards=true",)
 
 def sampled(report: dict[str, Any], at: int) -> float:
     """Mean reward of what was sampled in two iterations: each is of another half of the rows."""
-    course = [point["train"] for point in report["course"] if point["train"] is not None]
+    course: list[float] = [point["train"] for point in report["course"] if point["train"] is not None]
     return sum(course[at:][:2]) / 2
 
 

@@ -335,8 +335,9 @@ class _Answering:
 async def _unless_gone(request: Request, playing: asyncio.Future[Reply]) -> Reply | None:
     """What is played; None if the client hangs up, which ends it: nobody learns from an answer that nobody got."""
     gone = asyncio.ensure_future(_hung_up(request))
+    either: set[asyncio.Future[Any]] = {playing, gone}
     try:
-        await asyncio.wait({playing, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         return await playing if playing.done() else None
     finally:
         gone.cancel()
