@@ -35,16 +35,17 @@ GRADER = {
     "reference": "{{ item.invoice }}",
     "fields": {"seller": {}, "total": {}},
 }
-SETTINGS = ("compute_multiplier=0.5", "eval_interval=2", "threads=1")
-EPOCHS = {"train": 200, "shuffled": 30}
+SETTINGS = ("compute_multiplier=0.25", "eval_interval=5", "threads=1")
+EPOCHS = {"train": 200, "shuffled": 50}
 LIMITS = ("rollout.max_action_tokens=32", "rollout.max_context_tokens=96")
-IMITATION = ("sft.num_steps=500", "sft.lr=4e-3", "sft.batch_size=64", "sft.checkpoint_every=500")
+IMITATION = ("sft.num_steps=300", "sft.lr=4e-3", "sft.batch_size=64", "sft.checkpoint_every=300")
+KINDS = ("invoice", "bill", "bill")
 WRONG = {"invoice": 0.15, "bill": 0.85}  # how often the player is wrong about each field
 
 
 def note(rng: random.Random) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """A note, what it says, and what the weak player takes it for."""
-    kind = rng.choice(list(WRONG))
+    kind = rng.choice(KINDS)
     seller, buyer = rng.sample(NAMES, 2)
     net, total = rng.sample(AMOUNTS, 2)
     parts = [[f"from {seller}", f"to {buyer}"], [f"net {net}", f"total {total}"]]
@@ -64,7 +65,7 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_files(folder: Path, seed: int, *, num_rows: int = 50, num_imitated: int = 12_000) -> None:
+def write_files(folder: Path, seed: int, *, num_rows: int = 50, num_imitated: int = 4000) -> None:
     """Rows to imitate, to train on, and to validate on; no note stands in two files."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
