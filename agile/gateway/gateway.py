@@ -14,86 +14,37 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agile.advice import AdviceDesk
-from agile.chat_format import Answer, ChatFormat, Message, same
+from agile.chat_format import Answer, ChatFormat, Message, as_message, parsed_arguments, same, tool_call
 from agile.copies import original_id
 from agile.errors import AgileError
 from agile.extras import needs
-from agile.gateway.call import ADVICE_TOOL, SEEK_ADVICE, Call, as_message
-from agile.gateway.recording import Recording
+from agile.gateway.recording import Recording, Window
+from agile.gateway.trajectory import OpenTrajectory, Reply, State
 from agile.learner import Learner
 from agile.protocols import Advisor
 from agile.seeding import derive_seed
-from agile.types import Advice, Completion, Reward, Session, SessionStatus, Source, Trajectory, Usage
-
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+from agile.types import Advice, Completion, Item, Reward, Session, SessionStatus, Source, Trajectory, Usage
 
 logger = logging.getLogger(__name__)
 
-_NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # plain HTTP needs none; loading them takes 35 ms a client
+SEEK_ADVICE = "seek_advice"
+ADVICE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": SEEK_ADVICE,
+        "description": "Ask a human expert. Each answer has a price.",
+        "parameters": {
+            "type": "object",
+            "properties": {"question": {"type": "string", "description": "What to ask."}},
+            "required": ["question"],
+        },
+    },
+}
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the gateway has none: a client need not load all authorities' keys
 MAX_ADVICE = 4  # of one call: a policy that asks without end must end
-
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    """A conversation after one of its calls: as the client has it, and as the LLM saw it."""
-
-    messages: tuple[Message, ...]
-    tools: Any
-    token_ids: tuple[int, ...]
-    ended: bool
-
-
-@dataclass(slots=True, eq=False)
-class OpenTrajectory:
-    """What one run of an agent says through the gateway, from its first call to its reward.
-
-    Attributes:
-        id: Its name in logs.
-        group: Trajectories of one group are compared by the estimator `group`.
-        reward: Of the whole trajectory; to be set before it ends.
-        api_key: Calls with this key belong to it.
-        client: An `openai.AsyncOpenAI` that makes such calls.
-        num_calls: How many were answered.
-    """
-
-    id: str
-    group: str
-    api_key: str
-    client: AsyncOpenAI
-    reward: float | None = None
-    num_calls: int = 0
-    remote: bool = False
-    touched: float = field(default_factory=time.monotonic)
-    running: int = 0
-    recording: Recording = field(default_factory=Recording)
-    states: list[_State] = field(default_factory=list)
-    advice: list[Advice] = field(default_factory=list)
-    usage: Usage = field(default_factory=Usage)
-
-    @property
-    def session_id(self) -> str:
-        return f"{self.id}/0"
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What a client's call gets.
-
-    Attributes:
-        message_ids: All that was sampled last, for log-probabilities.
-        finish_reason: `stop`, `length` or `tool_calls`.
-        opened: Whether the call opened a segment of its own, which the first one of a trajectory does.
-    """
-
-    answer: Answer
-    completion: Completion
-    finish_reason: str
-    usage: Usage
-    opened: bool
 
 
 class Gateway:
@@ -236,9 +187,14 @@ class Gateway:
             raise AgileError(f"There is a trajectory {id!r} already; each needs an id of its own, or share a group.")
         self._ids.add(id)
         key = f"agile-{secrets.token_urlsafe(24)}"
-        http = DefaultAsyncHttpxClient(verify=_NO_CERTIFICATES)
-        client = AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=None, http_client=http)
-        t = OpenTrajectory(id, id if group is None else group, key, client, remote=remote)
+        client = AsyncOpenAI(
+            base_url=self.base_url,
+            api_key=key,
+            max_retries=0,
+            timeout=None,
+            http_client=DefaultAsyncHttpxClient(verify=NO_TLS),
+        )
+        t = OpenTrajectory(id, id if group is None else group, key, client, self, remote=remote)
         self._open[key] = t
         return t
 
@@ -266,6 +222,10 @@ class Gateway:
         counted = self.failure_reward is not None and t.num_calls > 0
         status = SessionStatus.TRUNCATED if counted else SessionStatus.FAILED
         self._close(t, status, error, self.failure_reward if counted else None)
+
+    def discard(self, t: OpenTrajectory) -> None:
+        """End a trajectory from which nothing is to be learned, a test's for instance."""
+        self._open.pop(t.api_key, None)
 
     def _close(self, t: OpenTrajectory, status: SessionStatus, error: str, reward: float | None) -> None:
         del self._open[t.api_key]
@@ -357,7 +317,7 @@ class Gateway:
             ended = completion.finish_reason == "stop"
             if t is not None:
                 said = (*messages, as_message(answer))
-                t.states.append(_State(said, tools, tuple(call.token_ids), ended))
+                t.states.append(State(said, tools, tuple(call.token_ids), ended))
         reason = "length" if not ended else "tool_calls" if answer.tool_calls else "stop"
         return Reply(answer, completion, reason, call.usage, call.opened)
 
@@ -386,11 +346,11 @@ class Gateway:
         return list(self.format.prompt(messages, tools))
 
     @asynccontextmanager
-    async def _call(self, t: OpenTrajectory | None, prompt: Sequence[int], source: Source) -> AsyncIterator[Call]:
+    async def _call(self, t: OpenTrajectory | None, prompt: Sequence[int], source: Source) -> AsyncIterator[_Call]:
         recording = Recording() if t is None else t.recording
         before = recording.num_windows
         window = recording.begin(prompt, source)
-        call = Call(self, t, window, opened=recording.num_windows > before)
+        call = _Call(self, t, window, opened=recording.num_windows > before)
         self.counts["calls"] += 1
         self.counts["joined"] += not call.opened
         self.counts["opened"] += call.opened and before > 0
@@ -448,3 +408,63 @@ class Gateway:
             for t in list(self._open.values()):
                 if t.remote and not t.running and time.monotonic() - t.touched > self.idle_s:
                     self.fail(t, f"no call and no end for {self.idle_s:g} s (idle_s)")
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call under way: what it has sampled so far, the expert's answers in between included."""
+
+    gateway: Gateway
+    trajectory: OpenTrajectory | None
+    window: Window
+    opened: bool
+    usage: Usage = field(default_factory=Usage)
+    num_advice: int = 0
+    prompt: tuple[int, ...] = ()
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.window.token_ids
+
+    async def sample(self, max_tokens: int | None) -> Completion:
+        t = self.trajectory
+        num = 0 if t is None else t.recording.next_sample()
+        self.prompt = tuple(self.window.token_ids)
+        completion = await self.gateway.sample(self.prompt, max_tokens, self.gateway.seed_of_next(t, num))
+        self.window.sampled(completion)
+        self.usage += completion.usage
+        return completion
+
+    async def advise(self, asked: tuple[str, str], messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
+        """Ask the expert, and show the LLM the answer."""
+        desk, t = self.gateway.desk, self.trajectory
+        assert desk is not None
+        self.num_advice += 1
+        question = question_of(asked[1])
+        name = "unrecorded" if t is None else t.id
+        last = next((str(m["content"]) for m in reversed(messages) if m["role"] == "user"), "")
+        item = Item(name, last, None, "gateway", group="" if t is None else t.group)
+        advice = await desk.seek(f"{name}/0", item, question)
+        if t is not None:
+            t.advice.append(advice)
+        told = list(messages)
+        told.append({"role": "assistant", "content": "", "tool_calls": [tool_call(*asked)]})
+        told.append({"role": "tool", "name": SEEK_ADVICE, "content": advice_text(advice)})
+        more = self.gateway.format.continuation(told, len(told) - 1, tools, ended=True)
+        if more is None:
+            raise AgileError(
+                "The chat template changes earlier turns when a tool has answered; advice cannot be shown."
+            )
+        self.window.observe(Source.ADVISOR, more)
+
+
+def question_of(arguments: str) -> str:
+    found = parsed_arguments(arguments)
+    return str(found.get("question", "")) if isinstance(found, dict) else str(found)
+
+
+def advice_text(advice: Advice) -> str:
+    """What the LLM is shown."""
+    if not advice.answered:
+        return f"No advice: {advice.explanation or 'the expert does not know'}."
+    return f"{advice.answer}. {advice.explanation}" if advice.explanation else advice.answer
