@@ -26,9 +26,10 @@ test-vllm: .venv-vllm/.installed ## the tests that need vLLM (on the CPU) or age
 
 AXE := 4.14.1
 
-browser: .venv/.installed ## what tests of pages need, where it is missing: Chromium by apt-get (as root), axe-core by npm
+browser: .venv/.installed ## what tests of pages need, where it is missing: Chromium and npm by apt-get (as root), axe-core by npm
 	@{ command -v chromium || command -v chromium-browser || command -v google-chrome || command -v chrome; } >/dev/null \
 	    || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-liberation; } >/dev/null
+	@command -v npm >/dev/null || { apt-get update -q && apt-get install -y -q --no-install-recommends npm; } >/dev/null
 	@test -e .venv/node_modules/axe-core/axe.min.js \
 	    || npm install --silent --no-audit --no-fund --prefix .venv axe-core@$(AXE)
 
