@@ -21,7 +21,7 @@ class Mail:
     @property
     def head(self) -> str:
         """What a list of mails shows of it."""
-        return f"{self.id} {self.sender} : {self.subject}"
+        return f"{self.id} {self.sender} {self.subject}"
 
 
 class Mailbox:

@@ -1,8 +1,9 @@
 """A clue puzzle in the manner of Temporal Clue: who did it, where and when, from statements that leave one answer.
 
-One of four suspects did it, in one of four places, at one of four hours. Statements rule suspects out, tie suspects to
-places and places to hours, some by what was, some by what was not. They are shuffled, and some are about people and
-places that turn out not to matter.
+One of four suspects did it, in one of four places, at one of four hours. Three were away; where each of them might have
+been, and when each place might have been entered, is said by what was or by what was not. The statements are shuffled,
+and most are about suspects and places that turn out not to matter. A statement is written as one word, which is one
+token of a small vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Statement:
 
     Attributes:
         value: The place of a suspect, or the hour of a place; "" for a suspect who was away.
-        holds: Whether it was so, and nothing else, or was not so.
+        holds: Whether it was so, and nothing else; else it was not so.
     """
 
     subject: str
@@ -36,10 +37,8 @@ class Statement:
 
     def __str__(self) -> str:
         if not self.value:
-            return f"{self.subject} was away ."
-        if self.subject in WHO:
-            return f"{self.subject} {'was only in' if self.holds else 'was never in'} {self.value} ."
-        return f"{self.subject} {'was open only at' if self.holds else 'was locked at'} {self.value} ."
+            return f"{self.subject}-away"
+        return f"{self.subject}{'' if self.holds else '-not'}-{'in' if self.subject in WHO else 'at'}-{self.value}"
 
     def allows(self, answer: Answer) -> bool:
         """Whether the answer agrees with it."""
@@ -48,6 +47,13 @@ class Statement:
             return who != self.subject
         found = where if self.subject == who else when if self.subject == where else None
         return found is None or (found == self.value) == self.holds
+
+
+STATEMENTS = tuple(Statement(name, "", True) for name in WHO) + tuple(
+    Statement(subject, value, holds)
+    for subjects, values in ((WHO, WHERE), (WHERE, WHEN))
+    for subject, value, holds in product(subjects, values, (True, False))
+)  # all that can be stated
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +74,16 @@ def solutions(statements: Sequence[Statement]) -> list[Answer]:
 
 def generate(rng: random.Random) -> Puzzle:
     """A puzzle with exactly one solution."""
-    answer = tuple(rng.choice(part) for part in PARTS)
-    who, where, _ = answer
-    statements = [Statement(name, "", False) for name in WHO if name != who]
-    other_who, other_where = rng.choice([w for w in WHO if w != who]), rng.choice([w for w in WHERE if w != where])
-    for subject, values, value in (
-        (who, WHERE, where),
-        (other_who, WHERE, rng.choice(WHERE)),
-        (where, WHEN, answer[2]),
-        (other_where, WHEN, rng.choice(WHEN)),
-    ):
+    who, where, when = (rng.choice(part) for part in PARTS)
+    statements = [Statement(name, "", True) for name in WHO if name != who]
+    known = {name: rng.choice(WHERE) for name in WHO} | {place: rng.choice(WHEN) for place in WHERE}
+    for subject, value in (known | {who: where, where: when}).items():
         if rng.random() < 0.5:
             statements.append(Statement(subject, value, True))
         else:
-            statements += [Statement(subject, v, False) for v in values if v != value]
+            statements += [Statement(subject, v, False) for v in (WHERE if subject in WHO else WHEN) if v != value]
     rng.shuffle(statements)
-    return Puzzle(tuple(statements), answer)
+    return Puzzle(tuple(statements), (who, where, when))
 
 
 def read(text: str) -> tuple[str, ...] | None:
@@ -98,25 +98,23 @@ def score(puzzle: Puzzle, text: str) -> float:
     return sum(a == b for a, b in zip(parts, puzzle.answer, strict=True)) / len(PARTS) if parts else 0.0
 
 
-def follows(statements: Sequence[Statement], said: Sequence[str]) -> set[str]:
-    """What the next part can be by what is said of the part before it, the suspects' by who was away."""
-    part, about = PARTS[len(said)], [s for s in statements if (s.subject == said[-1] if said else not s.value)]
+def follows(statements: Sequence[Statement], said: Sequence[str]) -> str:
+    """The next part of an answer, by what is stated about the part before it."""
     if not said:
-        return {name for name in part if name not in {s.subject for s in about}}
-    about = [s for s in about if s.value]
-    return {v for v in part if all((s.value == v) == s.holds for s in about)} if about else set()
+        away = {s.subject for s in statements if not s.value}
+        (left,) = set(WHO) - away
+    else:
+        about = [s for s in statements if s.value and s.subject == said[-1]]
+        (left,) = (v for v in PARTS[len(said)] if all((s.value == v) == s.holds for s in about))
+    return left
 
 
 def hasty(puzzle: Puzzle, rng: random.Random, *, care: float) -> str:
-    """What a weak detective says: with probability `care` a part that follows, else the first of its kind that is read.
-
-    A part follows from the part before it, right or wrong, as far as anything was said of that one.
-    """
+    """What a weak detective says: each part follows from the one before with probability `care`, else it is the last of
+    its kind that was read."""
+    words = [word for s in puzzle.statements for word in (s.subject, s.value)]
     said: list[str] = []
     for part in PARTS:
-        left = follows(puzzle.statements, said)
-        if len(left) == 1 and rng.random() < care:
-            said += left
-        else:
-            said.append(next(word for word in str(puzzle).split() if word in part))
+        last = next(word for word in reversed(words) if word in part)
+        said.append(follows(puzzle.statements, said) if rng.random() < care else last)
     return " ".join(said)

@@ -1,5 +1,5 @@
-import json
 import random
+from typing import Any
 
 import pytest
 
@@ -13,9 +13,8 @@ def test_every_question_is_answered_by_one_mail_alone() -> None:
     for mails, question in WORLDS:
         right = [m for m in mails if (m.sender, m.subject.split()[0]) == question.keywords]
         assert [m.id for m in right] == [question.mail]
-        days_and_cities = [word for word in right[0].body.split() if word in game.ANSWERS[question.kind]]
-        assert days_and_cities == [question.answer]
-        assert all(word in question.text.split() for word in (*question.keywords, question.kind))
+        assert [word for word in right[0].body.split() if word in game.MONTHS] == [question.answer]
+        assert set(question.keywords) <= set(question.text.split())
         assert question.answer not in question.text
 
 
@@ -32,38 +31,37 @@ def test_the_keywords_find_the_mail_and_fewer_others_than_one_of_them() -> None:
 
 
 def test_questions_and_answers_vary() -> None:
-    assert {q.kind for _, q in WORLDS} == set(game.ANSWERS)
-    for kind, answers in game.ANSWERS.items():
-        assert {q.answer for _, q in WORLDS if q.kind == kind} == set(answers)
+    assert {q.answer for _, q in WORLDS} == set(game.MONTHS)
+    assert len({tuple(mails) for mails, _ in WORLDS}) == len(WORLDS)
+    assert len({q.text for _, q in WORLDS}) > 80
 
 
 def test_tools_answer_whatever_is_called() -> None:
     mails, question = WORLDS[0]
     mailbox, (mail,) = Mailbox(mails), [m for m in mails if m.id == question.mail]
-    query = json.dumps({"query": f" {' '.join(question.keywords)} "})
-    assert game.respond(mailbox, "search", query).startswith(mail.head)
+    assert mail.head in game.respond(mailbox, "search", {"query": f" {' '.join(question.keywords)} "})
     for id in (mail.id, str(mail.id), f" {mail.id} "):
-        assert game.respond(mailbox, "read", json.dumps({"id": id})) == f"{mail.head} : {mail.body}"
-    assert game.respond(mailbox, "read", '{"id": 99}') == game.NONE
-    assert game.respond(mailbox, "search", '{"query": "nobody"}') == game.NONE
+        assert game.respond(mailbox, "read", {"id": id}) == f"{mail.head} {mail.body}"
+    assert game.respond(mailbox, "read", {"id": 99}) == game.NONE
+    assert game.respond(mailbox, "search", {"query": "nobody"}) == game.NONE
 
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("delete", '{"id": 1}'),
-        ("read", ""),
-        ("read", "7"),
-        ("read", "[7]"),
-        ("read", "null"),
-        ("read", '{"query": "alice"}'),
-        ("read", '{"id": "alice"}'),
-        ("read", '{"id": null}'),
-        ("search", '{"id": 1}'),
-        ("search", '{"query": "alice"'),
+        ("delete", {"id": 1}),
+        ("read", '{"id": 1'),
+        ("read", 7),
+        ("read", [7]),
+        ("read", None),
+        ("read", {"query": "alice"}),
+        ("read", {"id": "alice"}),
+        ("read", {"id": None}),
+        ("search", {"id": 1}),
+        ("search", {}),
     ],
 )
-def test_bad_calls_are_told_so(name: str, arguments: str) -> None:
+def test_bad_calls_are_told_so(name: str, arguments: Any) -> None:
     assert game.respond(Mailbox(WORLDS[0][0]), name, arguments) == game.BAD_CALL
 
 
