@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from agile.chat_format import for_template
 from agile.errors import AgileError
-from agile.gateway.gateway import Gateway, OpenTrajectory, Reply
+from agile.gateway.gateway import Gateway
+from agile.gateway.trajectory import OpenTrajectory, Reply
 from agile.serve.errors import ApiError
 from agile.types import Usage
 
