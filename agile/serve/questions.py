@@ -21,6 +21,7 @@ from agile.errors import AgileError
 from agile.serve import terms, webhooks
 from agile.serve.database import Database, new_id
 from agile.serve.models import JournalEntry, MemoryRead, Question, User
+from agile.serve.requests import number_of
 from agile.session_log import session_from_json
 from agile.types import Session, to_json
 
@@ -68,11 +69,8 @@ def by_id(database: Database, question_id: str) -> Question | None:
 
 def id_of(database: Database, session_id: str) -> str | None:
     """The id of the question whose session this is; None if it is not one of this server's."""
-    number = session_id.rpartition("/")[2]
-    if not number.isdecimal():
-        return None
     with database.reading() as session:
-        return session.scalar(select(Question.id).where(Question.number == int(number)))
+        return session.scalar(select(Question.id).where(Question.number == number_of(session_id)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import CursorResult, func, or_, select, text, update
+from sqlalchemy import CursorResult, Select, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from agile.serve.accounts import EXPERT
 from agile.serve.database import Database, new_id
-from agile.serve.models import Asker, Claim, Request, User
+from agile.serve.models import Asker, Claim, MemoryChange, MemoryEntry, Question, Request, User
 from agile.serve.terms import WAITING, committed
 
 # Which of the waiting questions means the same as this one, if any does.
@@ -98,6 +98,9 @@ def post(
 ) -> int:
     """Put a question to the experts, or wait with others for its answer.
 
+    A session of this server that may have read memory before the answer to an identical question was in it takes that
+    answer.
+
     Args:
         session_key: One that posted before is the same asker; None makes a new one each time.
         reuse: Whether an answer that an identical question had before is taken at once.
@@ -123,6 +126,9 @@ def post(
             found = select(Request).where(*about, Request.matched == words, Request.status == "answered")
             answered = session.scalars(found.order_by(Request.answered_at.desc()).limit(1)).first()
         joined = answered or _same(session, about, question, words, similar)
+        if joined is None and not reuse:
+            same = select(Request).where(*about, Request.matched == words, Request.status == "answered")
+            joined = answered = _unread(session, same, session_id)
         if joined is None and budget is not None and committed(session, scope) + price > budget + 1e-9:
             raise BudgetSpent
         if joined is None:
@@ -162,6 +168,54 @@ def _same(session: Session, about: Sequence[Any], question: str, words: str, sim
             return request
     index = similar(question, [request.question for request in found]) if similar and found else None
     return None if index is None else found[index]
+
+
+def _unread(session: Session, answered: Select[Request], session_id: str) -> Request | None:
+    """The newest of these, if no session that was told it had ended, and so remembered it, before this one began.
+
+    None where people have changed or retired since what was remembered of it.
+    """
+    began = session.scalar(select(Question.created_at).where(Question.number == number_of(session_id)))
+    request = session.scalars(answered.order_by(Request.answered_at.desc()).limit(1)).first()
+    if began is None or request is None:
+        return None
+    told = [number_of(name) for name in _sessions(session, request.id)]
+    ended = select(Question.number).where(Question.number.in_(told), Question.finished_at <= began).limit(1)
+    assert request.answered_at is not None
+    unread = request.answered_at > began or (told and session.scalar(ended) is None)
+    return request if unread and not _mended(session, request.id) else None
+
+
+def number_of(session_id: str) -> int:
+    """The number of the question whose session this is, 0 for those of other names.
+
+    >>> number_of("served/12"), number_of("late/12"), number_of("s/1")
+    (12, 0, 0)
+    """
+    number = session_id.removeprefix("served/")
+    return int(number) if number.isdecimal() else 0
+
+
+def _sessions(session: Session, request_id: str) -> Sequence[str]:
+    """Those that were told the answer."""
+    return session.scalars(select(Asker.session_id).where(Asker.request_id == request_id, Asker.status == "told")).all()
+
+
+def _mended(session: Session, request_id: str) -> bool:
+    """Whether a person has changed or retired what was remembered of an answer."""
+    names = [*_sessions(session, request_id), f"late/{request_id}"]
+    by_people = (
+        select(MemoryChange.id)
+        .join(MemoryEntry, MemoryEntry.id == MemoryChange.entry_id)
+        .where(MemoryEntry.session_id.in_(names), MemoryChange.user_id.is_not(None))
+    )
+    return session.scalar(by_people.limit(1)) is not None
+
+
+def is_mended(session: Session, session_id: str) -> bool:
+    """Whether a person has changed or retired what others remembered of the answer that this session was told."""
+    told = session.scalar(select(Asker.request_id).where(Asker.session_key == f"served:{session_id}"))
+    return told is not None and _mended(session, told)
 
 
 def queue(database: Database, user_id: int) -> list[Waiting]:

@@ -13,6 +13,7 @@ from agile.advice import AdviceDesk
 from agile.executor import Executor
 from agile.protocols import Policy, Tool
 from agile.seeding import derive_seed
+from agile.serve import requests
 from agile.serve.database import Database, DatabaseAway
 from agile.serve.memory import DeskMemory
 from agile.serve.questions import Journal
@@ -178,7 +179,8 @@ class _Memory:
         if (found := self.journal.given("write")) is not None:
             return [int(i) for i in found]
         with self.database.writing() as session:  # an entry without its journal would be written again
-            ids = self.memory.write_new(items, session)
+            mended = items and requests.is_mended(session, items[0].session_id)
+            ids = [] if mended else self.memory.write_new(items, session)
             self.journal.add("write", ids)
             self.journal.save(session)
         return ids
