@@ -3,10 +3,9 @@
     pip install -c constraints.txt -e ".[serve]"
     python -m examples.clues runs/clues --seed 0
 
-A Llama of 0.1 million parameters first imitates a hasty detective: each part of its answer follows from the statements
-with probability 0.35, else it is the last name of its kind that was read. Then it learns, GRPO over groups of answers
-to the same puzzle; the reward is the share of the three parts that are right. Every puzzle is new, in training and in
-tests.
+A Llama of 0.1 million parameters first imitates a hasty detective, who mostly overlooks that somebody was
+away or was not there, and names those whom it should rule out. Then it learns, GRPO over groups of answers to the same
+puzzle; the reward is the share of the three parts that are right. Every puzzle is new, in training and in tests.
 """
 
 from random import Random
@@ -15,7 +14,7 @@ from agile.gateway import OpenTrajectory
 from agile.tasks.games import clues
 from examples.harness import Conversation, Example, main
 
-CARE = 0.35
+CARE = 0.3
 
 
 def say(puzzle: clues.Puzzle) -> Conversation:
@@ -44,8 +43,8 @@ EXAMPLE = Example(
     words=[*clues.WHO, *clues.WHERE, *clues.WHEN, *map(str, clues.STATEMENTS)],
     context=64,
     demonstrate=demonstrate,
-    num_demonstrations=12000,
-    imitation_steps=250,
+    num_demonstrations=6000,
+    imitation_steps=300,
     play=play,
     measure=measure,
     figures={
@@ -59,16 +58,16 @@ EXAMPLE = Example(
             "value_coef": 0,
             "value_warmup_epochs": 0,
             "kl_coef": 0,
-            "lr": 1e-3,
-            "num_epochs": 2,
+            "lr": 2e-3,
+            "num_epochs": 4,
             "checkpoint_every": 1000,
         }
     },
-    num_steps=40,
+    num_steps=50,
     groups=16,
     size=8,
-    num_tests=200,
-    test_every=5,
+    num_tests=100,
+    test_every=10,
 )
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from agile.tasks.games import mailbox as game
 from agile.tools.mailbox import Mailbox
 from examples.harness import Conversation, Example, main
 
-MAX_CALLS, MAX_HITS = 5, 2
+MAX_CALLS, MAX_HITS = 4, 2
 SEARCH_PRICE = 0.1
 CALL = '<tool_call>{"name":"NAME","arguments":{"ARGUMENT":"', '"}}</tool_call>'  # one word each, around what is typed
 TEMPLATE = """\
@@ -71,7 +71,7 @@ def words() -> list[str]:
     texts = " ".join([*game.QUESTIONS, game.BODY, game.NONE, game.BAD_CALL]).split()
     numbers = [str(id) for id in range(1, game.NUM_MAILS + 1)]
     known = [*game.PEOPLE, *game.TOPICS, *game.EVENTS, *game.MONTHS, *numbers, "tool", "|", *calls, closing]
-    return [*known, *sorted({word for word in texts if "{" not in word})]
+    return list(dict.fromkeys([*known, *(word for word in texts if "{" not in word)]))
 
 
 EXAMPLE = Example(
@@ -81,8 +81,8 @@ EXAMPLE = Example(
     template=TEMPLATE,
     tools=game.TOOLS,
     demonstrate=demonstrate,
-    num_demonstrations=6000,
-    imitation_steps=250,
+    num_demonstrations=1200,
+    imitation_steps=200,
     play=play,
     measure=measure,
     figures={
@@ -97,15 +97,15 @@ EXAMPLE = Example(
             "value_coef": 0,
             "value_warmup_epochs": 0,
             "kl_coef": 0,
-            "lr": 1e-3,
-            "num_epochs": 2,
+            "lr": 2e-3,
+            "num_epochs": 4,
             "checkpoint_every": 1000,
         }
     },
-    num_steps=40,
+    num_steps=30,
     groups=8,
     size=8,
-    num_tests=100,
+    num_tests=60,
     test_every=10,
 )
 

@@ -98,23 +98,17 @@ def score(puzzle: Puzzle, text: str) -> float:
     return sum(a == b for a, b in zip(parts, puzzle.answer, strict=True)) / len(PARTS) if parts else 0.0
 
 
-def follows(statements: Sequence[Statement], said: Sequence[str]) -> str:
-    """The next part of an answer, by what is stated about the part before it."""
-    if not said:
-        away = {s.subject for s in statements if not s.value}
-        (left,) = set(WHO) - away
-    else:
-        about = [s for s in statements if s.value and s.subject == said[-1]]
-        (left,) = (v for v in PARTS[len(said)] if all((s.value == v) == s.holds for s in about))
-    return left
-
-
 def hasty(puzzle: Puzzle, rng: random.Random, *, care: float) -> str:
-    """What a weak detective says: each part follows from the one before with probability `care`, else it is the last of
-    its kind that was read."""
-    words = [word for s in puzzle.statements for word in (s.subject, s.value)]
+    """What a weak detective says, who mostly overlooks that somebody was away or not there.
+
+    Each part is looked up in the statements about the part before it. Where they say what was not so, it is what they
+    leave with probability `care`, else any of what they mention.
+    """
     said: list[str] = []
     for part in PARTS:
-        last = next(word for word in reversed(words) if word in part)
-        said.append(follows(puzzle.statements, said) if rng.random() < care else last)
+        about = [s for s in puzzle.statements if (s.value and s.subject == said[-1] if said else not s.value)]
+        named = [s.value or s.subject for s in about]
+        if len(named) > 1 and rng.random() < care:
+            named = [name for name in part if name not in named]
+        said.append(rng.choice(named))
     return " ".join(said)

@@ -35,6 +35,7 @@ def text(content: str) -> dict[str, Any]:
 @pytest.mark.parametrize("example", [clues_agent.EXAMPLE, mailbox_agent.EXAMPLE], ids=["clues", "mailbox"])
 def test_demonstrations_are_read_as_they_were_written(example: Example, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(make_model(tmp_path / "model", example, 0)))
+    assert max(tokenizer.get_vocab().values()) < len(tokenizer), "a word stands twice in the vocabulary"
     chat = ChatFormat(tokenizer)
     for messages in example.demonstrate(10, Random(0)):
         pieces = chat.spoken([for_template(m) for m in messages], example.tools)

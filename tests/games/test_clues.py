@@ -73,8 +73,8 @@ def test_a_careful_detective_is_always_right_and_a_hasty_one_seldom() -> None:
     rng = random.Random(0)
     found = {
         care: sum(clues.score(p, clues.hasty(p, rng, care=care)) == 1 for p in PUZZLES) / len(PUZZLES)
-        for care in (0, 0.5, 1)
+        for care in (0, 0.2, 1)
     }
     assert found[1] == 1
-    assert found[0] < 0.1 < found[0.5] < 0.5
-    assert all(clues.read(clues.hasty(p, rng, care=0.5)) for p in PUZZLES)
+    assert found[0] == 0 < found[0.2] < 0.2
+    assert all(clues.read(clues.hasty(p, rng, care=0.2)) for p in PUZZLES)
