@@ -3,7 +3,7 @@
     pip install -c constraints.txt -e ".[serve]"
     python -m examples.clues runs/clues --seed 0
 
-A Llama of 0.1 million parameters first imitates a hasty detective, who mostly overlooks that somebody was
+A Llama of 0.1 million parameters first imitates a hasty detective, who overlooks half of the time that somebody was
 away or was not there, and names those whom it should rule out. Then it learns, GRPO over groups of answers to the same
 puzzle; the reward is the share of the three parts that are right. Every puzzle is new, in training and in tests.
 """
@@ -14,7 +14,7 @@ from agile.gateway import OpenTrajectory
 from agile.tasks.games import clues
 from examples.harness import Conversation, Example, main
 
-CARE = 0.3
+CARE = 0.5
 
 
 def say(puzzle: clues.Puzzle) -> Conversation:
@@ -58,12 +58,12 @@ EXAMPLE = Example(
             "value_coef": 0,
             "value_warmup_epochs": 0,
             "kl_coef": 0,
-            "lr": 2e-3,
-            "num_epochs": 4,
+            "lr": 1e-3,
+            "num_epochs": 2,
             "checkpoint_every": 1000,
         }
     },
-    num_steps=50,
+    num_steps=40,
     groups=16,
     size=8,
     num_tests=100,

@@ -5,8 +5,8 @@
 
 The agent has two tools, a full-text search and one that shows a mail. A Llama of 0.1 million parameters first imitates
 a clumsy searcher, who searches for any words and goes on when it has the answer. Then it learns, GRPO over groups of
-the same question; every question has a mailbox of its own, in training and in tests. A right answer is worth 1, and
-every search costs 0.1.
+the same question; every question has a mailbox of its own, in training and in tests. A right answer is worth 1,
+less 0.1 for every search; a wrong one is worth nothing.
 """
 
 from random import Random
@@ -51,7 +51,7 @@ async def answer(t: OpenTrajectory, name: str) -> tuple[bool, int]:
 
 async def play(t: OpenTrajectory, name: str) -> float:
     right, num_searches = await answer(t, name)
-    return right - SEARCH_PRICE * num_searches
+    return right * (1 - SEARCH_PRICE * num_searches)  # were a wrong answer cheaper without a search, it would guess
 
 
 async def measure(t: OpenTrajectory, name: str) -> dict[str, float]:
@@ -97,8 +97,9 @@ EXAMPLE = Example(
             "value_coef": 0,
             "value_warmup_epochs": 0,
             "kl_coef": 0,
-            "lr": 2e-3,
-            "num_epochs": 4,
+            "lr": 1e-3,
+            "num_epochs": 2,
+            "batch_size": 32,
             "checkpoint_every": 1000,
         }
     },

@@ -99,7 +99,7 @@ def score(puzzle: Puzzle, text: str) -> float:
 
 
 def hasty(puzzle: Puzzle, rng: random.Random, *, care: float) -> str:
-    """What a weak detective says, who mostly overlooks that somebody was away or not there.
+    """What a weak detective says, who may overlook that somebody was away or not there.
 
     Each part is looked up in the statements about the part before it. Where they say what was not so, it is what they
     leave with probability `care`, else any of what they mention.

@@ -66,17 +66,22 @@ def test_an_answer_to_a_puzzle_is_worth_its_right_parts() -> None:
     assert (reward, figures) == (2 / 3, {"all": 0, "parts": pytest.approx(200 / 3)})
 
 
-def test_a_right_answer_is_worth_1_and_every_search_costs() -> None:
+def test_a_right_answer_is_worth_1_and_every_search_takes_from_it() -> None:
     _, question = mailbox_agent.meet(Random("a"))
     search, read = tool_call("search", " ".join(question.keywords)), tool_call("read", f" {question.mail} ")
     right = text(question.answer)
-    assert played(mailbox_agent, "a", search, read, right) == (0.9, {"right": 100, "searches": 1})
-    assert played(mailbox_agent, "a", search, search, read, right) == (0.8, {"right": 100, "searches": 2})
-    assert played(mailbox_agent, "a", right) == (1, {"right": 100, "searches": 0})
-    assert played(mailbox_agent, "a", search, text("may not")) == (-0.1, {"right": 0, "searches": 1})
-    assert played(mailbox_agent, "a", tool_call("read", "all"), right) == (1, {"right": 100, "searches": 0})
-    reward, figures = played(mailbox_agent, "a", *[search] * (mailbox_agent.MAX_CALLS + 1), right)
-    assert (reward, figures) == (pytest.approx(-0.6), {"right": 0, "searches": 6})
+    price = mailbox_agent.SEARCH_PRICE
+    for says, num_searches, is_right in (
+        ([search, read, right], 1, True),
+        ([search, search, read, right], 2, True),
+        ([right], 0, True),
+        ([search, text("may not")], 1, False),
+        ([tool_call("read", "all"), right], 0, True),
+        ([search] * (mailbox_agent.MAX_CALLS + 1) + [right], mailbox_agent.MAX_CALLS + 1, False),
+    ):
+        reward, figures = played(mailbox_agent, "a", *says)
+        assert reward == pytest.approx(is_right * (1 - price * num_searches))
+        assert figures == {"right": 100 * is_right, "searches": num_searches}
 
 
 def test_the_mail_that_was_found_and_read_holds_the_answer() -> None:
