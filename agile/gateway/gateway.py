@@ -70,7 +70,8 @@ class Gateway:
 
     Attributes:
         counts: `calls`, `joined` to an earlier call's segment, `opened` a segment behind the first of a trajectory,
-            `rerendered` (the template changed earlier turns, so that no token could be joined), `corrected` requests.
+            `rerendered` (the template changed earlier turns, so that no token could be joined), `unanswered` (the
+            client hung up, or there was no answer), `corrected` requests.
     """
 
     def __init__(
@@ -360,6 +361,7 @@ class Gateway:
             recording.end(window)
         except BaseException:
             recording.abandon(window)
+            self.counts["unanswered"] += 1
             raise
         finally:
             if t is not None:
