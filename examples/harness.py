@@ -160,7 +160,7 @@ def plot(example: Example, out: Path) -> None:
 def table(example: Example, out: Path) -> str:
     """Start and end of each run, in Markdown."""
     lines = [
-        "| run | " + " | ".join(example.figures.values()) + " | seconds |",
+        "| run | steps | " + " | ".join(example.figures.values()) + " | seconds |",
         "|---" * (len(example.figures) + 3) + "|",
     ]
     for run, course in courses(out).items():
