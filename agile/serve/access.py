@@ -22,6 +22,7 @@ from agile.serve.errors import ApiError
 from agile.serve.models import User
 
 COOKIE, LOGIN_COOKIE = "agile_session", "agile_login"
+KEY_S = 1.0
 FAILED_LOGINS, FAILED_LOGINS_S = 5, 300.0
 
 
@@ -79,6 +80,7 @@ class Access:
         self._cookies = URLSafeTimedSerializer(secret, salt="desk")
         self.logins = Limiter(FAILED_LOGINS, FAILED_LOGINS_S)
         self.questions = Limiter(requests_per_minute, 60.0)
+        self._keys: dict[str, tuple[User, float]] = {}  # whose they were, and when that was
 
     def new_cookie(self, user: User) -> str:
         """Of a login: signed, and with a token of its own, so that nobody can have set it beforehand."""
@@ -94,9 +96,19 @@ class Access:
         return None if user is None else Login(user, said["csrf"])
 
     def key_user(self, request: Request) -> User | None:
-        """Whose API key a program shows."""
+        """Whose API key a program shows; one that was revoked is good for another `KEY_S`."""
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        return accounts.by_key(self.database, key.strip()) if scheme.lower() == "bearer" else None
+        if scheme.lower() != "bearer":
+            return None
+        digest, now = accounts.digest(key.strip()), time.monotonic()
+        user, checked = self._keys.get(digest, (None, 0.0))
+        if user is None or now - checked > KEY_S:
+            user = accounts.by_key(self.database, key.strip())
+            if len(self._keys) > 10_000:
+                self._keys.clear()
+            if user is not None:
+                self._keys[digest] = user, now
+        return user
 
 
 def access_of(request: Request) -> Access:

@@ -19,7 +19,6 @@ from agile.serve.desk import Desk, desk_of
 from agile.serve.errors import ApiError
 from agile.serve.models import Question
 from agile.serve.runner import Progress, Served
-from agile.types import Source
 
 router = APIRouter(prefix="/v1")
 ASKED = "An expert has been asked. The answer will be at GET /v1/answers/{id}."
@@ -86,13 +85,12 @@ async def chat(request: Request, body: ChatRequest, user: KeyUser) -> JSONRespon
         events = _events(desk, question, progress, body.model, usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
     await asyncio.wait({asyncio.wrap_future(progress.done)}, timeout=desk.config.wait_s)
-    question = await run_in_threadpool(_again, desk, question)
     message = {"role": "assistant", "content": _content(question, progress)}
     return JSONResponse(
         {
             **_head(question, "chat.completion", body.model),
             "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
-            "usage": await run_in_threadpool(_usage, desk, question),
+            "usage": _usage(progress),
         }
     )
 
@@ -151,10 +149,6 @@ def _question(body: ChatRequest, most: int) -> str:
     return content.strip()
 
 
-def _again(desk: Desk, question: Question) -> Question:
-    return questions.by_id(desk.database, question.id) or question
-
-
 def _content(question: Question, progress: Progress) -> str:
     if question.status == "answered":
         return question.answer or ""
@@ -175,11 +169,8 @@ def _head(question: Question, kind: str, model: str) -> dict[str, Any]:
     }
 
 
-def _usage(desk: Desk, question: Question) -> dict[str, int]:
-    session = questions.session_of(desk.database, question.number)
-    spans = [span for segment in session.segments for span in segment.spans] if session is not None else []
-    written = sum(len(span.token_ids) for span in spans if span.source is Source.LLM)
-    read = sum(len(span.token_ids) for span in spans) - written
+def _usage(progress: Progress) -> dict[str, int]:
+    read, written = progress.read, progress.written
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
@@ -206,9 +197,8 @@ async def _events(
         elif time.monotonic() - spoken > desk.config.keep_alive_s:
             spoken = time.monotonic()
             yield ": waiting\n\n"
-    question = await run_in_threadpool(_again, desk, question)
     yield chunk(choice({"content": _content(question, progress)}))
     yield chunk(choice({}, "stop"))
     if with_usage:
-        yield chunk([], usage=await run_in_threadpool(_usage, desk, question))
+        yield chunk([], usage=_usage(progress))
     yield "data: [DONE]\n\n"

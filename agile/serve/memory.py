@@ -21,6 +21,7 @@ from agile.serve.requests import normalised
 from agile.types import MemoryItem, MemoryKind, Retrieved, Scope
 
 _DECIMALS = 6  # as in `agile.memory.store`: beyond that, ties would hang on noise
+LOOK_S = 0.2  # how often the database is asked whether another process has written
 EDITABLE = ("key", "text", "answer")
 REVIEW = "review"  # origin of what a person said of the agent's own answer
 
@@ -52,9 +53,11 @@ class DeskMemory:
         self._database, self._encoder = database, encoder
         self._lock = threading.Lock()
         self._seen = (-1, -1)  # number and newest of the changes that are in the lists below
+        self._looked = (-1, 0.0)  # how much this process had written then, and when that was
         self._known: dict[int, tuple[MemoryItem, npt.NDArray[np.float32]]] = {}  # what can be found, by id
         self._items: list[MemoryItem] = []
         self._vectors: npt.NDArray[np.float32] = np.zeros((0, 0), np.float32)
+        self._of_scope: dict[Scope, tuple[list[MemoryItem], npt.NDArray[np.float64]]] = {}
         with database.writing() as session:
             known = session.get(Setting, "encoder")
             if known is None:
@@ -110,7 +113,8 @@ class DeskMemory:
         return int(np.count_nonzero(similarities >= threshold))
 
     def __len__(self) -> int:
-        return len(self._current()[0])
+        with self._lock:
+            return len(self._current()[0])
 
     def _insert(self, session: Session, items: Sequence[MemoryItem], vectors: npt.NDArray[np.float32]) -> list[int]:
         rows = [
@@ -139,36 +143,56 @@ class DeskMemory:
         return text if self._database.is_sqlite else text.replace("\0", "?")
 
     def _compared(self, query: str, scope: Scope) -> tuple[list[MemoryItem], npt.NDArray[np.float64]]:
-        items, vectors = self._current()
-        rows = [n for n, item in enumerate(items) if scope.covers(item)]
-        if not rows:
+        items, vectors = self._covered(scope)
+        if not items:
             return [], np.zeros(0)
         vector = np.asarray(self._encoder.encode([query]), np.float32)[0].astype(np.float64)
-        similarities: npt.NDArray[np.float64] = (vectors[rows].astype(np.float64) @ vector).round(_DECIMALS)
-        return [items[n] for n in rows], similarities.clip(-1.0, 1.0)
+        similarities: npt.NDArray[np.float64] = (vectors @ vector).round(_DECIMALS)
+        return items, similarities.clip(-1.0, 1.0)
+
+    def _covered(self, scope: Scope) -> tuple[list[MemoryItem], npt.NDArray[np.float64]]:
+        """What is remembered now of a scope."""
+        with self._lock:
+            items, vectors = self._current()
+            found = self._of_scope.get(scope)
+            if found is None:
+                rows = [n for n, item in enumerate(items) if scope.covers(item)]
+                found = self._of_scope[scope] = [items[n] for n in rows], vectors[rows].astype(np.float64)
+            return found
 
     def _current(self) -> tuple[list[MemoryItem], npt.NDArray[np.float32]]:
-        """What is remembered now, by whomever it was written; of what changed since the last look only that is read."""
-        with self._lock, self._database.reading() as session:
+        """What is remembered now; of what changed since the last look only that is read.
+
+        What this process wrote is seen at once, what others wrote within `LOOK_S`.
+        """
+        written, now = self._database.written, time.monotonic()
+        if self._looked[0] == written and now - self._looked[1] < LOOK_S:
+            return self._items, self._vectors
+        with self._database.reading() as session:
             number, last = session.execute(select(func.count(), func.max(MemoryChange.id))).one()
             newest = (number, last or 0)
             if newest != self._seen:
-                later = select(MemoryChange.entry_id).where(MemoryChange.id > self._seen[1])
-                changed = session.scalars(later).all()
-                entries = select(MemoryEntry)
-                if self._seen[0] + len(changed) == number:
-                    entries = entries.where(MemoryEntry.id.in_(later))
-                else:  # of concurrent writers the later was visible first: what came before is not among the changes
-                    self._known.clear()
-                for row in session.scalars(entries):
-                    self._known.pop(row.id, None)
-                    if not row.retired:
-                        self._known[row.id] = _item(row), np.frombuffer(row.vector, "<f4")
-                known = [self._known[i] for i in sorted(self._known)]
-                self._items = [item for item, _ in known]
-                self._vectors = np.stack([v for _, v in known]) if known else np.zeros((0, 0), np.float32)
-                self._seen = newest
-            return self._items, self._vectors
+                self._read(session, newest)
+        self._looked = written, now
+        return self._items, self._vectors
+
+    def _read(self, session: Session, newest: tuple[int, int]) -> None:
+        later = select(MemoryChange.entry_id).where(MemoryChange.id > self._seen[1])
+        changed = session.scalars(later).all()
+        entries = select(MemoryEntry)
+        if self._seen[0] + len(changed) == newest[0]:
+            entries = entries.where(MemoryEntry.id.in_(later))
+        else:  # of concurrent writers the later was visible first: what came before is not among the changes
+            self._known.clear()
+        for row in session.scalars(entries):
+            self._known.pop(row.id, None)
+            if not row.retired:
+                self._known[row.id] = _item(row), np.frombuffer(row.vector, "<f4")
+        known = [self._known[i] for i in sorted(self._known)]
+        self._items = [item for item, _ in known]
+        self._vectors = np.stack([v for _, v in known]) if known else np.zeros((0, 0), np.float32)
+        self._of_scope.clear()
+        self._seen = newest
 
     # ---------------------------------------------------------------------------------------------------------------
     # What people do with it

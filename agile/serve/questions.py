@@ -7,21 +7,22 @@ asked twice.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.orm import Session as Transaction
 
 from agile.errors import AgileError
-from agile.serve import terms, webhooks
+from agile.serve import requests, terms, webhooks
 from agile.serve.database import Database, new_id
 from agile.serve.models import JournalEntry, MemoryRead, Question, User
-from agile.serve.requests import number_of
 from agile.session_log import session_from_json
 from agile.types import Session, to_json
 
@@ -36,23 +37,27 @@ def ask(
     Args:
         webhook: Where the answer is told.
     """
-    question = Question(
-        id=new_id(),
-        user_id=user_id,
-        text=text,
-        product=product,
-        status="working",
-        deployment=deployment,
-        created_at=time.time(),
-    )
-    with database.writing() as session:
+    question_id, now = new_id(), time.time()
+
+    def keep(session: Transaction) -> Question:
         held = terms.newest(session)
-        question.price = None if held is None else held.advice_price
+        question = Question(
+            id=question_id,
+            user_id=user_id,
+            text=text,
+            product=product,
+            status="working",
+            deployment=deployment,
+            price=None if held is None else held.advice_price,
+            created_at=now,
+        )
         session.add(question)
+        session.flush()
         if webhook:
-            session.flush()
             webhooks.add(session, question.number, webhook)
-    return question
+        return question
+
+    return database.together(keep).result()
 
 
 def unfinished(database: Database) -> Sequence[Question]:
@@ -70,7 +75,7 @@ def by_id(database: Database, question_id: str) -> Question | None:
 def id_of(database: Database, session_id: str) -> str | None:
     """The id of the question whose session this is; None if it is not one of this server's."""
     with database.reading() as session:
-        return session.scalar(select(Question.id).where(Question.number == number_of(session_id)))
+        return session.scalar(select(Question.id).where(Question.number == requests.number_of(session_id)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +118,6 @@ def session_of(database: Database, number: int) -> Session | None:
     return None if found is None else session_from_json(json.loads(found))
 
 
-def set_waiting(database: Database, number: int) -> None:
-    """That an expert is being asked."""
-    with database.writing() as session:
-        session.execute(update(Question).where(Question.number == number).values(status="waiting"))
-
-
 def finish(
     database: Database,
     number: int,
@@ -127,29 +126,31 @@ def finish(
     error: str,
     played: Session | None,
     confidence: float | None = None,
-) -> None:
-    """Keep how a question ended; its journal is needed no more.
+) -> Future[None]:
+    """Keep how a question ended; its journal is needed no more. To end again changes nothing.
 
     Args:
         confidence: How probable the agent found its own answer.
     """
-    with database.writing() as session:
-        ended = update(Question).where(Question.number == number)
-        session.execute(
-            ended.values(
-                status="failed" if error else "answered",
-                answer=answer,
-                error=error,
-                session=None if played is None else json.dumps(to_json(played)),
-                advised=None if played is None else played.advised,
-                confidence=confidence,
-                finished_at=time.time(),
-            )
-        )
-        if played is not None:
-            entries = {i for i, _ in played.retrieved}
-            session.add_all(MemoryRead(entry_id=entry, question=number) for entry in sorted(entries))
-        session.execute(delete(JournalEntry).where(JournalEntry.question == number))
+    ended = {
+        "status": "failed" if error else "answered",
+        "answer": answer,
+        "error": error,
+        "session": None if played is None else json.dumps(to_json(played)),
+        "advised": None if played is None else played.advised,
+        "confidence": confidence,
+        "finished_at": time.time(),
+    }
+    entries = sorted({i for i, _ in played.retrieved}) if played is not None else ()
+
+    def keep(session: Transaction) -> None:
+        under_way = update(Question).where(Question.number == number, Question.status.not_in(FINISHED))
+        if requests.changed(session, under_way.values(ended)):
+            if entries:
+                session.execute(insert(MemoryRead), [{"entry_id": entry, "question": number} for entry in entries])
+            session.execute(delete(JournalEntry).where(JournalEntry.question == number))
+
+    return database.together(keep)
 
 
 class Journal:
@@ -157,19 +158,16 @@ class Journal:
 
     What only costs time to get again is kept in the process until `save`, which those call that do something in the
     world: tools, experts, memory.
+
+    Args:
+        fresh: Whether nothing can have been kept yet.
     """
 
-    def __init__(self, database: Database, number: int) -> None:
+    def __init__(self, database: Database, number: int, *, fresh: bool = False) -> None:
         self._database, self._number = database, number
-        with database.reading() as session:
-            found = session.execute(
-                select(JournalEntry.kind, JournalEntry.payload)
-                .where(JournalEntry.question == number)
-                .order_by(JournalEntry.place)
-            )
-            self._kept = deque((kind, payload) for kind, payload in found)
+        self._kept = deque([] if fresh else _kept(database, number))
         self._next = len(self._kept)
-        self._unsaved: list[JournalEntry] = []
+        self._unsaved: list[dict[str, Any]] = []
         self._broken = ""
 
     def given(self, kind: str) -> Any:
@@ -191,16 +189,42 @@ class Journal:
         return json.loads(payload)
 
     def add(self, kind: str, payload: Any) -> None:
-        self._unsaved.append(
-            JournalEntry(question=self._number, place=self._next, kind=kind, payload=json.dumps(payload))
-        )
+        self._unsaved.append(self._row(kind, payload))
         self._next += 1
 
-    def save(self, session: Transaction | None = None) -> None:
-        """Write what is new to disk, or add it to a transaction."""
-        new, self._unsaved = self._unsaved, []
-        if session is not None:
-            session.add_all(new)
-        elif new:
-            with self._database.writing() as own:
-                own.add_all(new)
+    def _row(self, kind: str, payload: Any) -> dict[str, Any]:
+        return {"question": self._number, "place": self._next, "kind": kind, "payload": json.dumps(payload)}
+
+    async def save(self, *, waiting: bool = False) -> None:
+        """Write what is new to disk, and that an expert is being asked."""
+
+        def keep(session: Transaction) -> None:
+            if self._unsaved:
+                session.execute(insert(JournalEntry), self._unsaved)
+            if waiting:
+                session.execute(update(Question).where(Question.number == self._number).values(status="waiting"))
+
+        await asyncio.wrap_future(self._database.together(keep))
+        self._unsaved = []
+
+    def save_with(self, kind: str, work: Callable[[Transaction], Any]) -> Any:
+        """Do work, and write what is new and what came of it to disk, all in one transaction."""
+
+        def keep(session: Transaction) -> Any:
+            found = work(session)
+            session.execute(insert(JournalEntry), [*self._unsaved, self._row(kind, found)])
+            return found
+
+        found = self._database.together(keep).result()
+        self._unsaved, self._next = [], self._next + 1
+        return found
+
+
+def _kept(database: Database, number: int) -> list[tuple[str, str]]:
+    with database.reading() as session:
+        found = session.execute(
+            select(JournalEntry.kind, JournalEntry.payload)
+            .where(JournalEntry.question == number)
+            .order_by(JournalEntry.place)
+        )
+        return [(kind, payload) for kind, payload in found]

@@ -263,7 +263,7 @@ def claim(database: Database, request_id: str, user_id: int, *, claim_s: float) 
         (Request.status == "claimed") & ((Request.claimed_by == user_id) | (Request.claimed_at < now - claim_s)),
     )
     with database.writing() as session:
-        taken = _changed(
+        taken = changed(
             session,
             update(Request)
             .where(Request.id == request_id, free)
@@ -278,7 +278,7 @@ def answer(database: Database, request_id: str, user_id: int, answer: str, expla
     """Answer a request that this user has claimed; the same `key` again changes nothing."""
     now = time.time()
     with database.writing() as session:
-        taken = _changed(
+        taken = changed(
             session,
             update(Request)
             .where(Request.id == request_id, Request.status == "claimed", Request.claimed_by == user_id)
@@ -334,7 +334,7 @@ def expire(database: Database, asker: int) -> bool:
     """That a session waits no longer; False if it was told in this very moment."""
     with database.writing() as session:
         gone = update(Asker).where(Asker.id == asker, Asker.status == "waiting").values(status="expired")
-        if not _changed(session, gone):
+        if not changed(session, gone):
             return False
         request_id = session.scalars(select(Asker.request_id).where(Asker.id == asker)).one()
         still = select(func.count()).where(Asker.request_id == request_id, Asker.status == "waiting")
@@ -373,19 +373,20 @@ def snapshot(database: Database) -> list[tuple[str, str, int | None, int]]:
 def _tell(session: Session, request_id: str) -> bool:
     """That the request is settled; False if nobody waits for it."""
     waiting = update(Asker).where(Asker.request_id == request_id, Asker.status == "waiting")
-    return _changed(session, waiting.values(status="told"))
+    return changed(session, waiting.values(status="told"))
 
 
 def _release(session: Session, request_id: str, user_id: int, outcome: str) -> bool:
     held = update(Request).where(Request.id == request_id, Request.status == "claimed", Request.claimed_by == user_id)
-    if not _changed(session, held.values(status="open", claimed_by=None, claimed_at=None)):
+    if not changed(session, held.values(status="open", claimed_by=None, claimed_at=None)):
         return False
     session.add(Claim(request_id=request_id, user_id=user_id, outcome=outcome, at=time.time()))
     session.flush()
     return True
 
 
-def _changed(session: Session, statement: Any) -> bool:
+def changed(session: Session, statement: Any) -> bool:
+    """Whether an UPDATE found a row."""
     result = session.execute(statement, execution_options={"synchronize_session": False})
     assert isinstance(result, CursorResult)
     return bool(result.rowcount > 0)

@@ -27,7 +27,7 @@ from agile.serve.models import Question
 from agile.serve.requests import Similar
 from agile.serve.session import STREAM, patiently, play
 from agile.session_log import JsonLines, append_sessions, read_lines
-from agile.types import Advice, AdviceRequest, Item, Session
+from agile.types import Advice, AdviceRequest, Item, Session, Source
 
 logger = logging.getLogger(__name__)
 LOG = "sessions-served.jsonl"
@@ -73,10 +73,13 @@ class Progress:
 
     Attributes:
         asking: Whether an expert is being asked.
-        done: Resolves when the answer, or that there is none, is in the database.
+        read, written: Tokens of the session, once it has ended: what the agent was given, and what it wrote.
+        done: Resolves when the answer, or that there is none, is in the database and in the question.
     """
 
     asking: bool = False
+    read: int = 0
+    written: int = 0
     done: Future[None] = field(default_factory=Future)
 
 
@@ -126,7 +129,7 @@ class Runner:
         for question in left:
             if question.deployment not in agents:
                 agents[question.deployment] = self._earlier(question.deployment)
-            self._begin(question, self._take(agents[question.deployment]))
+            self._begin(question, self._take(agents[question.deployment]), fresh=False)
         return len(left)
 
     def _earlier(self, deployment: int | None) -> Served:
@@ -198,7 +201,7 @@ class Runner:
             self._give_back(served)
             raise
         self.metrics.questions.inc()
-        return question, self._begin(question, served)
+        return question, self._begin(question, served, fresh=True)
 
     def learn(self, request_id: str) -> None:
         """Remember an answer that came when nobody waited any more, and tell it to those who gave an address."""
@@ -218,9 +221,9 @@ class Runner:
         """Of a question that is not answered yet."""
         return self._progress.get(question_id)
 
-    def _begin(self, question: Question, served: Served) -> Progress:
+    def _begin(self, question: Question, served: Served, *, fresh: bool) -> Progress:
         progress = self._progress[question.id] = Progress(asking=question.status == "waiting")
-        self._loop.call_soon_threadsafe(self._start, self._run(question, progress, served))
+        self._loop.call_soon_threadsafe(self._start, self._run(question, progress, served, fresh))
         return progress
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -228,26 +231,32 @@ class Runner:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, question: Question, progress: Progress, served: Served) -> None:
+    async def _run(self, question: Question, progress: Progress, served: Served, fresh: bool) -> None:
+        async def played() -> Session:
+            nonlocal fresh
+            first, fresh = fresh, False
+            return await self._play(question, progress, served, first)
+
         try:
             try:
-                session = await patiently(lambda: self._play(question, progress, served))
+                session = await patiently(played)
             except Exception as error:
                 logger.exception("question %d", question.number)
-                await self._finish(question, None, f"{type(error).__name__}: {error}", served)
+                await self._finish(question, progress, None, f"{type(error).__name__}: {error}", served)
             else:
                 why = f"{session.status}: {session.error}".removesuffix(": ")
-                await self._finish(question, session, why if session.answer is None or session.failed else "", served)
+                failed = session.answer is None or session.failed
+                await self._finish(question, progress, session, why if failed else "", served)
         finally:
             self._give_back(served)
             self._progress.pop(question.id, None)
             if not progress.done.done():
                 progress.done.set_result(None)
 
-    async def _play(self, question: Question, progress: Progress, served: Served) -> Session:
-        async def on_asking() -> None:
+    async def _play(self, question: Question, progress: Progress, served: Served, fresh: bool) -> Session:
+        def on_asking() -> None:
+            question.status = "waiting"
             progress.asking = True
-            questions.set_waiting(self.database, question.number)
 
         return await play(
             served.executor,
@@ -257,6 +266,7 @@ class Runner:
             served.item(question),
             question.number,
             derive_seed(served.seed, STREAM, question.number),
+            fresh=fresh,
             price=question.price,
             advise=self._advise,
             on_asking=on_asking,
@@ -272,24 +282,27 @@ class Runner:
             self.metrics.waited.observe(time.monotonic() - began)
         return advice
 
-    async def _finish(self, question: Question, session: Session | None, error: str, served: Served) -> None:
+    async def _finish(
+        self, question: Question, progress: Progress, session: Session | None, error: str, served: Served
+    ) -> None:
         sure = None if session is None or session.advised else confidence(session, served.executor.codec)
+        answer = None if session is None or error else session.answer
 
         async def keep() -> None:
-            questions.finish(
-                self.database,
-                question.number,
-                answer=None if session is None or error else session.answer,
-                error=error,
-                played=session,
-                confidence=sure,
+            ended = questions.finish(
+                self.database, question.number, answer=answer, error=error, played=session, confidence=sure
             )
+            await asyncio.wrap_future(ended)
 
         await patiently(keep)
+        question.answer, question.error, question.status = answer, error, "failed" if error else "answered"
         self.metrics.seconds.observe(time.time() - question.created_at)
         self.metrics.failed.inc(bool(error))
         if session is not None:
-            self.metrics.tokens.inc(sum(len(s.token_ids) for s in session.segments))
+            spans = [span for segment in session.segments for span in segment.spans]
+            progress.written = sum(len(span.token_ids) for span in spans if span.source is Source.LLM)
+            progress.read = sum(len(span.token_ids) for span in spans) - progress.written
+            self.metrics.tokens.inc(progress.read + progress.written)
             append_sessions(self._log, [session], agent=served.checkpoint)
 
 

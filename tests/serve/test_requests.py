@@ -103,7 +103,7 @@ def test_who_could_not_have_read_an_answer_takes_it_and_who_could_asks_anew(data
     same = MemoryItem(MemoryKind.HISTORY, "is it warm ?", "is it warm ? -> yes", "yes", "g", "p1", first, "advice")
     (entry,) = memory.write([same])
     assert told(asked()), "its session has not ended: nobody knows whether this one has read it"
-    questions.finish(database, requests.number_of(first), answer="yes", error="", played=None)
+    questions.finish(database, requests.number_of(first), answer="yes", error="", played=None).result()
     assert told(later) and not told(asked()), "memory told the last one, and it asked all the same"
     requests.claim(database, only(database), ANN, claim_s=60)
     requests.answer(database, only(database), ANN, "yes", "", "k2")
