@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 PASSWORD = "correct horse battery"
-PROBE = "probe"
+PROBE = "refurbished"  # a word of the demo's tokenizer
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
 
@@ -47,7 +47,7 @@ def serve(folder: Path, url: str, port: int) -> None:
     from agile.serve.server import listen, make_app
     from agile.types import Action, Fn, MemoryItem, MemoryKind, Reward
 
-    words = ["memory.encoder=hashing", "serve.requests_per_minute=10000000", "serve.wait_s=1"]
+    words = ["memory.encoder=hashing", "serve.requests_per_minute=10000000", "serve.wait_s=30"]
     config = load_config(CONFIG, words)
     setup = Setup(config, folder)
     executor = setup.executor(setup.tokenizer())
@@ -165,7 +165,7 @@ def watched(url: str, key: str, products: list[str], seconds: float) -> list[flo
                 asking = asyncio.create_task(browser.post("/v1/chat/completions", content=body, headers=headers))
                 await asyncio.wait_for(changed.wait(), 30)
                 heard.append(time.monotonic() - began)
-                assert (await asking).status_code == 200
+                asking.cancel()  # nobody will answer it
             listening.cancel()
 
     asyncio.run(run())
@@ -241,10 +241,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         url = given.database or f"sqlite:///{folder}/desk.sqlite"
         found = measure(Path(folder), url, given.clients, given.seconds, given.warm_up)
-    table = Table(title=f"{given.clients} clients, {given.seconds:g} s, {url.partition(':')[0]}")
-    for name in found:
-        table.add_column(name, justify="right")
-    table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in found.values()))
+    table = Table("", title=f"{given.clients} clients, {given.seconds:g} s, {url.partition(':')[0]}")
+    table.add_column("", justify="right")
+    for name, value in found.items():
+        table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
     Console().print(table)
 
 

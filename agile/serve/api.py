@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -79,7 +78,7 @@ async def chat(request: Request, body: ChatRequest, user: KeyUser) -> JSONRespon
             429, "Too many questions in a minute; wait a little.", type="rate_limit_error", code="rate_limit"
         )
     desk.access.questions.add(user.id)
-    question, progress = await run_in_threadpool(desk.runner.ask, user.id, text, product, webhook)
+    question, progress = await asyncio.wrap_future(desk.runner.ask(user.id, text, product, webhook))
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(desk, question, progress, body.model, usage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,9 @@ from sqlalchemy.orm import Session
 from agile.errors import AgileError
 
 BUSY_S = 10  # how long a writer waits for others
-TOGETHER = 256  # how many pieces of work one transaction takes
-T = TypeVar("T")
-_Piece = tuple[Callable[[Session], Any], Future[Any]]
+TOGETHER, GATHER_S = 256, 0.015  # how many pieces of work one transaction takes, and how long it waits for more
+P, T = TypeVar("P"), TypeVar("T")
+_Piece = tuple[Callable[[Session, list[Any]], Sequence[Any]], Any, Future[Any]]
 
 
 class DatabaseAway(AgileError):
@@ -59,7 +60,6 @@ class Database:
             event.listen(self.engine, "connect", _prepare)
             event.listen(self.engine, "begin", _begin)
         self._reader = self.engine.execution_options(agile_reads=True)
-        self.written = 0  # counts the transactions of this process
         self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -91,20 +91,22 @@ class Database:
         turn = self._line.turn() if self.is_sqlite else nullcontext()
         with _away(), turn, Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
-        self.written += 1
 
-    def together(self, work: Callable[[Session], T]) -> Future[T]:
+    def together(self, work: Callable[[Session, list[P]], Sequence[T]], given: P) -> Future[T]:
         """Do work in a transaction with what others want to write just then: one sync of the disk for all of them.
 
-        The result is there when it is on disk. Work that fails takes nothing of the others with it; it may be done
-        twice, each time in a transaction in which it was not done.
+        The result is there when it is on disk. Where something fails, everything is done again on its own, so that
+        nothing takes the rest with it.
+
+        Args:
+            work: Called with what was given to it by all who want the same work done, it returns a result for each.
         """
         found: Future[T] = Future()
         with self._lock:
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write, daemon=True, name="agile-writer")
                 self._writer.start()
-        self._pieces.put((work, found))
+        self._pieces.put((work, given, found))
         return found
 
     def _write(self) -> None:
@@ -112,25 +114,30 @@ class Database:
         closing = False
         while not closing:
             pieces = [self._pieces.get()]
+            time.sleep(GATHER_S)
             while len(pieces) < TOGETHER and not self._pieces.empty():
                 pieces.append(self._pieces.get())
             closing = None in pieces
             self._commit([piece for piece in pieces if piece is not None])
 
     def _commit(self, pieces: Sequence[_Piece]) -> None:
+        by_work: dict[Any, list[_Piece]] = {}
+        for piece in pieces:
+            by_work.setdefault(piece[0], []).append(piece)
         try:
             with self.writing() as session:
-                results = [work(session) for work, _ in pieces]
+                results = [work(session, [given for _, given, _ in same]) for work, same in by_work.items()]
         except Exception as error:
             if len(pieces) > 1 and not isinstance(error, DatabaseAway):
                 for piece in pieces:
                     self._commit([piece])
                 return
-            for _, found in pieces:
+            for _, _, found in pieces:
                 found.set_exception(error)
         else:
-            for (_, found), result in zip(pieces, results, strict=True):
-                found.set_result(result)
+            for same, told in zip(by_work.values(), results, strict=True):
+                for (_, _, found), result in zip(same, told, strict=True):
+                    found.set_result(result)
 
     @contextmanager
     def reading(self) -> Iterator[Session]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import func, or_, select
+from sqlalchemy import event, func, or_, select
 from sqlalchemy.orm import Session
 
 from agile.errors import AgileError
@@ -53,7 +53,7 @@ class DeskMemory:
         self._database, self._encoder = database, encoder
         self._lock = threading.Lock()
         self._seen = (-1, -1)  # number and newest of the changes that are in the lists below
-        self._looked = (-1, 0.0)  # how much this process had written then, and when that was
+        self._look_at = 0.0  # when others may have written something
         self._known: dict[int, tuple[MemoryItem, npt.NDArray[np.float32]]] = {}  # what can be found, by id
         self._items: list[MemoryItem] = []
         self._vectors: npt.NDArray[np.float32] = np.zeros((0, 0), np.float32)
@@ -104,7 +104,11 @@ class DeskMemory:
         if k < 1:
             return []
         items, similarities = self._compared(query, scope)
-        best = np.argsort(-similarities, kind="stable")[:k]
+        if k < len(items):  # sort no more than the best ones, and what is as good as the last of them
+            near = np.flatnonzero(similarities >= np.partition(similarities, -k)[-k])
+        else:
+            near = np.arange(len(items))
+        best = near[np.argsort(-similarities[near], kind="stable")][:k]
         return [Retrieved(items[i], float(similarities[i])) for i in best]
 
     def count_similar(self, query: str, threshold: float, scope: Scope) -> int:
@@ -135,6 +139,7 @@ class DeskMemory:
         session.add_all(rows)
         session.flush()
         session.add_all([_change(row.id, None, "written", None, _state(row)) for row in rows])
+        event.listen(session, "after_commit", self._look)
         return [row.id for row in rows]
 
     def _storable(self, text: str) -> str:
@@ -165,15 +170,15 @@ class DeskMemory:
 
         What this process wrote is seen at once, what others wrote within `LOOK_S`.
         """
-        written, now = self._database.written, time.monotonic()
-        if self._looked[0] == written and now - self._looked[1] < LOOK_S:
+        now = time.monotonic()
+        if now < self._look_at:
             return self._items, self._vectors
+        self._look_at = now + LOOK_S  # before looking: what is written meanwhile takes it back
         with self._database.reading() as session:
             number, last = session.execute(select(func.count(), func.max(MemoryChange.id))).one()
             newest = (number, last or 0)
             if newest != self._seen:
                 self._read(session, newest)
-        self._looked = written, now
         return self._items, self._vectors
 
     def _read(self, session: Session, newest: tuple[int, int]) -> None:
@@ -283,7 +288,12 @@ class DeskMemory:
             setattr(row, name, state[name])
         row.retired = state["retired"] == "yes"
         session.add(_change(row.id, user_id, action, before, state))
+        event.listen(session, "after_commit", self._look)
         return True
+
+    def _look(self, session: Session) -> None:
+        """That what is known is old."""
+        self._look_at = 0.0
 
 
 def _change(

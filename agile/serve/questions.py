@@ -16,48 +16,60 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import bindparam, insert, select, update
 from sqlalchemy.orm import Session as Transaction
 
 from agile.errors import AgileError
 from agile.serve import requests, terms, webhooks
 from agile.serve.database import Database, new_id
 from agile.serve.models import JournalEntry, MemoryRead, Question, User
-from agile.session_log import session_from_json
-from agile.types import Session, to_json
+from agile.session_log import parts, session_from_json
+from agile.types import Session
 
 FINISHED = ("answered", "failed")
+_ASKED = ("id", "user_id", "text", "product", "status", "error", "deployment", "price", "created_at")
+# of many questions at once: past the ORM, which would take longer than the rest of it
+_QUESTIONS, _JOURNAL, _NUMBERS = Question.__table__, JournalEntry.__table__, bindparam("numbers", expanding=True)
+_ASK = _QUESTIONS.insert().returning(Question.id, Question.number)
+_STILL = select(_QUESTIONS.c.number).where(_QUESTIONS.c.number.in_(_NUMBERS), _QUESTIONS.c.status.not_in(FINISHED))
+_END = _QUESTIONS.update().where(_QUESTIONS.c.number == bindparam("ended"))
+_FORGET = _JOURNAL.delete().where(_JOURNAL.c.question.in_(_NUMBERS))
+_READ = MemoryRead.__table__.insert()
 
 
 def ask(
     database: Database, user_id: int, text: str, product: str, deployment: int | None = None, webhook: str = ""
-) -> Question:
+) -> Future[Question]:
     """Keep a question; from now on it will be answered, by the agent of this deployment, at the price of now.
 
     Args:
         webhook: Where the answer is told.
     """
-    question_id, now = new_id(), time.time()
+    question = Question(
+        id=new_id(),
+        user_id=user_id,
+        text=text,
+        product=product,
+        status="working",
+        error="",
+        deployment=deployment,
+        created_at=time.time(),
+    )
 
-    def keep(session: Transaction) -> Question:
-        held = terms.newest(session)
-        question = Question(
-            id=question_id,
-            user_id=user_id,
-            text=text,
-            product=product,
-            status="working",
-            deployment=deployment,
-            price=None if held is None else held.advice_price,
-            created_at=now,
-        )
-        session.add(question)
-        session.flush()
+    return database.together(_keep_asked, (question, webhook))
+
+
+def _keep_asked(session: Transaction, asked: list[tuple[Question, str]]) -> list[Question]:
+    held = terms.newest(session)
+    for question, _ in asked:
+        question.price = None if held is None else held.advice_price
+    rows = [{name: getattr(question, name) for name in _ASKED} for question, _ in asked]
+    numbers = {added.id: added.number for added in session.execute(_ASK, rows)}
+    for question, webhook in asked:
+        question.number = numbers[question.id]
         if webhook:
             webhooks.add(session, question.number, webhook)
-        return question
-
-    return database.together(keep).result()
+    return [question for question, _ in asked]
 
 
 def unfinished(database: Database) -> Sequence[Question]:
@@ -125,32 +137,40 @@ def finish(
     answer: str | None,
     error: str,
     played: Session | None,
+    text: str | None = None,
     confidence: float | None = None,
 ) -> Future[None]:
     """Keep how a question ended; its journal is needed no more. To end again changes nothing.
 
     Args:
+        text: The session as JSON, where that is known.
         confidence: How probable the agent found its own answer.
     """
     ended = {
+        "ended": number,
         "status": "failed" if error else "answered",
         "answer": answer,
         "error": error,
-        "session": None if played is None else json.dumps(to_json(played)),
+        "session": None if played is None else text or json.dumps(played, default=parts),
         "advised": None if played is None else played.advised,
         "confidence": confidence,
         "finished_at": time.time(),
     }
-    entries = sorted({i for i, _ in played.retrieved}) if played is not None else ()
+    entries = sorted({i for i, _ in played.retrieved}) if played is not None else []
+    return database.together(_keep_ended, (ended, entries))
 
-    def keep(session: Transaction) -> None:
-        under_way = update(Question).where(Question.number == number, Question.status.not_in(FINISHED))
-        if requests.changed(session, under_way.values(ended)):
-            if entries:
-                session.execute(insert(MemoryRead), [{"entry_id": entry, "question": number} for entry in entries])
-            session.execute(delete(JournalEntry).where(JournalEntry.question == number))
 
-    return database.together(keep)
+def _keep_ended(session: Transaction, ended: list[tuple[dict[str, Any], list[int]]]) -> list[None]:
+    numbers = [row["ended"] for row, _ in ended]
+    under_way = set(session.scalars(_STILL, {"numbers": numbers}))
+    first = [(row, entries) for row, entries in ended if row["ended"] in under_way]
+    reads = [{"entry_id": entry, "question": row["ended"]} for row, entries in first for entry in entries]
+    if first:
+        session.execute(_END, [row for row, _ in first])
+        session.execute(_FORGET, {"numbers": numbers})
+    if reads:
+        session.execute(_READ, reads)
+    return [None] * len(ended)
 
 
 class Journal:
@@ -167,7 +187,7 @@ class Journal:
         self._database, self._number = database, number
         self._kept = deque([] if fresh else _kept(database, number))
         self._next = len(self._kept)
-        self._unsaved: list[dict[str, Any]] = []
+        self._unsaved: list[tuple[str, Any]] = []
         self._broken = ""
 
     def given(self, kind: str) -> Any:
@@ -189,35 +209,44 @@ class Journal:
         return json.loads(payload)
 
     def add(self, kind: str, payload: Any) -> None:
-        self._unsaved.append(self._row(kind, payload))
-        self._next += 1
+        """Keep what the session was given, as JSON where it is no plain value."""
+        self._unsaved.append((kind, payload))
 
-    def _row(self, kind: str, payload: Any) -> dict[str, Any]:
-        return {"question": self._number, "place": self._next, "kind": kind, "payload": json.dumps(payload)}
+    def _rows(self, *more: tuple[str, Any]) -> list[dict[str, Any]]:
+        """What is new, as rows of the table."""
+        return [
+            {"question": self._number, "place": place, "kind": kind, "payload": json.dumps(payload, default=parts)}
+            for place, (kind, payload) in enumerate((*self._unsaved, *more), self._next)
+        ]
+
+    def _saved(self, number: int) -> None:
+        self._next, self._unsaved = self._next + number, []
 
     async def save(self, *, waiting: bool = False) -> None:
         """Write what is new to disk, and that an expert is being asked."""
 
-        def keep(session: Transaction) -> None:
-            if self._unsaved:
-                session.execute(insert(JournalEntry), self._unsaved)
-            if waiting:
-                session.execute(update(Question).where(Question.number == self._number).values(status="waiting"))
+        rows = self._rows()
 
-        await asyncio.wrap_future(self._database.together(keep))
-        self._unsaved = []
+        asking = [self._number] if waiting else []
+        await asyncio.wrap_future(self._database.together(_keep_journal, (rows, asking)))
+        self._saved(len(rows))
 
     def save_with(self, kind: str, work: Callable[[Transaction], Any]) -> Any:
         """Do work, and write what is new and what came of it to disk, all in one transaction."""
 
-        def keep(session: Transaction) -> Any:
+        with self._database.writing() as session:
             found = work(session)
-            session.execute(insert(JournalEntry), [*self._unsaved, self._row(kind, found)])
-            return found
-
-        found = self._database.together(keep).result()
-        self._unsaved, self._next = [], self._next + 1
+            session.execute(insert(JournalEntry), self._rows((kind, found)))
+        self._saved(len(self._unsaved) + 1)
         return found
+
+
+def _keep_journal(session: Transaction, given: list[tuple[list[dict[str, Any]], list[int]]]) -> list[None]:
+    if rows := [row for rows, _ in given for row in rows]:
+        session.execute(insert(JournalEntry), rows)
+    if asking := [number for _, numbers in given for number in numbers]:
+        session.execute(update(Question).where(Question.number.in_(asking)).values(status="waiting"))
+    return [None] * len(given)
 
 
 def _kept(database: Database, number: int) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 import time
@@ -26,11 +27,12 @@ from agile.serve.metrics import Metrics
 from agile.serve.models import Question
 from agile.serve.requests import Similar
 from agile.serve.session import STREAM, patiently, play
-from agile.session_log import JsonLines, append_sessions, read_lines
+from agile.session_log import JsonLines, append_sessions, parts, read_lines
 from agile.types import Advice, AdviceRequest, Item, Session, Source
 
 logger = logging.getLogger(__name__)
 LOG = "sessions-served.jsonl"
+LOG_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,6 +118,7 @@ class Runner:
         self._lock = threading.Lock()
         self._busy: Counter[Served] = Counter()  # sessions under way of each agent
         self._progress: dict[str, Progress] = {}
+        self._unlogged: list[str] = []
         self._log = _whole_log(folder / LOG, database, served.checkpoint)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="agile-agent")
@@ -186,22 +189,31 @@ class Runner:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._log_sessions()
 
         asyncio.run_coroutine_threadsafe(cancel(), self._loop).result(timeout=30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=30)
         self._log.close()
 
-    def ask(self, user_id: int, text: str, product: str, webhook: str = "") -> tuple[Question, Progress]:
-        """Keep a question and begin to answer it. Raises DatabaseAway."""
+    def ask(self, user_id: int, text: str, product: str, webhook: str = "") -> Future[tuple[Question, Progress]]:
+        """Keep a question and begin to answer it. What it gives raises DatabaseAway."""
         served = self._take()
-        try:
-            question = questions.ask(self.database, user_id, text, product, served.deployment, webhook)
-        except BaseException:
-            self._give_back(served)
-            raise
-        self.metrics.questions.inc()
-        return question, self._begin(question, served, fresh=True)
+        kept = questions.ask(self.database, user_id, text, product, served.deployment, webhook)
+        begun: Future[tuple[Question, Progress]] = Future()
+
+        def begin(kept: Future[Question]) -> None:  # also where nobody waits for it any more
+            try:
+                question = kept.result()
+            except BaseException as error:
+                self._give_back(served)
+                begun.set_exception(error)
+            else:
+                self.metrics.questions.inc()
+                begun.set_result((question, self._begin(question, served, fresh=True)))
+
+        kept.add_done_callback(begin)
+        return begun
 
     def learn(self, request_id: str) -> None:
         """Remember an answer that came when nobody waited any more, and tell it to those who gave an address."""
@@ -287,10 +299,11 @@ class Runner:
     ) -> None:
         sure = None if session is None or session.advised else confidence(session, served.executor.codec)
         answer = None if session is None or error else session.answer
+        text = None if session is None else json.dumps(session, separators=(",", ":"), default=parts)
 
         async def keep() -> None:
             ended = questions.finish(
-                self.database, question.number, answer=answer, error=error, played=session, confidence=sure
+                self.database, question.number, answer=answer, error=error, played=session, text=text, confidence=sure
             )
             await asyncio.wrap_future(ended)
 
@@ -303,7 +316,14 @@ class Runner:
             progress.written = sum(len(span.token_ids) for span in spans if span.source is Source.LLM)
             progress.read = sum(len(span.token_ids) for span in spans) - progress.written
             self.metrics.tokens.inc(progress.read + progress.written)
-            append_sessions(self._log, [session], agent=served.checkpoint)
+            if not self._unlogged:
+                self._loop.call_later(LOG_S, self._log_sessions)
+            self._unlogged.append(f'{{"agent":{json.dumps(served.checkpoint)},"session":{text}}}')
+
+    def _log_sessions(self) -> None:
+        """What has ended meanwhile; the database holds it already."""
+        self._log.append_json(self._unlogged)
+        self._unlogged = []
 
 
 def _whole_log(path: Path, database: Database, checkpoint: str) -> JsonLines:
@@ -312,7 +332,7 @@ def _whole_log(path: Path, database: Database, checkpoint: str) -> JsonLines:
     if path.exists():
         with path.open("r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-    log = JsonLines(path)
+    log = JsonLines(path, synced=False)  # the database holds the same
     known = {record["session"]["id"] for record in read_lines(path)}
     for number in questions.finished(database):
         if f"{STREAM}/{number}" not in known and (session := questions.session_of(database, number)) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import logging
 from collections.abc import Callable, Sequence
@@ -257,6 +258,8 @@ def listen(
 ) -> None:
     """Answer requests until interrupted, and log them."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    gc.collect()
+    gc.freeze()  # models and modules stay: to walk through them again and again would hold everybody up
     uvicorn.run(
         app,
         host=host,

@@ -35,7 +35,6 @@ from agile.types import (
     Session,
     ToolResult,
     Usage,
-    to_json,
 )
 from agile.watchdog import StageTimeout, within
 
@@ -85,7 +84,7 @@ async def play(
         on_asking()
         detail = {"retrieved": shown, "own_answer": own}
         advice = await patiently(lambda: advise(request, detail))
-        journal.add("advice", to_json(advice))
+        journal.add("advice", advice)
         return advice
 
     player = Executor(
@@ -165,7 +164,7 @@ class _Policy:
             ids, logprobs = tuple(found["token_ids"]), tuple(found["logprobs"])
             return Completion(ids, logprobs, found["finish_reason"], found["policy_version"], Usage(**found["usage"]))
         completion = await self.policy.complete(prompt_ids, max_tokens=max_tokens, stop=stop, seed=seed)
-        self.journal.add("completion", to_json(completion))
+        self.journal.add("completion", completion)
         return completion
 
 
@@ -190,7 +189,7 @@ class _Memory:
         found = self.journal.given("retrieved")
         if found is None:
             entries = self.memory.retrieve(query, k, scope)
-            self.journal.add("retrieved", to_json(entries))
+            self.journal.add("retrieved", entries)
         else:
             entries = [Retrieved(_memory_item(e["item"]), e["similarity"]) for e in found]
         self.shown += entries
@@ -235,6 +234,6 @@ class _Tool:
             result = await self.tool(argument, item, earlier)
         except Exception as error:  # in the words of the executor
             result = ToolResult(f"error : {type(error).__name__}: {error}", ok=False)
-        self.journal.add("result", to_json(result))
+        self.journal.add("result", result)
         await patiently(self.journal.save)
         return result
