@@ -4,9 +4,9 @@
     python -m benchmarks.serve --database postgresql://USER@HOST/NAME   # which it leaves filled
 
 The server is a process, as `agile serve` starts one, with the demo's tasks, prompts and memory (1,000 entries), a
-policy that answers everything but questions of a probe, and hashed embeddings. The clients are another: each keeps a
-connection, and asks as soon as it has an answer. Meanwhile a probe asks what an expert must answer, and notes how long
-it takes until a browser that watches the queue hears of it.
+policy that answers all questions but one on its own, and hashed embeddings. The clients are another: each keeps a
+connection, and asks as soon as it has an answer. Meanwhile an expert claims and skips the one question, and it is noted
+how long it takes until a browser that watches the queue hears of it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import asyncio
 import json
 import multiprocessing
 import os
+import re
 import resource
 import socket
 import statistics
@@ -136,15 +137,20 @@ def clients(url: str, key: str, products: list[str], number: int, seconds: float
 
 
 def watched(url: str, key: str, products: list[str], seconds: float) -> list[float]:
-    """Seconds from asking to the event that a browser gets, of a probe every half second."""
+    """Seconds from an expert's click to the event that another browser gets, of one click every half second."""
     heard: list[float] = []
 
     async def run() -> None:
         async with httpx2.AsyncClient(base_url=url, timeout=60) as browser:
             page = (await browser.get("/login")).text
-            token = page.split('name="token" value="', 1)[1].split('"', 1)[0]
-            form = {"name": "ann", "password": PASSWORD, "token": token}
+            form = {"name": "ann", "password": PASSWORD, "token": _found(r'name="token" value="([^"]+)"', page)}
             assert (await browser.post("/login", data=form)).status_code == 303
+            headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+            body = _body(products[0], PROBE)
+            asking = asyncio.create_task(browser.post("/v1/chat/completions", content=body, headers=headers))
+            while "/claim" not in (page := (await browser.get("/desk/queue")).text):
+                await asyncio.sleep(0.1)
+            csrf, request = _found(r'name="csrf" value="([^"]+)"', page), _found(r"/desk/requests/(\w+)/claim", page)
             changed = asyncio.Event()
 
             async def listen() -> None:
@@ -154,22 +160,27 @@ def watched(url: str, key: str, products: list[str], seconds: float) -> list[flo
                             changed.set()
 
             listening = asyncio.create_task(listen())
-            headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
-            ends, number = time.monotonic() + seconds, 0
+            ends = time.monotonic() + seconds
             while time.monotonic() < ends:
-                await asyncio.sleep(0.5)
-                number += 1
-                changed.clear()
-                began = time.monotonic()
-                body = _body(products[number % len(products)], f"{PROBE} {number}")
-                asking = asyncio.create_task(browser.post("/v1/chat/completions", content=body, headers=headers))
-                await asyncio.wait_for(changed.wait(), 30)
-                heard.append(time.monotonic() - began)
-                asking.cancel()  # nobody will answer it
+                for action in ("claim", "skip"):
+                    await asyncio.sleep(0.5)
+                    changed.clear()
+                    began = time.monotonic()
+                    click = asyncio.create_task(browser.post(f"/desk/requests/{request}/{action}", data={"csrf": csrf}))
+                    await asyncio.wait_for(changed.wait(), 30)
+                    heard.append(time.monotonic() - began)
+                    assert (await click).status_code == 303
             listening.cancel()
+            asking.cancel()  # nobody answers it
 
     asyncio.run(run())
     return heard
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match, f"no {pattern}"
+    return match[1]
 
 
 def _cpu_seconds(pid: int) -> float:
