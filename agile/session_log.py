@@ -81,12 +81,13 @@ def parts(value: Any) -> Any:
     >>> json.dumps(Action("PredictAnswer", "yes"), default=parts)
     '{"name": "PredictAnswer", "argument": "yes"}'
     """
-    names = _names(type(value))
+    kind: Any = type(value)
+    names = _names(kind)
     return {str(k): v for k, v in value.items()} if names is None else {name: getattr(value, name) for name in names}
 
 
 @cache
-def _names(kind: type[Any]) -> tuple[str, ...] | None:
+def _names(kind: Any) -> tuple[str, ...] | None:
     return None if issubclass(kind, Mapping) else tuple(field.name for field in fields(kind))
 
 

@@ -24,7 +24,8 @@ from agile.errors import AgileError
 
 BUSY_S = 10  # how long a writer waits for others
 TOGETHER, GATHER_S = 256, 0.015  # how many pieces of work one transaction takes, and how long it waits for more
-P, T = TypeVar("P"), TypeVar("T")
+P = TypeVar("P")
+T = TypeVar("T")
 _Piece = tuple[Callable[[Session, list[Any]], Sequence[Any]], Any, Future[Any]]
 
 

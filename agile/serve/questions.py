@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import bindparam, insert, select, update
+from sqlalchemy import BindParameter, bindparam, delete, insert, select, update
 from sqlalchemy.orm import Session as Transaction
 
 from agile.errors import AgileError
@@ -29,12 +29,12 @@ from agile.types import Session
 FINISHED = ("answered", "failed")
 _ASKED = ("id", "user_id", "text", "product", "status", "error", "deployment", "price", "created_at")
 # of many questions at once: past the ORM, which would take longer than the rest of it
-_QUESTIONS, _JOURNAL, _NUMBERS = Question.__table__, JournalEntry.__table__, bindparam("numbers", expanding=True)
-_ASK = _QUESTIONS.insert().returning(Question.id, Question.number)
-_STILL = select(_QUESTIONS.c.number).where(_QUESTIONS.c.number.in_(_NUMBERS), _QUESTIONS.c.status.not_in(FINISHED))
-_END = _QUESTIONS.update().where(_QUESTIONS.c.number == bindparam("ended"))
-_FORGET = _JOURNAL.delete().where(_JOURNAL.c.question.in_(_NUMBERS))
-_READ = MemoryRead.__table__.insert()
+_NUMBERS: BindParameter[Sequence[int]] = bindparam("numbers", expanding=True)
+_ASK = insert(Question).returning(Question.id, Question.number)
+_STILL = select(Question.number).where(Question.number.in_(_NUMBERS), Question.status.not_in(FINISHED))
+_END = update(Question).where(Question.number == bindparam("ended"))
+_FORGET = delete(JournalEntry).where(JournalEntry.question.in_(_NUMBERS))
+_READ = insert(MemoryRead)
 
 
 def ask(
@@ -64,7 +64,7 @@ def _keep_asked(session: Transaction, asked: list[tuple[Question, str]]) -> list
     for question, _ in asked:
         question.price = None if held is None else held.advice_price
     rows = [{name: getattr(question, name) for name in _ASKED} for question, _ in asked]
-    numbers = {added.id: added.number for added in session.execute(_ASK, rows)}
+    numbers = {added.id: added.number for added in session.connection().execute(_ASK, rows)}
     for question, webhook in asked:
         question.number = numbers[question.id]
         if webhook:
@@ -161,15 +161,15 @@ def finish(
 
 
 def _keep_ended(session: Transaction, ended: list[tuple[dict[str, Any], list[int]]]) -> list[None]:
-    numbers = [row["ended"] for row, _ in ended]
-    under_way = set(session.scalars(_STILL, {"numbers": numbers}))
+    connection, numbers = session.connection(), [row["ended"] for row, _ in ended]
+    under_way = set(connection.scalars(_STILL, {"numbers": numbers}))
     first = [(row, entries) for row, entries in ended if row["ended"] in under_way]
     reads = [{"entry_id": entry, "question": row["ended"]} for row, entries in first for entry in entries]
     if first:
-        session.execute(_END, [row for row, _ in first])
-        session.execute(_FORGET, {"numbers": numbers})
+        connection.execute(_END, [row for row, _ in first])
+        connection.execute(_FORGET, {"numbers": numbers})
     if reads:
-        session.execute(_READ, reads)
+        connection.execute(_READ, reads)
     return [None] * len(ended)
 
 
