@@ -74,7 +74,8 @@ def _ablations(ax: Axes, rows: Mapping[str, Mapping[str, Any]], agent: str, look
             ax.plot(ci, [y] * len(ci), color=look.color, lw=2.4, alpha=0.5, solid_capstyle="butt", zorder=2)
         label = "reference line" if name in references else "measured"
         marker = look.marker if name in references else "o"
-        ax.plot(row["difference"], y, marker, color=look.color, ms=7, mec=CARD, mew=0.6, zorder=3, label=label)
+        style: dict[str, Any] = {"marker": marker, "ls": "", "color": look.color, "ms": 7, "mec": CARD, "mew": 0.6}
+        ax.plot(row["difference"], y, **style, zorder=3, label=label)
         if paper := row.get("paper"):
             ax.plot(paper["difference"], y, "D", mfc="none", mec=INK, ms=6, mew=1.1, zorder=4, label="in the paper")
     words = {name: look.label for name, look in references.items()} | ABLATION_WORDS

@@ -39,13 +39,13 @@ CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 def serve(folder: Path, url: str, port: int) -> None:
     """A server until it is killed."""
     from agile.build import Setup
-    from agile.chat import about
     from agile.config import load_config
     from agile.policies.scripted import ScriptedPolicy
     from agile.serve.database import Database
     from agile.serve.memory import DeskMemory
     from agile.serve.runner import Served
     from agile.serve.server import listen, make_app
+    from agile.subjects import subjects
     from agile.types import Action, Fn, MemoryItem, MemoryKind, Reward
 
     words = ["memory.encoder=hashing", "serve.requests_per_minute=10000000", "serve.wait_s=30"]
@@ -55,7 +55,7 @@ def serve(folder: Path, url: str, port: int) -> None:
     executor.score = lambda item, session: Reward({})
     executor.limits = replace(executor.limits, max_stage_s=None)
     items = setup.task.streams("test")[0].items
-    products = {item.product: about(item) for item in items}
+    products = subjects(setup.task, "minishop")
 
     def decide(context: str) -> Action:
         if PROBE in context and "answer:" not in context:

@@ -11,7 +11,7 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ from agile.session_log import parts, session_from_json
 from agile.types import Session
 
 FINISHED = ("answered", "failed")
-_ASKED = ("id", "user_id", "text", "product", "status", "error", "deployment", "price", "created_at")
+_ASKED = ("id", "user_id", "text", "product", "status", "error", "deployment", "price", "context", "created_at")
 # of many questions at once: past the ORM, which would take longer than the rest of it
 _NUMBERS: BindParameter[Sequence[int]] = bindparam("numbers", expanding=True)
 _ASK = insert(Question).returning(Question.id, Question.number)
@@ -38,12 +38,19 @@ _READ = insert(MemoryRead)
 
 
 def ask(
-    database: Database, user_id: int, text: str, product: str, deployment: int | None = None, webhook: str = ""
+    database: Database,
+    user_id: int,
+    text: str,
+    product: str,
+    deployment: int | None = None,
+    webhook: str = "",
+    known: Mapping[str, Any] | None = None,
 ) -> Future[Question]:
     """Keep a question; from now on it will be answered, by the agent of this deployment, at the price of now.
 
     Args:
         webhook: Where the answer is told.
+        known: What goes with this question alone: `turns`, `options`.
     """
     question = Question(
         id=new_id(),
@@ -53,9 +60,9 @@ def ask(
         status="working",
         error="",
         deployment=deployment,
+        context=json.dumps(known or {}),
         created_at=time.time(),
     )
-
     return database.together(_keep_asked, (question, webhook))
 
 
