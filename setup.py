@@ -134,6 +134,7 @@ DEV = [
     "pytest-timeout",
     "pytest-xdist",
     "ruff",
+    "schemathesis",
     "setuptools>=77",  # builds the wheel that a test looks into
     "types-PyYAML",
 ]

@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session
 
 from agile.errors import AgileError
 from agile.memory.encoders import Encoder
+from agile.serve.agreement import normalised
 from agile.serve.database import Database
 from agile.serve.models import MemoryChange, MemoryEntry, Setting, User
-from agile.serve.requests import normalised
 from agile.types import MemoryItem, MemoryKind, Retrieved, Scope
 
 _DECIMALS = 6  # as in `agile.memory.store`: beyond that, ties would hang on noise

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,19 @@ FINISHED = ("answered", "failed")
 
 
 def ask(
-    database: Database, user_id: int, text: str, product: str, deployment: int | None = None, webhook: str = ""
+    database: Database,
+    user_id: int,
+    text: str,
+    product: str,
+    deployment: int | None = None,
+    webhook: str = "",
+    known: Mapping[str, Any] | None = None,
 ) -> Question:
     """Keep a question; from now on it will be answered, by the agent of this deployment, at the price of now.
 
     Args:
         webhook: Where the answer is told.
+        known: What goes with this question alone: `turns`, `options`.
     """
     question = Question(
         id=new_id(),
@@ -43,6 +50,7 @@ def ask(
         product=product,
         status="working",
         deployment=deployment,
+        context=json.dumps(known or {}),
         created_at=time.time(),
     )
     with database.writing() as session:

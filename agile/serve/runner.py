@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agile.config.hours import HoursConfig
 from agile.errors import AgileError
 from agile.executor import Executor
 from agile.own_answers import confidence
@@ -27,6 +29,7 @@ from agile.serve.models import Question
 from agile.serve.requests import Similar
 from agile.serve.session import STREAM, patiently, play
 from agile.session_log import JsonLines, append_sessions, read_lines
+from agile.subjects import question_about
 from agile.types import Advice, AdviceRequest, Item, Session
 
 logger = logging.getLogger(__name__)
@@ -63,8 +66,10 @@ class Served:
             logger.warning("%s", error)
 
     def item(self, question: Question) -> Item:
-        like = self.products[question.product]
-        return Item(f"{STREAM}/{question.number}", question.text, "", STREAM, like.group, like.product, like.context)
+        known = json.loads(question.context)
+        return question_about(
+            self.products[question.product], f"{STREAM}/{question.number}", question.text, STREAM, known
+        )
 
 
 @dataclass(slots=True)
@@ -88,7 +93,7 @@ class Runner:
     Args:
         served: Who answers from now on, see `swap`.
         folder: Where the log of sessions is, for `agile show`; what a crash kept from it is added.
-        advice_timeout_s, fallback, similar: See `DeskAdvisor`.
+        advice_timeout_s, fallback, hours, agree, similar: See `DeskAdvisor`.
         load: Gives the agent of a deployment that is served no more, for sessions that it began.
     """
 
@@ -102,12 +107,21 @@ class Runner:
         *,
         advice_timeout_s: float | None = None,
         fallback: Advisor | None = None,
+        hours: HoursConfig | None = None,
+        agree: int = 1,
         similar: Similar | None = None,
         load: Callable[[int], Served] | None = None,
     ) -> None:
         self.database, self.served, self.memory, self.metrics = database, served, memory, metrics
         self._desk = DeskAdvisor(
-            database, STREAM, lasting=True, timeout_s=advice_timeout_s, fallback=fallback, similar=similar
+            database,
+            STREAM,
+            lasting=True,
+            timeout_s=advice_timeout_s,
+            fallback=fallback,
+            hours=hours,
+            agree=agree,
+            similar=similar,
         )
         self._load = load
         self._lock = threading.Lock()
@@ -189,11 +203,13 @@ class Runner:
         self._thread.join(timeout=30)
         self._log.close()
 
-    def ask(self, user_id: int, text: str, product: str, webhook: str = "") -> tuple[Question, Progress]:
+    def ask(
+        self, user_id: int, text: str, product: str, webhook: str = "", known: Mapping[str, Any] | None = None
+    ) -> tuple[Question, Progress]:
         """Keep a question and begin to answer it. Raises DatabaseAway."""
         served = self._take()
         try:
-            question = questions.ask(self.database, user_id, text, product, served.deployment, webhook)
+            question = questions.ask(self.database, user_id, text, product, served.deployment, webhook, known)
         except BaseException:
             self._give_back(served)
             raise
@@ -209,7 +225,7 @@ class Runner:
         like = self.served.products.get(request.product)
         if like is None or said.answer is None:
             return
-        item = Item(request_id, request.question, "", STREAM, like.group, like.product, like.context)
+        item = question_about(like, request_id, request.question, STREAM, json.loads(request.detail))
         advice = Advice(said.answer, said.explanation, said.expert, request.price)
         self.memory.write(self.served.executor.agent.remember(item, f"late/{request_id}", advice, ""))
         webhooks.tell_late(self.database, request_id, said.answer)
