@@ -7,8 +7,9 @@ nothing back, as at the start of a stream; so every prompt is of a kind that the
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from agile.errors import AgileError
 from agile.protocols import Agent, Memory, Policy
@@ -22,12 +23,12 @@ from agile.types import (
     Fn,
     Item,
     MemoryItem,
-    MemoryKind,
     Retrieved,
     Scope,
 )
 
 POISONED = 0.1  # share of reflections that are made false
+NOTHING = ("", "none")  # reflections that teach nothing
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -56,15 +57,15 @@ def without_actions(spec: AgentSpec, names: Collection[str]) -> AgentSpec:
 
 @dataclass(frozen=True, slots=True)
 class AblatedAgent:
-    """An agent with another table of actions, whose reflections may be lost.
+    """An agent with another table of actions, whose reflections may change on their way to memory.
 
     Attributes:
-        keeps_reflections: Whether what it reflects reaches memory; if not, memory holds what experts said alone.
+        kept: What reaches memory of a reflection of a session, given the session's id.
     """
 
     agent: Agent
     spec: AgentSpec
-    keeps_reflections: bool = True
+    kept: Callable[[str, str], str]
 
     def question(self, item: Item, progress: float, price: float) -> str:
         return self.agent.question(item, progress, price)
@@ -76,7 +77,7 @@ class AblatedAgent:
         return self.agent.advice(advice)
 
     def remember(self, item: Item, session_id: str, advice: Advice | None, reflection: str) -> list[MemoryItem]:
-        return self.agent.remember(item, session_id, advice, reflection if self.keeps_reflections else "")
+        return self.agent.remember(item, session_id, advice, self.kept(session_id, reflection))
 
 
 def removed_actions(ablations: Collection[str], tools: Collection[str]) -> frozenset[str]:
@@ -87,21 +88,25 @@ def removed_actions(ablations: Collection[str], tools: Collection[str]) -> froze
     return frozenset(names)
 
 
-def ablated(agent: Agent, ablations: Collection[str], tools: Collection[str]) -> Agent:
+def ablated(agent: Agent, ablations: Collection[str], tools: Collection[str], seed: int = 0) -> Agent:
     """The agent without these abilities; memory and chance have wrappers of their own.
 
     Args:
         ablations: Of `memory`, `reflection`, `advice`, `tools`, `random_advice` and `poisoned_memory`.
         tools: Names of the task's tools.
+        seed: Draws which reflections are poisoned.
 
     Raises:
         AgileError: The agent has nothing left to choose.
     """
     # chance asks: the table keeps the action, and the policy is kept from choosing it
     removed = removed_actions(set(ablations) - {"random_advice"}, tools)
-    if not removed and "reflection" not in ablations:
-        return agent
-    return AblatedAgent(agent, without_actions(agent.spec, removed), "reflection" not in ablations)
+    spec = without_actions(agent.spec, removed)
+    if "reflection" in ablations:
+        return AblatedAgent(agent, spec, lambda session_id, reflection: "")
+    if "poisoned_memory" in ablations:
+        return AblatedAgent(agent, spec, partial(poisoned, seed=seed))
+    return AblatedAgent(agent, spec, lambda session_id, reflection: reflection) if removed else agent
 
 
 class RandomAdvice:
@@ -131,7 +136,7 @@ class RandomAdvice:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What memory gives back
+# What memory gives back, and what reaches it
 
 
 class NoMemory:
@@ -150,39 +155,15 @@ class NoMemory:
         return 0
 
 
-@dataclass(frozen=True, slots=True)
-class PoisonedMemory:
-    """A memory in which some of the knowledge that is written turns false.
+def poisoned(session_id: str, reflection: str, seed: int, share: float = POISONED) -> str:
+    """The reflection, made false for a share of the sessions; one that says nothing stays as it is.
 
-    Which depends on the seed and the session that writes, so that every agent suffers alike.
-
-    Attributes:
-        share: Of the knowledge entries, in [0, 1].
+    Which depends on the seed, the session and the text, so that every agent suffers alike.
     """
-
-    memory: Memory
-    share: float
-    seed: int
-
-    def write(self, items: Sequence[MemoryItem]) -> list[int]:
-        return self.memory.write([self._poisoned(item) for item in items])
-
-    def retrieve(self, query: str, k: int, scope: Scope) -> list[Retrieved]:
-        return self.memory.retrieve(query, k, scope)
-
-    def count_similar(self, query: str, threshold: float, scope: Scope) -> int:
-        return self.memory.count_similar(query, threshold, scope)
-
-    def __len__(self) -> int:
-        return len(self.memory)
-
-    def _poisoned(self, item: MemoryItem) -> MemoryItem:
-        if item.kind is not MemoryKind.KNOWLEDGE:
-            return item
-        if derive_seed(self.seed, item.session_id, item.text) / 2**63 >= self.share:
-            return item
-        text = falsified(item.text)
-        return replace(item, text=text, key=text if item.key == item.text else item.key)
+    text = reflection.strip()
+    if text.lower() in NOTHING or derive_seed(seed, session_id, text) / 2**63 >= share:
+        return reflection
+    return falsified(text)
 
 
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}

@@ -12,8 +12,8 @@ from agile.build import Setup
 from agile.calibration import calibration
 from agile.config import RunConfig, differences
 from agile.errors import AgileError
-from agile.evaluate import Outcome, by_stream, paired_difference, rates, summarise
-from agile.measure import Measured, best_of, joined, measure, trained_agents, trained_config
+from agile.evaluate import Outcome, best_of, by_stream, paired_difference, rates, summarise
+from agile.measure import Measured, joined, measure, trained_agents, trained_config
 from agile.memory_use import SIMILAR, memory_use
 from agile.prompted import check_key
 from agile.published import published_ablation, set_beside
@@ -57,7 +57,8 @@ def bench(config: RunConfig, out: Path, checkpoints: Sequence[Path] = ()) -> dic
         began = time.monotonic()
         parts[run.name] = _measure(own, out / run.name, run)
         _written(_report(own, parts[run.name], began), out / run.name)
-    report = _report(config, joined(parts), started)
+    same = config.task.data is not None  # each seed has MiniShop worlds of its own
+    report = _report(config, joined(parts, same_questions=same), started, num_runs=len(parts))
     report["seeds"] = _seeds(config, parts, [own.seed for own in configs.values()])
     return _written(report, out)
 
@@ -129,7 +130,7 @@ def _claim(out: Path, config: RunConfig) -> None:
 # From what was measured to a report
 
 
-def _report(config: RunConfig, found: Measured, started: float) -> dict[str, Any]:
+def _report(config: RunConfig, found: Measured, started: float, num_runs: int = 1) -> dict[str, Any]:
     price, macro, seed = config.task.advice_price, found.macro, config.seed
     report: dict[str, Any] = {
         "task": config.task.name,
@@ -163,15 +164,16 @@ def _report(config: RunConfig, found: Measured, started: float) -> dict[str, Any
     if found.ablations:
         report["ablations"] = _ablations(found, price, macro, seed)
     if found.prices:
-        report |= _prices(found)
-    set_beside(report, found.groups, whole=config.task.max_items is None)
+        report |= _prices(found, seed)
+    set_beside(report, found.groups, whole=config.task.max_items is None, num_runs=num_runs)
     report["seconds"] = {**found.seconds, "total": time.monotonic() - started}
     return report
 
 
 def _comparisons(results: dict[str, list[Outcome]], price: float, macro: bool, seed: int) -> list[dict[str, Any]]:
-    """The learned agent against imitation and every baseline."""
-    best = best_of(results)
+    """The agent that the report is about, else the best one, against every other."""
+    usable = [name for name in results if name != "oracle"]
+    best = best_of(results) or max(usable, key=lambda name: rates(results[name], price, macro)["score"], default=None)
     return [
         {"a": best, "b": other, **paired_difference(results[best], results[other], price, macro=macro, seed=seed)}
         for other in results
@@ -216,15 +218,15 @@ def _verdict(pair: Mapping[str, Any], paper: Mapping[str, Any] | None) -> str:
     return "as in the paper" if (pair["difference"] > 0) == (paper["difference"] > 0) else "against the paper"
 
 
-def _prices(found: Measured) -> dict[str, Any]:
+def _prices(found: Measured, seed: int) -> dict[str, Any]:
     """Agents and baselines at other prices: in all, and for each group."""
     prices: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     for price, (results, _) in found.prices.items():
-        prices[f"{price:g}"] = {name: summarise(o, price, macro=found.macro) for name, o in results.items()}
+        prices[f"{price:g}"] = {name: summarise(o, price, macro=found.macro, seed=seed) for name, o in results.items()}
         for name, played in results.items():
             for group, part in by_stream(played).items():
-                groups.setdefault(group, {}).setdefault(f"{price:g}", {})[name] = summarise(part, price)
+                groups.setdefault(group, {}).setdefault(f"{price:g}", {})[name] = summarise(part, price, seed=seed)
     return {"prices": prices, "groups": groups}
 
 

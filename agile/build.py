@@ -1,10 +1,12 @@
-"""Wiring: from a config to the objects of a run. The only module of the core that knows concrete agents and tasks."""
+"""Wiring: from a config to the objects of a run. With `make_task` the only module of the core that knows
+concrete agents and tasks.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,10 @@ from agile.executor import Executor, Limits
 from agile.experts import make_advisor, recorded_answers
 from agile.extras import needs
 from agile.from_desk import SESSIONS, imitated
-from agile.graded import graded_task
 from agile.imitation import Imitation, jobs
 from agile.judge import judged
 from agile.lora import adapter_config, add_adapter, is_adapted
+from agile.make_task import make_task
 from agile.memory.encoders import CachedEncoder, make_encoder
 from agile.memory.store import SqliteMemory
 from agile.messages import MessagesCodec, messages_tokenizer
@@ -44,20 +46,14 @@ from agile.policies.vllm import VLLMPolicy
 from agile.policies.vllm_server import VLLMServerPolicy
 from agile.prompted import prompted_policy
 from agile.prompts import instructions
-from agile.protocols import Advisor, Agent, Memory, Task, TeachableAgent, TrainablePolicy
+from agile.protocols import Advisor, Agent, Memory, Policy, Task, TeachableAgent, TrainablePolicy
 from agile.run_folder import writing
 from agile.seeding import derive_seed
 from agile.tasks.desk import QUESTIONS, DeskTask
 from agile.tasks.hotpotqa import HotPotQA
-from agile.tasks.jsonl import JsonlTask
-from agile.tasks.medmcqa import MedMCQA
-from agile.tasks.minishop import MiniShopSpec, write_minishop
-from agile.tasks.productqa import ProductQA
 from agile.tokens import ActionCodec, Turns, add_action_tokens, build_tokenizer
-from agile.tools.passages import MAX_SEARCHES, bm25, dense
-from agile.types import AgentSpec, Stream, Trajectory
-
-HOTPOT_STREAM = 10  # its questions share nothing, so short streams play more of them at once
+from agile.tools.passages import MAX_SEARCHES
+from agile.types import AgentSpec, Item, Stream, Trajectory
 
 
 @dataclass
@@ -67,10 +63,13 @@ class Setup:
     Args:
         config: The checked config.
         folder: The run folder: MiniShop's worlds are written to `minishop` there, embeddings kept beside it.
+        verdicts: What `sft.judge` said of the questions that imitation plays, by id.
     """
 
     config: RunConfig
     folder: Path
+    verdicts: Mapping[str, bool] | None = None
+    _bad_answers: list[str] = field(default_factory=list, init=False, repr=False)
 
     @cached_property
     def task(self) -> Task:
@@ -83,65 +82,14 @@ class Setup:
             with needs("serve"):
                 from agile.serve.export import export_desk
 
-            shop = self._own_task.streams("test")[0]
-            counts = export_desk(desk, shop, path, self.folder / SESSIONS)
+            counts = export_desk(desk, self._own_task, path, self.folder / SESSIONS)
             told = ", ".join(f"{number:,} by {how}" for how, number in sorted(counts.items()))
             get_console().print(f"{sum(counts.values()):,} questions of {desk.served} with an answer: {told}")
         return DeskTask(path, self._own_task, stream_length=task.stream_length, advice_counts=task.advice_counts)
 
     @cached_property
     def _own_task(self) -> Task:
-        task = self.config.task
-        match task.name:
-            case "minishop":
-                data = task.data or self.folder / "minishop"
-                if task.data is None and not data.exists():
-                    spec = MiniShopSpec(task.num_train_worlds, task.num_test_worlds, task.num_questions)
-                    write_minishop(data, spec, self.config.seed)
-                return self._product_qa(data, macro=False)
-            case "productqa":
-                return self._product_qa(self._data, macro=True)  # as the paper reports it
-            case "medmcqa":
-                return MedMCQA(
-                    self._data,
-                    task.test_data,
-                    stream_by=task.stream_by,
-                    stream_length=task.stream_length,
-                    max_items=task.max_items,
-                    predicted=self._stronger_model(),
-                    advice_counts=task.advice_counts,
-                    skip_bad_rows=task.skip_bad_rows,
-                )
-            case "hotpotqa":
-                rank = bm25 if task.search == "bm25" else dense(self.encoder.encode)
-                length = task.stream_length or HOTPOT_STREAM
-                return HotPotQA(self._data, task.test_data, rank=rank, stream_length=length, **self._reading)
-            case "jsonl":
-                return JsonlTask(
-                    self._data,
-                    task.test_data,
-                    database=task.database,
-                    stream_length=task.stream_length,
-                    **self._reading,
-                )
-
-            case "rft":
-                return graded_task(task, self.folder)
-
-    @property
-    def _data(self) -> Path:
-        data = self.config.task.data
-        assert data is not None  # TaskConfig checks it
-        return data
-
-    @property
-    def _reading(self) -> dict[str, Any]:
-        """What every loader of official files is told."""
-        return self.config.task.model_dump(include={"max_items", "advice_counts", "skip_bad_rows"})
-
-    def _product_qa(self, data: Path, *, macro: bool) -> Task:
-        task = self.config.task
-        return ProductQA(data, task.train_groups, task.test_groups, macro=macro, **self._reading)
+        return make_task(self.config, self.folder, self._stronger_model(), lambda texts: self.encoder.encode(texts))
 
     @cached_property
     def train_streams(self) -> Sequence[Stream]:
@@ -152,9 +100,14 @@ class Setup:
             return streams
         return streams[: len(streams) - len(self.validation_streams)]
 
+    @property
+    def skipped(self) -> list[str]:
+        """What is wrong with each row that was left out, of questions and of recorded answers."""
+        return list(dict.fromkeys([*self.task.skipped, *self._bad_answers]))
+
     def tell_skipped(self) -> None:
         """List rows that were left out in `skipped_rows.txt`, and say how many."""
-        if (skipped := self.task.skipped) and ranks.is_main():
+        if (skipped := self.skipped) and ranks.is_main():
             path = self.folder / "skipped_rows.txt"
             with writing(path):
                 path.write_text("".join(f"{row}\n" for row in skipped), encoding="utf-8")
@@ -231,7 +184,7 @@ class Setup:
         expert = self.config.experts.get(name or self.config.expert, ExpertConfig())
         return make_advisor(
             expert,
-            data=self.config.task.data,
+            recorded=self.recorded,
             seed=self.config.seed,
             question=lambda item: self.agent.question(item, 0.0, 1.0),
             folder=self.folder,
@@ -240,7 +193,12 @@ class Setup:
 
     def _stronger_model(self) -> Mapping[str, str | None] | None:
         name = self.config.sft.stronger_model
-        return None if name is None else recorded_answers(self.config.experts[name], self.config.task.data)
+        return None if name is None else self.recorded(self.config.experts[name])
+
+    def recorded(self, expert: ExpertConfig) -> Mapping[str, str | None]:
+        """The answers of a recorded expert."""
+        task = self.config.task
+        return recorded_answers(expert, task.data, self._bad_answers if task.skip_bad_rows else None)
 
     # ---------------------------------------------------------------------------------------------------------------
 
@@ -436,9 +394,14 @@ class Setup:
             writer.limits = replace(writer.limits, max_stage_s=None)  # the endpoint has a patience of its own
             policy = prompted_policy(sft.teacher, writer.codec, task.advice_price, self.folder, "sft.teacher")
             model, close = (writer, policy), policy.endpoint.close
+
+        def teach(item: Item, memory: Memory, price: float, rng: np.random.Generator) -> Policy:
+            passes = sft.judge_yes if self.verdicts is None else float(self.verdicts[item.id])
+            return self.agent.teacher(executor.codec, passes).policy(item, memory, price, rng)
+
         return Imitation(
             executor,
-            self.agent.teacher(executor.codec, sft.judge_yes).policy,
+            teach,
             self.agent.initial_memory,
             self.memory,
             prices=task.training_prices or (task.advice_price,),
@@ -456,10 +419,10 @@ class Setup:
                 told = ", ".join(f"{number:,} {how}" for how, number in counts.most_common())
                 get_console().print(f"Sessions to imitate: {len(sessions):,} ({told or 'none was served'})")
             return [row for session in sessions for row in session_rows(session)]
-        if self.config.sft.teacher is not None:
+        if self.config.sft.teacher is not None or self.config.sft.judge is not None:
             raise AgileError(
-                "sft.teacher is a model behind an endpoint, whose sessions are built beforehand: agile sft-data CONFIG "
-                "out=DIR, then agile train CONFIG sft.data=DIR."
+                "sft.teacher and sft.judge are models behind an endpoint, with which sessions are built beforehand: "
+                "agile sft-data CONFIG out=DIR, then agile train CONFIG sft.data=DIR."
             )
         streams = self.imitated_streams
         sizes = [len(stream.items) for stream in streams]

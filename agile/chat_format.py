@@ -238,6 +238,18 @@ def for_template(message: Mapping[str, Any]) -> Message:
     return plain
 
 
+def as_message(answer: Answer) -> Message:
+    """An answer as chat templates take it."""
+    message: Message = {"role": "assistant", "content": answer.content}
+    if answer.tool_calls:
+        message["tool_calls"] = [tool_call(*call) for call in answer.tool_calls]
+    return message
+
+
+def tool_call(name: str, arguments: str) -> Message:
+    return {"type": "function", "function": {"name": name, "arguments": parsed_arguments(arguments)}}
+
+
 def parsed_arguments(text: Any) -> Any:
     """The arguments of a tool call as an object, or the text that is none."""
     if not isinstance(text, str):

@@ -390,8 +390,9 @@ def sft_data(
     """Build imitation sessions beforehand, of the task's teacher or of a stronger model, on all train questions.
 
     The teacher knows the gold answers (SQL, supporting facts, reflections) and has a judge of what can be answered
-    without an expert. `sft.teacher` names a model behind an OpenAI-compatible endpoint instead, told the rules; what it
-    did is kept where it was right (HotPotQA: with fewer than 5 searches), in the agent's own tokens.
+    without an expert: the model `sft.judge`, or a draw. `sft.teacher` names a model behind an OpenAI-compatible
+    endpoint instead, told the rules; what it did is kept where it was right (HotPotQA: with fewer than 5 searches), in
+    the agent's own tokens.
 
     Writes `sft-data.jsonl` to `runs/<name of the config>-sft-data`, and what was kept and why not to `sft-data.json`.
     Killed and started again it goes on, to the same file. `agile train CONFIG sft.data=DIR` learns from it.

@@ -13,10 +13,13 @@ import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerFast
 
 from agile.build import Setup
 from agile.config import ExpertConfig, RunConfig
-from agile.measure import best_of, trained_agents, trained_config
+from agile.errors import AgileError
+from agile.evaluate import best_of
+from agile.measure import trained_agents, trained_config
 from agile.policies.scripted import ScriptedPolicy
 from agile.prompts import instructions
 from agile.protocols import Memory, Policy
@@ -75,7 +78,7 @@ def plan_bench(config: RunConfig) -> tuple[list[Plan], str]:
         quick = config.memory.model_copy(update={"encoder": "hashing", "cache": None})
         setup = Setup(config.model_copy(update={"memory": quick}), Path(folder))
         streams = setup.task.streams("test")
-        tokenizer = setup.tokenizer() if config.model.path else setup.carrier()
+        tokenizer, whose = _tokenizer(setup)
         counted: list[_Counted] = []
         executor = setup.executor(tokenizer)
         teacher, rng = setup.agent.teacher(executor.codec, 0.0), np.random.default_rng(config.seed)
@@ -94,8 +97,18 @@ def plan_bench(config: RunConfig) -> tuple[list[Plan], str]:
     told = len(tokenizer(instructions(setup.agent.spec, config.task.advice_price))["input_ids"])
     each = _Sample(told, len(counted), len(calls), sum(p for p, _ in calls), sum(c for _, c in calls), advised)
     questions = sum(len(stream.items) for stream in streams)
-    whose = f"the tokenizer of {config.model.path}" if config.model.path else "a tokenizer made of the task's texts"
     return [_plan(config, label, sessions, each) for label, sessions in num_sessions(config, questions).items()], whose
+
+
+def _tokenizer(setup: Setup) -> tuple[PreTrainedTokenizerFast, str]:
+    """What counts tokens, and its name: the model's where it is on this machine."""
+    path, own = setup.config.model.path, "a tokenizer made of the task's texts"
+    if not path:
+        return setup.carrier(), own
+    try:
+        return setup.tokenizer(), f"the tokenizer of {path}"
+    except AgileError:
+        return setup.carrier(), f"{own}, for that of {path} is not on this machine"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from agile.types import Trajectory
 Floats = NDArray[np.float64]
 
 GRADE = "grade"  # the component of a reward that a grader gave
+TRAINED = ("dpo", "ppo", "sft")  # names of agents from the last stage of training to the first
 MIN_STREAMS = 10  # fewer streams than this are too few to resample; blocks of questions are resampled instead
 
 
@@ -30,6 +31,7 @@ class Outcome:
         advised: Whether an expert answered (and was paid).
         failed: Whether the session broke off; it is then not correct.
         grade: What a grader gave, where one grades; it then counts in the score in place of `correct`.
+        questions: Names the stream's questions where several runs played the same ones; these are resampled together.
     """
 
     item_id: str
@@ -41,6 +43,7 @@ class Outcome:
     advised: bool
     failed: bool = False
     grade: float | None = None
+    questions: str | None = None
 
 
 def outcomes(trajectories: Iterable[Trajectory]) -> list[Outcome]:
@@ -78,6 +81,11 @@ def grading_errors(trajectories: Iterable[Trajectory]) -> dict[str, int]:
     rewards = [s.reward for t in trajectories for s in t.sessions if s.reward is not None]
     counts = Counter(name for reward in rewards for name in reward.components if name.endswith("_error"))
     return dict(sorted(counts.items()))
+
+
+def best_of(names: Iterable[str]) -> str | None:
+    """The agent that a report is about: that of the last stage of training, else the prompted one."""
+    return next((name for name in (*TRAINED, "prompted") if name in names), None)
 
 
 def by_stream(results: Iterable[Outcome]) -> dict[str, list[Outcome]]:
@@ -205,7 +213,7 @@ def _weights(results: Sequence[Outcome], macro: bool) -> Floats:
 
 def _deviations(results: Sequence[Outcome], values: Floats, weights: Floats, seed: int, num_resamples: int) -> Floats:
     """How far weighted means of resamples are from the mean, (num_resamples,), stretched as `summarise` says."""
-    streams, stream = np.unique([o.stream_id for o in results], return_inverse=True)
+    streams, stream = np.unique([o.questions or o.stream_id for o in results], return_inverse=True)
     blocks = np.zeros(len(results), np.int64)
     if len(streams) < MIN_STREAMS:
         blocks = np.array([o.position * max(1, round(o.length**0.5)) // o.length for o in results])

@@ -14,8 +14,9 @@ from agile.config import ExpertConfig
 from agile.evaluate import Outcome, outcomes
 from agile.executor import Executor
 from agile.expert_worth import Asked, Key, experts_table, gains
-from agile.experts import Timed, recorded_answers, who_always_asks, who_never_asks
+from agile.experts import Timed, who_always_asks, who_never_asks
 from agile.play import play_streams
+from agile.prompted import spent
 from agile.protocols import Policy
 from agile.tasks.scoring import UNREADABLE_ADVICE, unreadable
 from agile.tokens import ActionCodec
@@ -38,16 +39,19 @@ class Experts:
     details: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def report(self, agents: dict[str, list[Outcome]], *, macro: bool) -> dict[str, Any]:
+    def report(
+        self, agents: dict[str, list[Outcome]], own: dict[str, dict[Key, bool]], *, macro: bool
+    ) -> dict[str, Any]:
         """The key `experts` of report.json: `experts`, one row each, and `gains`, what each is worth to each agent.
 
         Args:
             agents: Agents that were played beside these.
+            own: Whether their own answers are right where they asked, as far as that was found out.
         """
         alone = {name: played for name, played in self.results.items() if not any(o.advised for o in played)}
         return {
             "experts": experts_table(self.asked),
-            "gains": gains({**agents, **alone}, self.asked, macro=macro),
+            "gains": gains({**agents, **alone}, self.asked, own=own, macro=macro),
         }
 
 
@@ -69,7 +73,7 @@ def play_experts(setup: Setup, out: Path) -> Experts:
     for name in config.evaluate.experts:
         expert = config.experts.get(name, ExpertConfig())
         if expert.kind == "recorded":
-            answers = recorded_answers(expert, config.task.data)
+            answers = setup.recorded(expert)
             executor = setup.executor(tokenizer, codec=codec)
             _add(found, name, *_play(setup, executor, partial(who_never_asks, codec, answers), name, out))
         advisor = Timed(setup.advisor(name))
@@ -77,6 +81,8 @@ def play_experts(setup: Setup, out: Path) -> Experts:
         executor.limits = replace(executor.limits, max_stage_s=None)  # an endpoint has a patience of its own
         played, seconds = _play(setup, executor, partial(who_always_asks, codec), f"asks {name}", out, advisor)
         _add(found, f"asks {name}", played, seconds)
+        if (endpoint := getattr(advisor.advisor, "endpoint", None)) is not None:
+            found.details[f"asks {name}"] = {**found.details.get(f"asks {name}", {}), "expert asked": spent(endpoint)}
         latency_s = expert.latency_s
         if latency_s is None and expert.kind == "model":
             latency_s = advisor.seconds / max(1, advisor.num_asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from agile.evaluate import Outcome, rates
@@ -62,7 +63,7 @@ class Gain:
         advice_rate: How often it asks.
         price: Of the expert's answer.
         score: `accuracy - price * advice_rate`.
-        gain: `score` less that of the agent where it never asks; None where that is not known.
+        gain: `score` less that of the agent by itself; None where that is not known.
         worth_below: The price of one answer below which asking gains; None likewise.
     """
 
@@ -77,26 +78,33 @@ class Gain:
 
 
 def gains(
-    agents: Mapping[str, Sequence[Outcome]], experts: Mapping[str, Asked], *, macro: bool = False
+    agents: Mapping[str, Sequence[Outcome]],
+    experts: Mapping[str, Asked],
+    *,
+    own: Mapping[str, Mapping[Key, bool]] = MappingProxyType({}),
+    macro: bool = False,
 ) -> list[dict[str, Any]]:
     """Every agent with every expert, best score first; keys as in `Gain`. Advice is right if the expert was.
 
     An agent that never asks is compared with one that asks about everything. One that asks sometimes keeps its own
     answers and has the expert's where it asked: what it then remembers, and later does with that, stays as it was
-    played. Whether it would have been right without the expert is not known, so gain and worth are None.
+    played. Gain and worth are over what it would have answered itself there; None where that is not known.
 
     Args:
         agents: Outcomes of agents on the same questions.
+        own: Whether the own answer is right where an agent asked, by agent; a question that is not there has none.
         macro: Whether every stream weighs alike, as in `agile.evaluate.summarise`.
     """
     found = []
     for agent, results in agents.items():
         never = not any(o.advised for o in results)
-        alone = float(rates(results, 0.0, macro)["accuracy"]) if never else None
+        mine = [_alone(o, own.get(agent, {})) for o in results]
+        alone = float(rates(mine, 0.0, macro)["accuracy"]) if never or agent in own else None
         for name, asked in experts.items():
             if name == agent:  # who would ask oneself
                 continue
-            reached = rates([_asking(o, asked, asks=never or o.advised) for o in results], asked.price, macro)
+            with_it = [_asking(o, m, asked) if never or o.advised else o for o, m in zip(results, mine, strict=True)]
+            reached = rates(with_it, asked.price, macro)
             accuracy, rate, score = (float(reached[key]) for key in ("accuracy", "advice_rate", "score"))
             gain = None if alone is None else score - alone
             worth = None if alone is None or not rate else (accuracy - alone) / rate
@@ -105,11 +113,16 @@ def gains(
     return [asdict(g) for g in found]
 
 
-def _asking(outcome: Outcome, expert: Asked, *, asks: bool) -> Outcome:
-    """The same question with this expert; without an answer, an agent of which that is known gives its own."""
-    key = (outcome.stream_id, outcome.item_id)
-    if not asks or outcome.failed:
+def _alone(outcome: Outcome, own: Mapping[Key, bool]) -> Outcome:
+    """The same question without an expert."""
+    if not outcome.advised:
         return outcome
-    if key not in expert.answered:
-        return replace(outcome, correct=outcome.correct and not outcome.advised, advised=False)
-    return replace(outcome, correct=key in expert.right, advised=True)
+    return replace(outcome, correct=own.get((outcome.stream_id, outcome.item_id), False), advised=False)
+
+
+def _asking(outcome: Outcome, alone: Outcome, expert: Asked) -> Outcome:
+    """The same question with this expert, who may have no answer."""
+    key = (outcome.stream_id, outcome.item_id)
+    if outcome.failed:
+        return outcome
+    return replace(outcome, correct=key in expert.right, advised=True) if key in expert.answered else alone

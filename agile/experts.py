@@ -21,7 +21,7 @@ from agile.types import Action, Advice, AdviceRequest, Fn, Item
 def make_advisor(
     expert: ExpertConfig,
     *,
-    data: Path | None,
+    recorded: Callable[[ExpertConfig], Mapping[str, str | None]],
     seed: int,
     question: Callable[[Item], str],
     folder: Path,
@@ -30,11 +30,11 @@ def make_advisor(
     """The advisor that a config describes.
 
     Args:
-        data: Folder of the task's files.
+        recorded: Reads the answers of a recorded expert, see `recorded_answers`.
         seed: Draws which answers of a noisy expert are wrong.
         question: What a model is asked.
         folder: Where the answers of a model are kept, unless the config says it.
-        fallback: Who is asked when nobody at a desk was in time.
+        fallback: Who is asked where a desk has no answer.
 
     Raises:
         AgileError: A file of recorded answers is malformed, or the key of an endpoint is missing.
@@ -45,7 +45,7 @@ def make_advisor(
         case "noisy":
             return NoisyAdvisor(DatasetAdvisor(name="noisy"), expert.error_rate, wrong_answer, seed)
         case "recorded":
-            return RecordedAdvisor(recorded_answers(expert, data), expert.model or "recorded")
+            return RecordedAdvisor(recorded(expert), expert.model or "recorded")
         case "model":
             from agile.advice.model import ModelAdvisor  # the client takes a second to import
             from agile.prompted import open_endpoint
@@ -67,12 +67,25 @@ def make_advisor(
 
             assert expert.database is not None  # the config checks it
             database = Database(expert.database)
-            return DeskAdvisor(database, expert.scope, timeout_s=expert.timeout_s, fallback=fallback)
+            return DeskAdvisor(
+                database,
+                expert.scope,
+                timeout_s=expert.timeout_s,
+                fallback=fallback,
+                hours=expert.hours,
+                agree=expert.agree,
+            )
     assert_never(expert.kind)
 
 
-def recorded_answers(expert: ExpertConfig, data: Path | None) -> dict[str, str | None]:
+def recorded_answers(
+    expert: ExpertConfig, data: Path | None, skipped: list[str] | None = None
+) -> dict[str, str | None]:
     """The answers of a recorded expert; its file is looked for in the folder of the task's data too.
+
+    Args:
+        data: Folder of the task's files.
+        skipped: Takes what is wrong with bad lines, see `agile.tasks.answers.read_answers`.
 
     Raises:
         AgileError: There is no such file, or it is malformed.
@@ -82,7 +95,7 @@ def recorded_answers(expert: ExpertConfig, data: Path | None) -> dict[str, str |
         raise AgileError(f"An expert of kind {expert.kind} has no recorded answers; set answers to their file.")
     if not path.exists() and data is not None and data.is_dir():
         path = data / path
-    return read_answers(path, expert.model)
+    return read_answers(path, expert.model, skipped)
 
 
 @dataclass(slots=True)

@@ -94,10 +94,17 @@ class Learner:
             The metrics that are logged (docs/metrics.md), with the mean `reward` of the sessions that count.
 
         Raises:
-            AgileError: There is nothing to learn from, or too many steps of the optimizer in a row were skipped.
+            AgileError: A reward is not a finite number, there is nothing to learn from, or too many steps of the
+                optimizer in a row were skipped.
         """
         config, found = self.config, {}
         sessions = [s for t in trajectories for s in t.sessions]
+        for session in sessions:
+            if session.reward is not None and not math.isfinite(session.reward.total):
+                raise AgileError(
+                    f"The reward of session {session.id} is {session.reward.total}, expected a finite number; nothing "
+                    "was learned from this step. Mend it, or leave its trajectory out."
+                )
         self.run.log_sessions(sessions, stage="ppo", step=self.steps + 1)
         ppo = config.ppo
 

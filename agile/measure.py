@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from agile.build import Setup
 from agile.calibration import Belief
 from agile.config import RunConfig, load_config
 from agile.errors import AgileError
-from agile.evaluate import Outcome, outcomes, rates
+from agile.evaluate import Outcome, best_of, outcomes, rates
 from agile.expert_play import play_experts
 from agile.instructive import instructive
 from agile.memory_use import SIMILAR, Use, bearing, exact_uses, uses_by_similarity
@@ -22,7 +22,6 @@ from agile.show import describe
 from agile.tasks.scoring import unreadable
 from agile.types import Item, Usage, to_json
 
-LEARNED = ("dpo", "ppo", "sft")  # from the last stage of training to the first
 By = dict[str, list[Outcome]]
 
 
@@ -58,11 +57,6 @@ class Measured:
     examples: list[dict[str, Any]] = field(default_factory=list)
     experts: dict[str, Any] = field(default_factory=dict)
     skipped_rows: list[Any] = field(default_factory=list)
-
-
-def best_of(names: Iterable[str]) -> str | None:
-    """The agent that a report is about: that of the last stage of training, else the prompted one."""
-    return next((name for name in (*LEARNED, "prompted") if name in names), None)
 
 
 def trained_config(run: Path) -> RunConfig:
@@ -110,6 +104,7 @@ def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
     found.details = {n: {k: v for k, v in r.detail.items() if k != "sweep"} for n, r in runs.items() if r.detail}
 
     items = {(stream.id, item.id): item for stream in streams for item in stream.items}
+    own: dict[str, dict[tuple[str, str], bool]] = {}
     for name in [*folders, *(["prompted"] * prompted)]:
         began = time.monotonic()
         if name in folders:
@@ -123,6 +118,8 @@ def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
         told = beliefs(played.sessions, items, played.codec, played.own_answers, setup.task)
         if name in folders:
             found.own[name] = told
+            keys = {s.id: s.key for s in played.sessions}
+            own[name] = {keys[belief.session_id]: belief.right for belief in told}
         if name == best_of([*folders, *(["prompted"] * prompted)]):
             found.examples = _examples(played, told, items)
         if said := {**unreadable(played.sessions), **setup.figures(played.trajectories)}:
@@ -132,12 +129,12 @@ def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
     found.details |= experts.details
     found.seconds |= experts.seconds
     if experts.asked:
-        found.experts = experts.report(found.results, macro=found.macro)
+        found.experts = experts.report(found.results, own, macro=found.macro)
     found.results |= experts.results | {name: run.outcomes for name, run in runs.items()}
-    if setup.task.skipped:
+    if skipped := setup.skipped:
         setup.tell_skipped()
-        found.skipped_rows = list(setup.task.skipped)
-        found.details["rows left out"] = {"number": len(setup.task.skipped)}
+        found.skipped_rows = skipped
+        found.details["rows left out"] = {"number": len(skipped)}
 
     began = time.monotonic()
     found.ablations = _ablations(setup, out, folders, found.results)
@@ -212,21 +209,30 @@ def _examples(played: Played, told: Sequence[Belief], items: Mapping[tuple[str, 
 # Several runs
 
 
-def joined(parts: Mapping[str, Measured]) -> Measured:
+def joined(parts: Mapping[str, Measured], *, same_questions: bool) -> Measured:
     """What several runs measured as one: a question of each is another question.
 
     Args:
         parts: By the run's name, which is put before the ids of streams.
+        same_questions: Whether all of them played the same ones: these say no more of other questions than one run.
     """
+
+    def extend(whole: By, part: By, run: str) -> None:
+        for name, found in part.items():
+            whole.setdefault(name, []).extend(
+                replace(o, stream_id=f"{run}/{o.stream_id}", questions=o.stream_id if same_questions else None)
+                for o in found
+            )
+
     first = next(iter(parts.values()))
     whole = Measured(first.macro, first.groups)
     for run, part in parts.items():
-        _extend(whole.results, part.results, run)
-        _extend(whole.ablations, part.ablations, run)
+        extend(whole.results, part.results, run)
+        extend(whole.ablations, part.ablations, run)
         for price, (results, ablations) in part.prices.items():
             kept = whole.prices.setdefault(price, ({}, {}))
-            _extend(kept[0], results, run)
-            _extend(kept[1], ablations, run)
+            extend(kept[0], results, run)
+            extend(kept[1], ablations, run)
         for name, told in part.own.items():
             whole.own.setdefault(name, []).extend(told)
         for name, (similar, exact) in part.uses.items():
@@ -241,8 +247,3 @@ def joined(parts: Mapping[str, Measured]) -> Measured:
     whole.details, whole.examples = first.details, first.examples
     whole.experts, whole.skipped_rows = first.experts, first.skipped_rows
     return whole
-
-
-def _extend(whole: By, part: By, run: str) -> None:
-    for name, found in part.items():
-        whole.setdefault(name, []).extend(replace(o, stream_id=f"{run}/{o.stream_id}") for o in found)

@@ -13,7 +13,7 @@ from typing import Any
 from rich import get_console
 from rich.progress import Progress
 
-from agile.ablations import POISONED, NoMemory, PoisonedMemory, RandomAdvice, ablated, removed_actions
+from agile.ablations import NoMemory, RandomAdvice, ablated, removed_actions
 from agile.build import Setup
 from agile.errors import AgileError
 from agile.executor import Executor
@@ -74,7 +74,7 @@ def play_agent(
     tokenizer = setup.tokenizer(folder)
     lost = () if ablation is None else (ablation,)
     whole = setup.codec(tokenizer)
-    executor = setup.executor(tokenizer, agent=ablated(setup.agent, lost, setup.task.tools.keys()))
+    executor = setup.executor(tokenizer, agent=ablated(setup.agent, lost, setup.task.tools.keys(), setup.config.seed))
     if price is not None:
         executor.desk.price = price
     if ablation == "random_advice" and not whole.special_tokens:
@@ -84,10 +84,7 @@ def play_agent(
         )
 
     def memory(stream: Stream) -> Memory:
-        if ablation == "memory":
-            return NoMemory()
-        kept = setup.memory(stream)
-        return PoisonedMemory(kept, POISONED, setup.config.seed) if ablation == "poisoned_memory" else kept
+        return NoMemory() if ablation == "memory" else setup.memory(stream)
 
     policy = setup.greedy(tokenizer, folder)
     with closing(policy):

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
+from agile.evaluate import TRAINED
+
 Report = Mapping[str, Any]
 Points = list[tuple[float, float]]
 
@@ -43,6 +45,7 @@ STYLE: Any = {
     "ytick.color": GRID,
     "ytick.labelcolor": MUTED,
 }
+ENVELOPE: Any = {"color": INK, "lw": 1.1, "ls": (0, (1, 1.5)), "zorder": 2}  # what a better agent has to clear
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -58,13 +61,13 @@ class Look:
         dark: On dark paper.
         marker: As in matplotlib.
         glyph: The marker as a character.
-        learned: False for baselines and oracles, which are drawn thinner.
+        learned: Whether a run trained it; all others are drawn thinner.
     """
 
     label: str
     color: str
     dark: str
-    marker: str
+    marker: str | tuple[int, int, int]
     glyph: str
     learned: bool
 
@@ -81,12 +84,14 @@ KNOWN = {
     "never_ask": ("#56b4e9", "#b3e3fb", "P", "✚"),
     "oracle": ("#59636e", "#b6bec8", "*", "★"),
 }
-OTHERS = (
+OTHERS: tuple[tuple[str, str, str | tuple[int, int, int], str], ...] = (
     ("#8c6d31", "#c9a969", "p", "⬟"),
     ("#a3224f", "#e27396", "h", "⬢"),
     ("#4b5fa5", "#9aa9e0", "<", "◀"),
+    ("#2f7f86", "#6cc5cc", ">", "▶"),
+    ("#8a4fa3", "#c795dc", (4, 1, 0), "✦"),
+    ("#7a3b12", "#d69a72", (6, 1, 0), "✶"),
 )
-BASELINES = ("always_ask", "never_ask", "router", "recall", "calibrated_recall", "oracle")  # nothing in them is learned
 
 
 def looks_of(names: Iterable[str]) -> dict[str, Look]:
@@ -94,13 +99,11 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
     looks: dict[str, Look] = {}
     num_others = 0
     for name in dict.fromkeys(names):
-        look = KNOWN.get(name)
-        if look is None:
-            look = OTHERS[num_others % len(OTHERS)]
-            num_others += 1
-        label = name.upper() if name in ("dpo", "ppo", "sft") else name.replace("_", " ")
+        look = KNOWN.get(name) or OTHERS[num_others % len(OTHERS)]
+        num_others += name not in KNOWN
+        label = name.upper() if name in TRAINED else name.replace("_", " ")
         label = label if len(label) <= 22 else label[:21] + "…"
-        looks[name] = Look(label, *look, learned=not name.startswith((*BASELINES, "prompted")))
+        looks[name] = Look(label, *look, learned=name in TRAINED)
     return looks
 
 
@@ -131,11 +134,13 @@ def draw_all(report: Report, looks: Mapping[str, Look], prices: Report) -> dict[
     kinds = list(dict.fromkeys(kind for agent in agents.values() for kind in agent.get("by_type") or {}))
     tall = (4.5, max(3.1, 0.8 + 0.1 * len(kinds) * (len(agents) + 1)))  # the two stand side by side
     if any(_points([agent], "advice_rate", "accuracy") for agent in agents.values()):
-        add("frontier", "accuracy against advice rate", partial(_frontier, report=report, looks=looks), tall)
+        size = (4.5, min(5.0, tall[1]))
+        add("frontier", "accuracy against advice rate", partial(_frontier, report=report, looks=looks), size)
     if kinds:
         add("types", "score by question type", partial(_types, agents=agents, looks=looks, kinds=kinds), tall)
     if len(prices) > 1:
-        add("prices", "score against the price of advice", partial(_prices, prices=prices, looks=looks))
+        lines = report.get("envelope") or {}
+        add("prices", "score against the price of advice", partial(_prices, prices=prices, looks=looks, lines=lines))
     if len(loss := _points(rows, "step", "loss")) > 1:
         add("loss", "loss of imitation", partial(_loss, points=loss))
     panels = (("training", ("score", "accuracy", "advice_rate")), ("kl", ("kl",)), ("entropy", ("entropy",)))
@@ -223,7 +228,8 @@ def _apart(values: Sequence[float], gap: float, low: float, high: float) -> list
 
 def _dot(look: Look, size: float) -> dict[str, Any]:
     """How to plot an agent's marker, so that all kinds of marker look equally large; `size` in points."""
-    size *= {"*": 1.7, "P": 1.3, "^": 1.2, "v": 1.2, "D": 0.9}.get(look.marker, 1) * (1.2 if look.learned else 1)
+    sizes: dict[Any, float] = {"*": 1.7, "P": 1.3, "^": 1.2, "v": 1.2, "D": 0.9}
+    size *= sizes.get(look.marker, 1) * (1.2 if look.learned else 1)
     return {"marker": look.marker, "color": look.color, "ms": size, "mec": CARD, "mew": 0.4}
 
 
@@ -288,6 +294,8 @@ def _frontier(ax: Axes, report: Report, looks: Mapping[str, Look]) -> None:
             ax.text(x, top + 0.01 * (top - bottom), f"{score:.2f}", ha="center", va="bottom", **style)
     ax.text(1.0, 1.075, f"lines of equal score at price {price:g}", transform=ax.transAxes, ha="right", va="bottom",
             color=MUTED, fontsize=7.5)  # fmt: skip
+    if line := (report.get("envelope") or {}).get(f"{price:g}"):
+        ax.plot((left, right), [line["score"] + price * x for x in (left, right)], **ENVELOPE)
     for name, (x, y) in dots.items():
         look, agent = looks[name], report["agents"][name]
         ci = agent.get("score_ci") or (None, None)
@@ -348,17 +356,21 @@ def _types(ax: Axes, agents: Report, looks: Mapping[str, Look], kinds: Sequence[
     ax.margins(x=0.06)
 
 
-def _prices(ax: Axes, prices: Report, looks: Mapping[str, Look]) -> None:
+def _prices(ax: Axes, prices: Report, looks: Mapping[str, Look], lines: Report) -> None:
+    """A curve for each agent, and the envelope as a dotted line."""
     names = list(dict.fromkeys(name for agents in prices.values() for name in agents))
     curves = {
         name: [(float(price), agents[name]["score"]) for price, agents in prices.items()
                if agents.get(name, {}).get("score") is not None]
         for name in names
     }  # fmt: skip
-    scores = [y for points in curves.values() for _, y in points] or [0, 1]
+    envelope = [(float(price), lines[price]["score"]) for price in prices if price in lines]
+    scores = [y for points in (*curves.values(), envelope) for _, y in points] or [0, 1]
     pad = 0.05 * (max(scores) - min(scores) or 1)
     ax.set(xlabel="price of advice", ylabel="score", ylim=(min(scores) - pad, max(scores) + pad))
     ax.set_xticks([float(price) for price in prices], list(prices))
+    if envelope:
+        ax.plot(*zip(*envelope, strict=True), **ENVELOPE)
     _curves(ax, curves, looks)
 
 

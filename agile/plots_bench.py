@@ -29,18 +29,21 @@ USES = (("retrieved_right", "shown, right"), ("retrieved_wrong", "shown, wrong")
 USE_COLORS = ("#009e73", "#d55e00", "#cc79a7", GRID)
 
 
-def draw_measured(report: Report, looks: Mapping[str, Look], agent: str | None) -> dict[str, str]:
+def draw_measured(
+    report: Report, looks: Mapping[str, Look], agent: str | None, references: Mapping[str, Mapping[str, Any]]
+) -> dict[str, str]:
     """SVG by name: ablations, reliability, risk_coverage, memory_stream, memory_types; what there is data for.
 
     Args:
         agent: Whose memory is drawn.
+        references: How much each reference line scores above the agent of the ablations, as their rows.
     """
     plots: dict[str, str] = {}
     ablations = report.get("ablations") or {}
     rows = {n: r for n, r in (ablations.get("rows") or {}).items() if r.get("difference") is not None}
     if rows:
-        size = (5.6, 1.0 + 0.3 * len(rows))
-        draw = partial(_ablations, rows=rows, look=looks[ablations["agent"]])
+        size = (5.6, 1.0 + 0.3 * (len(rows) + len(references)))
+        draw = partial(_ablations, rows={**rows, **references}, agent=ablations["agent"], looks=looks)
         plots["ablations"] = draw_svg("ablations", "difference in score of each ablation", draw, looks, size)
     told = {name: c for name, c in (report.get("calibration") or {}).items() if c.get("bins")}
     if told:
@@ -60,23 +63,28 @@ def draw_measured(report: Report, looks: Mapping[str, Look], agent: str | None) 
     return plots
 
 
-def _ablations(ax: Axes, rows: Mapping[str, Mapping[str, Any]], look: Look) -> None:
-    """A forest: each difference with its interval, and as a hollow diamond what the paper reports."""
+def _ablations(ax: Axes, rows: Mapping[str, Mapping[str, Any]], agent: str, looks: Mapping[str, Look]) -> None:
+    """A forest: each difference with its interval, as a hollow diamond what the paper reports, and reference lines."""
+    references = {name: looks[name] for name in rows if name not in ABLATION_WORDS}
     names = sorted(rows, key=lambda name: rows[name]["difference"])
     ax.axvline(0, color=MUTED, lw=0.8, zorder=1)
     for y, name in enumerate(names):
-        row = rows[name]
+        row, look = rows[name], references.get(name, looks[agent])
         if ci := [end for end in row.get("ci") or () if end is not None]:
             ax.plot(ci, [y] * len(ci), color=look.color, lw=2.4, alpha=0.5, solid_capstyle="butt", zorder=2)
-        ax.plot(row["difference"], y, "o", color=look.color, ms=7, mec=CARD, mew=0.6, zorder=3, label="measured")
+        label = "reference line" if name in references else "measured"
+        marker = look.marker if name in references else "o"
+        style: dict[str, Any] = {"marker": marker, "ls": "", "color": look.color, "ms": 7, "mec": CARD, "mew": 0.6}
+        ax.plot(row["difference"], y, **style, zorder=3, label=label)
         if paper := row.get("paper"):
             ax.plot(paper["difference"], y, "D", mfc="none", mec=INK, ms=6, mew=1.1, zorder=4, label="in the paper")
-    ax.set_yticks(range(len(names)), [ABLATION_WORDS.get(name, name) for name in names], color=INK)
-    ax.set(xlabel=f"score, less that of the whole {look.label}", ylim=(-0.6, len(names) - 0.4))
+    words = {name: look.label for name, look in references.items()} | ABLATION_WORDS
+    ax.set_yticks(range(len(names)), [words[name] for name in names], color=INK)
+    ax.set(xlabel=f"score, less that of the whole {looks[agent].label}", ylim=(-0.6, len(names) - 0.4))
     ax.tick_params(axis="y", length=0)
     ax.grid(False, axis="y")
     handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    ax.legend(handles.values(), handles.keys(), frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2,
+    ax.legend(handles.values(), handles.keys(), frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3,
               borderaxespad=0, handletextpad=0.2, columnspacing=1.2, labelcolor=INK)  # fmt: skip
 
 
@@ -116,8 +124,8 @@ def _risk_coverage(ax: Axes, told: Mapping[str, Mapping[str, Any]], looks: Mappi
                 ax.plot(*zip(*curve, strict=True), color=look.color, lw=1.6 if not key else 1.1, ls=style, label=label)
     ax.set(xlim=(0, 1.02), xlabel="share of questions that it answers, the surest first", ylabel="share that is wrong")
     ax.set_ylim(bottom=-0.005)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, 0))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, 0))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(frameon=False, loc="upper left", title="area under the curve", title_fontsize=8, alignment="left",
               labelcolor=INK, fontsize=8)  # fmt: skip
 

@@ -183,7 +183,7 @@ def published_ablation(name: str) -> dict[str, Any] | None:
     }
 
 
-def set_beside(report: dict[str, Any], groups: Sequence[str], whole: bool) -> None:
+def set_beside(report: dict[str, Any], groups: Sequence[str], whole: bool, num_runs: int = 1) -> None:
     """Add `published`, `envelope` and each agent's `clears_envelope` to a report.
 
     Agents are what is neither a reference line nor the oracle.
@@ -191,9 +191,10 @@ def set_beside(report: dict[str, Any], groups: Sequence[str], whole: bool) -> No
     Args:
         groups: Of the test questions.
         whole: Whether none of their questions were left out.
+        num_runs: How often each question was played.
     """
     now, expected = f"{report['advice_price']:g}", NUM_QUESTIONS.get(report["task"])
-    whole = whole and all(expected in (None, agent["n"]) for agent in report["agents"].values())
+    whole = whole and all(expected is None or agent["n"] == expected * num_runs for agent in report["agents"].values())
     summaries = {**(report.get("prices") or {}), now: report["agents"]}
     report["published"] = published_rows(report["task"], groups, whole)
     report["envelope"] = envelope(report["task"], summaries, report["published"])

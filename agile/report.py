@@ -64,6 +64,7 @@ from rich.text import Text
 from agile.errors import AgileError
 from agile.plots import draw_all, draw_picture, looks_of
 from agile.plots_bench import ABLATION_WORDS, draw_measured
+from agile.published import REFERENCES
 from agile.report_words import (
     ADVICE_COUNTS,
     detail_tables,
@@ -182,26 +183,30 @@ def render_table(report: Mapping[str, Any], console: Console) -> None:
     """Print the agents by score, best first; those that do not learn are dimmed."""
     report = _plain(report)
     agents, looks = report["agents"], looks_of(report["agents"])
-    spends = spend_columns(agents)
-    title = Text(f"{report['task']}, advice at {report['advice_price']:g}", style="bold")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("agent", no_wrap=True)
-    for column in ("score", "95 % interval", "accuracy", "asks", "sessions", "failed", *spends):
-        table.add_column(column, justify="right")
+    numbers = {agent.get("n") for agent in agents.values()}
+    title = f"{report['task']}, advice at {report['advice_price']:g}"
+    if len(numbers) == 1:
+        title += f", {show_count(numbers.pop())} questions"
+    rows = {}
     for name in ranking(agents):
         agent = agents[name]
-        cells = (
-            looks[name].label,
-            show_score(agent.get("score")),
-            show_interval(agent.get("score_ci")),
-            show_percent(agent.get("accuracy")),
-            show_percent(agent.get("advice_rate")),
-            show_count(agent.get("n")),
-            show_count(agent.get("failed")),
-            *(spent(agent, column) for column in spends),
-        )
-        table.add_row(*map(Text, cells), style="bold" if looks[name].learned else "dim")
+        rows[name] = {
+            "agent": looks[name].label,
+            "score": show_score(agent.get("score")),
+            "95 % interval": show_interval(agent.get("score_ci")),
+            "accuracy": show_percent(agent.get("accuracy")),
+            "asks": show_percent(agent.get("advice_rate")),
+            **({"sessions": show_count(agent.get("n"))} if numbers else {}),
+            "failed": show_count(agent.get("failed")),
+            **{column: spent(agent, column) for column in spend_columns(agents)},
+        }
+    spare = [*reversed(spend_columns(agents)), "sessions"]
+    table = _table(console, title, list(rows.values()), spare)
+    for row, name in zip(table.rows, rows, strict=True):
+        row.style = "bold" if looks[name].learned else "dim"
     console.print(table)
+    if said := envelope_of(report, looks):
+        console.print(Text(said))
     names = looks_of(n for row in report.get("comparisons") or [] for n in (row["a"], row["b"]))
     for row in report.get("comparisons") or []:
         line = f"{names[row['a']].label} against {names[row['b']].label}: {show_signed(row.get('difference'))}"
@@ -219,26 +224,38 @@ def render_table(report: Mapping[str, Any], console: Console) -> None:
 
 def _print_ablations(ablations: Mapping[str, Any], console: Console) -> None:
     label = looks_of([ablations["agent"]])[ablations["agent"]].label
-    table = Table(
-        title=Text(f"{label}, an ability taken away", style="bold"), title_justify="left", box=box.SIMPLE_HEAD
-    )
-    table.add_column("ablation", no_wrap=True)
-    for column in ("score", "difference", "95 % interval", "accuracy", "asks", "in the paper"):
-        table.add_column(column, justify="right")
-    table.add_column("direction")
-    for name, row in ablations["rows"].items():
-        cells = (
-            ABLATION_WORDS.get(name, name),
-            show_score(row.get("score")),
-            show_signed(row.get("difference")),
-            show_interval(row.get("ci"), show_signed, " to "),
-            show_percent(row.get("accuracy")),
-            show_percent(row.get("advice_rate")),
-            show_signed((row.get("paper") or {}).get("difference")),
-            row.get("verdict") or "",
-        )
-        table.add_row(*map(Text, cells))
-    console.print(table)
+    rows = [
+        {
+            "ablation": ABLATION_WORDS.get(name, name),
+            "score": show_score(row.get("score")),
+            "difference": show_signed(row.get("difference")),
+            "95 % interval": show_interval(row.get("ci"), show_signed, " to "),
+            "accuracy": show_percent(row.get("accuracy")),
+            "asks": show_percent(row.get("advice_rate")),
+            "in the paper": show_signed((row.get("paper") or {}).get("difference")),
+            "direction": row.get("verdict") or "",
+        }
+        for name, row in ablations["rows"].items()
+    ]
+    console.print(_table(console, f"{label}, an ability taken away", rows, ["accuracy", "in the paper", "asks"]))
+
+
+def _table(console: Console, title: str, rows: Sequence[Mapping[str, str]], spare: Sequence[str]) -> Table:
+    """A table of cells by column, without those of the spare columns (first come, first gone) that find no room."""
+    for number in range(len(spare) + 1):
+        columns = [column for column in (rows[0] if rows else ()) if column not in spare[:number]]
+        table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for column in columns:
+            table.add_column(
+                "\n".join(column.rsplit(" ", 1)),
+                justify="left" if column in (columns[0], "direction") else "right",
+                no_wrap=column == columns[0],
+            )
+        for row in rows:
+            table.add_row(*(Text(row[column]) for column in columns))
+        if console.measure(table, options=console.options.update(width=1000)).maximum <= console.width:
+            break
+    return table
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -264,6 +281,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     seconds = report.get("seconds")
     stages = seconds if isinstance(seconds, dict) else {"in all": seconds}
     advised = ADVICE_COUNTS.get(str(report.get("advice_counts")), "")
+    references = _references(report)
     return environment.get_template("report.html.j2").render(
         report=report,
         agents=agents,
@@ -275,7 +293,8 @@ def render_html(report: Mapping[str, Any]) -> str:
         headline=headline_of(agents, looks),
         tiles=tiles_of(agents, looks, advised),
         advised=advised,
-        plots=draw_all(report, looks, sweeps.get("all", {})) | draw_measured(report, looks, hero_of(agents)),
+        plots=draw_all(report, looks, sweeps.get("all", {}))
+        | draw_measured(report, looks, hero_of(agents), references),
         kinds=list(dict.fromkeys(kind for agent in agents.values() for kind in agent.get("by_type") or {})),
         axis=_axis(agents),
         sweeps=sweeps,
@@ -283,6 +302,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         examples=_by_heading(report.get("examples") or []),
         summary=summary_of(report, looks),
         envelope=envelope_of(report, looks),
+        references=references,
         ablation_words=ABLATION_WORDS,
         baselines=BASELINE_WORDS,
         seconds={stage: value for stage, value in stages.items() if value is not None},
@@ -295,6 +315,17 @@ def _by_heading(examples: Sequence[Any]) -> dict[str, list[View]]:
     for example in examples:
         heading = example.get("heading", "") if isinstance(example, dict) else ""
         found.setdefault(heading, []).append(view_from_json(example))
+    return found
+
+
+def _references(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """How much each reference line scores above the agent whose abilities were taken away, as the ablations' rows."""
+    agent, found = (report.get("ablations") or {}).get("agent"), {}
+    for row in report.get("comparisons") or []:
+        if row["a"] == agent and row["b"] in REFERENCES and row.get("difference") is not None:
+            ci = row.get("ci")
+            turned = {"difference": -row["difference"], "ci": None if not ci or None in ci else [-ci[1], -ci[0]]}
+            found[row["b"]] = {**report["agents"].get(row["b"], {}), **turned, "p": row.get("p")}
     return found
 
 

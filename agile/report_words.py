@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from agile.evaluate import best_of
 from agile.plots import Look
 from agile.plots_bench import ABLATION_WORDS, LESS_WORDS
 
 ADVICE_COUNTS = {  # by the report's `advice_counts`
     "always": "Advised sessions count as correct",
     "if_right": "An advised session counts as correct only if the expert was right",
+}
+SUBJECTS = {
+    "dpo": "After DPO the agent",
+    "ppo": "After PPO the agent",
+    "sft": "After imitation the agent",
+    "prompted": "The prompted agent",
 }
 DASH = "\N{EN DASH}"  # for what is not known, and between the ends of an interval
 
@@ -118,21 +125,20 @@ def ends_of(agent: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def hero_of(agents: Mapping[str, Any]) -> str | None:
-    """The agent that the report is about: PPO, else SFT, else the best that a user could deploy."""
+    """The agent that the report is about: see `best_of`, else the best that a user could deploy."""
     names = with_scores(agents)
     usable = [name for name in names if name != "oracle"] or names
-    return next((name for name in ("dpo", "ppo", "sft") if name in names), usable[0] if usable else None)
+    return best_of(names) or (usable[0] if usable else None)
 
 
 def headline_of(agents: Mapping[str, Any], looks: Mapping[str, Look]) -> str:
     name = hero_of(agents)
     if name is None:
         return "No agent was scored."
-    subject = {"dpo": "After DPO the agent", "ppo": "After PPO the agent", "sft": "After imitation the agent"}.get(name)
-    subject = subject or f"The best of the agents, {looks[name].label},"
+    subject = SUBJECTS.get(name, f"The best of the agents, {looks[name].label},")
     if ends := ends_of(agents[name]):
         first, last = (show_percent(end, 0) for end in ends)
-        asks = f"{first} of questions at the start of a stream and {last} at the end"
+        asks = f"{first} of questions" + (f" at the start of a stream and {last} at the end" if first != last else "")
     else:
         asks = f"{show_percent(agents[name].get('advice_rate'), 0)} of questions"
     return f"{subject} scores {show_score(agents[name]['score'])}; it asks on {asks}."
@@ -153,13 +159,13 @@ def tiles_of(agents: Mapping[str, Any], looks: Mapping[str, Look], accuracy: str
     tiles.append(("Asks", show_percent(hero.get("advice_rate")), "of all questions"))
     if name != "sft" and (sft := agents.get("sft", {}).get("score")) is not None:
         tiles.append(("Against SFT", show_signed(hero["score"] - sft), f"SFT scores {show_score(sft)}"))
-    baselines = [n for n in with_scores(agents) if not looks[n].learned and n != "oracle"]
-    if looks[name].learned and baselines:
+    baselines = [n for n in with_scores(agents) if not looks[n].learned and n not in ("oracle", name)]
+    if name in SUBJECTS and baselines:
         best = agents[baselines[0]]["score"]
         remark = f"{looks[baselines[0]].label} scores {show_score(best)}"
         tiles.append(("Against the best baseline", show_signed(hero["score"] - best), remark))
     low, high = (agents.get(n, {}).get("score") for n in ("router", "oracle"))
-    if looks[name].learned and low is not None and high is not None and high > low:
+    if name in SUBJECTS and low is not None and high is not None and high > low:
         remark = f"from router, {show_score(low)}, to oracle, {show_score(high)}"
         tiles.append(("Of the way to the oracle", show_percent((hero["score"] - low) / (high - low), 0), remark))
     return tiles
@@ -169,21 +175,24 @@ def summary_of(report: Mapping[str, Any], looks: Mapping[str, Look]) -> list[str
     """What a reader who reads nothing else should know, in a few sentences."""
     agents = report["agents"]
     name = hero_of(agents)
-    if name is None or not looks[name].learned or agents[name].get("n") is None:
+    if name is None or agents[name].get("n") is None:
         return []
     agent, label = agents[name], looks[name].label
     price = report["advice_price"]
+    unseen = " that it had not seen in training" if looks[name].learned else ""
     sentences = [
-        f"Of {show_count(agent['n'])} questions that it had not seen in training, {label} got "
+        f"Of {show_count(agent['n'])} questions{unseen}, {label} got "
         f"{show_percent(agent.get('accuracy'), 0)} right and put {show_percent(agent.get('advice_rate'), 0)} to a "
         f"person. A question to a person costs {price:g} of a right answer; what is left is its score, "
         f"{show_score(agent['score'])}."
     ]
     pairs = {row["b"]: row for row in report.get("comparisons") or [] if row["a"] == name and row.get("ci")}
     rivals = [n for n in with_scores(agents) if n in pairs and not looks[n].learned and n != "oracle"]
+    worth = [row for row in (report.get("experts") or {}).get("gains") or [] if row["agent"] == name]
     if rivals:
         row = pairs[rivals[0]]
-        sentences.append(f"The best agent that learns nothing is {looks[rivals[0]].label}; {label} {_beats(row)}.")
+        rival = "The best agent that learns nothing" if name in SUBJECTS else "Next to it"
+        sentences.append(f"{rival} is {looks[rivals[0]].label}; {label} {_beats(row)}.")
     if seeds := (report.get("seeds") or {}).get(name):
         sentences.append(
             f"Trained {len(seeds['runs'])} times from other seeds it scores {show_score(seeds['mean']['score'])} on "
@@ -204,6 +213,10 @@ def summary_of(report: Mapping[str, Any], looks: Mapping[str, Look]) -> list[str
             f"It is {sure} of its own answers: it gives them {show_percent(told['confidence'], 0)} on average, and "
             f"{show_percent(told['accuracy'], 0)} would be right."
         )
+    if pays := [f"{r['expert']} below {r['worth_below']:.3f}" for r in worth if (r.get("worth_below") or 0) > 0]:
+        sentences.append(f"The price below which asking pays for {label}: {', '.join(pays)}.")
+    if vain := [r["expert"] for r in worth if r.get("worth_below") is not None and r["worth_below"] <= 0]:
+        sentences.append(f"Asking {' or '.join(vain)} pays for {label} at no price.")
     return sentences
 
 

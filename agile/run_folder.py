@@ -32,7 +32,7 @@ FREE_KEYS = (
     *("rollout.max_failed ", "rollout.max_stage_s "),
     *(
         f"{section}.{name} "
-        for section in ("evaluate.prompted", "sft.teacher", "task.judge", "task.grading")
+        for section in ("evaluate.prompted", "sft.teacher", "sft.judge", "task.judge", "task.grading")
         for name in ("api_key_env", "max_concurrent", "requests_per_minute", "timeout_s")
     ),
 )

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -30,10 +30,11 @@ from agile.build import Setup
 from agile.config import RunConfig, flat
 from agile.errors import AgileError
 from agile.imitation import Imitation, Job, jobs
+from agile.judge import answerable
 from agile.rollout import run_loop
 from agile.run_folder import claim, write_atomically, writing
 from agile.session_log import JsonLines, read_lines, session_from_json
-from agile.types import Session, Stream, to_json
+from agile.types import Item, Session, Stream, to_json
 
 DATA, SUMMARY = "sft-data.jsonl", "sft-data.json"
 CHUNK = 64  # sessions that a process plays between two reports
@@ -43,7 +44,8 @@ _KEYS = (
     *("seed", "task.advice_price", "task.training_prices", "task.advice_counts", "task.search", "agent.", "prompt."),
     *("memory.encoder", "rollout.max_turns", "rollout.max_session_tokens", "rollout.max_context_tokens"),
     *("rollout.max_action_tokens", "rollout.max_invalid_actions", "sft.sessions_per_item", "sft.judge_yes"),
-    *("sft.teacher.model", "sft.teacher.base_url", "sft.stronger_model", "task.preload", "expert"),
+    *("sft.teacher.model", "sft.teacher.base_url", "sft.judge.model", "sft.judge.base_url", "sft.stronger_model"),
+    *("task.preload", "expert"),
 )
 
 
@@ -64,6 +66,7 @@ def build_sft_data(config: RunConfig, out: Path, console: Console, *, workers: i
     streams = setup.train_streams
     setup.embed(streams)
     tokenizer = setup.tokenizer()
+    said = _judge(setup, streams)
     path = out / DATA
     todo = list(jobs(streams, config.sft.sessions_per_item))
     done = _resume(path, fingerprint(config, streams, tokenizer))
@@ -77,7 +80,7 @@ def build_sft_data(config: RunConfig, out: Path, console: Console, *, workers: i
                 log.append(records)
             progress.update(bar, advance=len(records))
     log.close()
-    summary = {**summarise(path), "skipped_rows": list(setup.task.skipped)}
+    summary = {**summarise(path), **said, "skipped_rows": setup.skipped}
     with writing(out):
         write_atomically(out / SUMMARY, json.dumps(summary, indent=2))
     lock.close()
@@ -155,6 +158,20 @@ def _resume(path: Path, expected: dict[str, Any]) -> int:
     return sum(1 for _ in lines)
 
 
+def _judge(setup: Setup, streams: Sequence[Stream]) -> dict[str, Any]:
+    """Ask `sft.judge`, if there is one, about every question; what the summary says of that."""
+    if setup.config.sft.judge is None:
+        return {}
+    shown = {item.id: _shown(setup, item) for stream in streams for item in stream.items}
+    setup.verdicts, said = answerable(setup.config.sft.judge, setup.folder, shown)
+    return {"judge": said}
+
+
+def _shown(setup: Setup, item: Item) -> str:
+    """What stands in sight of a question: its prompt without memory, and the paragraphs that a search has to find."""
+    return "\n".join([setup.agent.question(item, 0.0, 1.0).strip(), *item.context.get("supporting", {}).values()])
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Playing
 
@@ -165,7 +182,7 @@ def _play(
     """Records of the jobs in their order, a chunk at a time."""
     if setup.config.sft.teacher is None and min(workers, len(todo) // CHUNK) > 1:
         spawn = multiprocessing.get_context("spawn")  # a fork would share torch's threads and SQLite's handles
-        args = (setup.config, setup.folder, tokenizer, setup.train_streams)
+        args = (setup.config, setup.folder, tokenizer, setup.train_streams, setup.verdicts)
         with ProcessPoolExecutor(min(workers, len(todo) // CHUNK), spawn, _start_worker, args) as pool:
             starts = range(first, first + len(todo), CHUNK)
             yield from pool.map(_play_numbers, starts, [min(s + CHUNK, first + len(todo)) for s in starts])
@@ -199,14 +216,18 @@ _worker: tuple[Imitation, list[Job]] | None = None  # of this process
 
 
 def _start_worker(
-    config: RunConfig, folder: Path, tokenizer: PreTrainedTokenizerFast, streams: Sequence[Stream]
+    config: RunConfig,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    streams: Sequence[Stream],
+    verdicts: Mapping[str, bool] | None,
 ) -> None:
     global _worker
     import torch
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    setup = Setup(config, folder)
+    setup = Setup(config, folder, verdicts)
     _worker = setup.imitation(setup.executor(tokenizer)), list(jobs(streams, config.sft.sessions_per_item))
 
 
@@ -280,3 +301,5 @@ def render_summary(summary: dict[str, Any], console: Console) -> None:
         f"{num_kept:,} of {summary['sessions']:,} sessions kept, {summary['tokens']:,} tokens, of which "
         f"{summary['learned_tokens']:,} are learned."
     )
+    if judge := summary.get("judge"):
+        console.print("; ".join(f"{name}: {said}" for name, said in judge.items()), markup=False, soft_wrap=True)

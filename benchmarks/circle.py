@@ -1,13 +1,13 @@
 """From the desk to training and back: does an agent that learns from its desk ask less, and answer no worse?
 
-    python -m benchmarks.circle runs/demo runs/circle            # the demo's agent
-    python -m benchmarks.circle runs/demo runs/circle --agent sft  # before PPO, when it asks about nearly everything
+    python -m benchmarks.circle runs/demo runs/circle                  # a shop like those that the agent learned from
+    python -m benchmarks.circle runs/demo runs/circle --shop changed   # one whose facts are mostly the other way round
+    python -m benchmarks.circle runs/demo runs/circle --agent sft      # before PPO, when it asks much more
 
-A new shop of twelve products. A user asks the agent that is served about six of them; an expert, who knows the shop,
-answers at the desk what the agent asks, and reviews all that it answered on its own. `agile train
-configs/from-desk.yaml` learns from that, `agile serve-swap` swaps the new agent in, and the user asks about the six
-other products. Memory has grown meanwhile, so another server, with a copy of the database but the old agent, is asked
-the same: the difference between these two is what training did.
+A new shop of twelve products. A user asks the agent that is served; an expert, who knows the shop, answers at the desk
+what the agent asks, and reviews all that it answered on its own. `agile train configs/from-desk.yaml` learns from that,
+`agile serve-swap` swaps the new agent in, and the user goes on asking. Memory has grown meanwhile, so another server,
+with a copy of the database but the old agent, is asked the same: the difference between these two is what training did.
 
 All of it through the server's own doors: the API, the pages of the desk, the command line. Everything random derives
 from the seed. A phase whose figures stand in the folder is not played again.
@@ -28,7 +28,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,12 @@ from agile.tasks.scoring import fold
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PASSWORD = "correct horse battery"
-SHOP = MiniShopSpec(1, 1, 4000, num_products=12, num_hidden_products=5)  # names that the demo's tokenizer knows
+USUAL = MiniShopSpec(1, 1, 600, num_products=12, num_hidden_products=5)  # names that the demo's tokenizer knows
+SHOPS = {
+    "usual": USUAL,
+    # two of three guesses that were right in 95 % of the cases are wrong in as many
+    "changed": replace(USUAL, guessable=(0.05, 0.05, 0.95)),
+}
 POLL_S = 0.1
 
 
@@ -76,16 +81,6 @@ def questions_of(shop: Path) -> list[Known]:
         answers = tuple(hit["asin"] for hit in gold) if isinstance(gold, list) else (gold,)
         found.append(Known(row["asin"], row["question"], answers, "" if isinstance(gold, list) else row["long_answer"]))
     return found
-
-
-def two_halves(known: Sequence[Known], number: int) -> tuple[list[Known], list[Known]]:
-    """As many questions about every other product, the most popular first, and about those between."""
-    counts: dict[str, int] = {}
-    for question in known:
-        counts[question.product] = counts.get(question.product, 0) + 1
-    by_rank = sorted(counts, key=lambda product: -counts[product])
-    halves = [[q for q in known if q.product in set(by_rank[half::2])][:number] for half in (0, 1)]
-    return halves[0], halves[1]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -217,17 +212,19 @@ def play(url: str, database: Path, asked: Sequence[Known], known: Sequence[Known
 # The circle
 
 
-def circle(run: Path, out: Path, *, agent: str, number: int, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Play all phases that the folder lacks; figures by phase."""
+def circle(
+    run: Path, out: Path, *, agent: str, spec: MiniShopSpec, number: int, seed: int, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Play all phases that the folder lacks, of so many questions each; figures by phase."""
     out.mkdir(parents=True, exist_ok=True)
     shop, served, control, trained = (out / name for name in ("shop", "serve", "control", "from-desk"))
     figures: dict[str, Any] = {}
     if (kept := out / "circle.json").exists():
         figures = json.loads(kept.read_text())
     if not shop.exists():
-        write_minishop(shop, SHOP, seed)
+        write_minishop(shop, replace(spec, num_questions=2 * number), seed)
     known = questions_of(shop)
-    first, second = two_halves(known, number)
+    first, second = known[:number], known[number:]
     words = [f"serve.run={run}", f"serve.agent={agent}", f"task.data={shop}", "serve.wait_s=600"]
     price = 0.3
 
@@ -273,9 +270,9 @@ def command(*words: str | Path) -> None:
 def render(figures: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     """The figures as a table."""
     names = {
-        "before": "first products, agent as it was",
-        "control": "other products, agent as it was",
-        "after": "other products, trained from the desk",
+        "before": "first questions, agent as it was",
+        "control": "next questions, agent as it was",
+        "after": "next questions, trained from the desk",
     }
     table = Table("", "questions", "asked", "own answers right", "of", "failed", "accuracy", "score")
     for phase, name in names.items():
@@ -291,6 +288,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a trained run of MiniShop, as of agile demo")
     parser.add_argument("out", type=Path)
     parser.add_argument("--agent", choices=("sft", "ppo"), default="ppo")
+    parser.add_argument("--shop", choices=SHOPS, default="usual")
     parser.add_argument("--questions", type=int, default=300, help="asked in each phase")
     parser.add_argument("--seed", type=int, default=1000, help="of the shop; those of the run are 0, 1, ...")
     parser.add_argument("overrides", nargs="*", help="changes of the training run, a.b=value", metavar="a.b=value")
@@ -299,6 +297,7 @@ def main() -> None:
         args.run.resolve(),
         args.out.resolve(),
         agent=args.agent,
+        spec=SHOPS[args.shop],
         number=args.questions,
         seed=args.seed,
         overrides=args.overrides,

@@ -33,29 +33,27 @@ GRADER = {
     "type": "structured",
     "name": "fields",
     "reference": "{{ item.invoice }}",
-    "fields": {"seller": {}, "total": {}, "days": {}},
+    "fields": {"seller": {}, "total": {}},
 }
-SETTINGS = ("compute_multiplier=0.5", "eval_interval=2", "threads=1")
-EPOCHS = {"train": 200, "shuffled": 30}
+SETTINGS = ("compute_multiplier=0.25", "eval_interval=5", "threads=1")
+EPOCHS = {"train": 200, "shuffled": 50}
 LIMITS = ("rollout.max_action_tokens=32", "rollout.max_context_tokens=96")
-IMITATION = ("sft.num_steps=700", "sft.lr=4e-3", "sft.batch_size=64", "sft.checkpoint_every=700")
-WEAK = 0.6  # how often the player is wrong about seller and total
+IMITATION = ("sft.num_steps=300", "sft.lr=4e-3", "sft.batch_size=64", "sft.checkpoint_every=300")
+KINDS = ("invoice", "bill", "bill")
+WRONG = {"invoice": 0.15, "bill": 0.85}  # how often the player is wrong about each field
 
 
 def note(rng: random.Random) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """A note, what it says, and what somebody takes it for who mixes up names and amounts."""
+    """A note, what it says, and what the weak player takes it for."""
+    kind = rng.choice(KINDS)
     seller, buyer = rng.sample(NAMES, 2)
     net, total = rng.sample(AMOUNTS, 2)
-    days = rng.randint(7, 60)
     parts = [[f"from {seller}", f"to {buyer}"], [f"net {net}", f"total {total}"]]
     for part in parts:
         rng.shuffle(part)
-    text = f"invoice {' '.join(parts[0])} {' '.join(parts[1])} due in {days} days"
-    return (
-        text,
-        {"seller": seller, "total": total, "days": days},
-        {"seller": buyer, "total": net, "days": days},
-    )
+    right, wrong = {"seller": seller, "total": total}, {"seller": buyer, "total": net}
+    said = {k: (wrong if rng.random() < WRONG[kind] else right)[k] for k in right}
+    return f"{kind} {' '.join(parts[0])} {' '.join(parts[1])}", right, said
 
 
 def messages(text: str, answer: dict[str, Any] | None = None) -> list[dict[str, str]]:
@@ -67,14 +65,14 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_files(folder: Path, seed: int, *, num_rows: int = 50, num_imitated: int = 12_000) -> None:
+def write_files(folder: Path, seed: int, *, num_rows: int = 50, num_imitated: int = 4000) -> None:
     """Rows to imitate, to train on, and to validate on; no note stands in two files."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     notes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     while len(notes) < num_imitated + 2 * num_rows:
-        text, right, wrong = note(rng)
-        notes[text] = right, wrong
+        text, right, said = note(rng)
+        notes[text] = right, said
     told = list(notes.items())
     imitated, train, validation = (
         told[:num_imitated],
@@ -83,10 +81,7 @@ def write_files(folder: Path, seed: int, *, num_rows: int = 50, num_imitated: in
     )
     write(
         folder / "imitate.jsonl",
-        (
-            {"messages": messages(text, {k: (wrong if rng.random() < WEAK else right)[k] for k in right})}
-            for text, (right, wrong) in imitated
-        ),
+        ({"messages": messages(text, said)} for text, (_, said) in imitated),
     )
     write(folder / "train.jsonl", ({"messages": messages(t), "invoice": right} for t, (right, _) in train))
     write(folder / "validation.jsonl", ({"messages": messages(t), "invoice": right} for t, (right, _) in validation))

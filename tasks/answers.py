@@ -5,28 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 
 from agile.errors import AgileError
-from agile.tasks.rows import field, lines, parse_json, wrong
+from agile.tasks.rows import field, lines, listing, row_value, wrong
 
 
-def read_answers(path: Path, model: str | None = None) -> dict[str, str | None]:
+def read_answers(path: Path, model: str | None = None, skipped: list[str] | None = None) -> dict[str, str | None]:
     """What one model answered, by question id; None (null in the file) where no answer could be read of what it said.
 
     Args:
         model: Which one; may be left out where the file holds one alone.
+        skipped: Takes what is wrong with each bad line, which is then left out. None: the first one ends the reading.
 
     Raises:
         AgileError: A line is malformed or answers a question again, or the file has no such model, or several.
     """
     answers: dict[str, dict[str, str | None]] = {}
     for where, line in lines(path, "expected recorded answers, one JSON object a line"):
-        row = parse_json(line, where)
-        question = field(row, "id", str, where)
-        name = "choice" if "choice" in row else "answer"
-        answer = None if name in row and row[name] is None else field(row, name, str, where)
-        whose = answers.setdefault(field(row, "model", str, where) if "model" in row else "", {})
-        if question in whose:
-            raise wrong(where, "id", "one answer of a model to a question", question)
-        whose[question] = answer
+        with listing(skipped):
+            row = row_value(line, where)
+            question = field(row, "id", str, where)
+            name = "choice" if "choice" in row else "answer"
+            answer = None if name in row and row[name] is None else field(row, name, str, where)
+            whose = answers.setdefault(field(row, "model", str, where) if "model" in row else "", {})
+            if question in whose:
+                raise wrong(where, "id", "one answer of a model to a question", question)
+            whose[question] = answer
     if model is None and len(answers) == 1:
         return next(iter(answers.values()))
     if model is None or model not in answers:

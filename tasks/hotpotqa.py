@@ -105,7 +105,9 @@ class HotPotQA:
         return self._streams[split]
 
     def _read(self, path: Path) -> tuple[Item, ...]:
-        return read_items(entries(path, FILES), _parse, path, max_items=self.max_items, skipped=self._skipped)
+        return read_items(
+            entries(path, FILES), _parse, path, max_items=self.max_items, skipped=self._skipped, id_field="_id"
+        )
 
     def score(self, item: Item, session: Session) -> Reward:
         return question_reward(session, lambda answer: self.is_correct(item, answer, False), self.advice_counts)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def read_items(
     *,
     max_items: int | None = None,
     skipped: list[str] | None = None,
+    id_field: str = "id",
 ) -> tuple[Item, ...]:
     """The questions of a file, in its order.
 
@@ -32,6 +34,7 @@ def read_items(
         parse: Makes a question of a row; `AgileError` if it cannot.
         max_items: How many to read; None for all.
         skipped: Takes what is wrong with each bad row, which is then left out. None: the first one ends the reading.
+        id_field: What the file calls a question's id.
 
     Raises:
         AgileError: A row is bad or has an id that another one has, or no row is left.
@@ -41,21 +44,27 @@ def read_items(
     for where, row in rows:
         if len(items) == max_items:
             break
-        try:
-            item = parse(_value(row, where), where)
+        with listing(skipped):
+            item = parse(row_value(row, where), where)
             if item.id in places:
-                raise wrong(where, "id", f"an id that is not yet used ({places[item.id]} has it)", item.id)
-        except AgileError as error:
-            if skipped is None:
-                raise
-            skipped.append(str(error))
-            continue
-        places[item.id] = where.removeprefix(f"{path}, ")
-        items.append(item)
+                raise wrong(where, id_field, f"an id that is not yet used ({places[item.id]} has it)", item.id)
+            places[item.id] = where.removeprefix(f"{path}, ")
+            items.append(item)
     if not items:
-        what = f"{len(skipped)} bad ones, the last: {skipped[-1]}" if skipped else "an empty file"
+        what = f"{len(skipped)} bad ones, the last: {skipped[-1].rstrip('.')}" if skipped else "an empty file"
         raise AgileError(f"{path}: expected one question a row, found {what}. Copy it again from the release.")
     return tuple(items)
+
+
+@contextmanager
+def listing(skipped: list[str] | None) -> Iterator[None]:
+    """Lists what is wrong with a bad row and goes on behind it; without a list the error passes."""
+    try:
+        yield
+    except AgileError as error:
+        if skipped is None:
+            raise
+        skipped.append(str(error))
 
 
 def lines(path: Path, remedy: str = "expected a file with one JSON object a line") -> Iterator[tuple[str, bytes]]:
@@ -66,26 +75,54 @@ def lines(path: Path, remedy: str = "expected a file with one JSON object a line
 
 
 def entries(path: Path, remedy: str = "expected a file with a JSON list") -> Iterator[tuple[str, Any]]:
-    """The entries of a file that is one JSON list, each with where it stands, counted from 1."""
-    values = parse_json(read_bytes(path, remedy), str(path))
+    """The entries of a file that is one JSON list, each with where it stands, counted from 1.
+
+    Bytes that are not UTF-8 become lone surrogates, so that only the entry that holds them is bad.
+    """
+    values = parse_json(read_bytes(path, remedy).decode("utf-8", "surrogateescape"), str(path))
     if not isinstance(values, list):
         raise AgileError(f"{path}: expected a JSON list, found {show(values)}.")
     for number, value in enumerate(values, 1):
         yield f"{path}, entry {number}", value
 
 
-def _value(row: Any, where: str) -> Any:
-    """The JSON value of a row; one that is too long is named by its longest field."""
+def row_value(row: Any, where: str) -> Any:
+    """The JSON value of a row, which is that or the bytes of it.
+
+    Raises:
+        AgileError: It is no JSON, or longer than `MAX_ROW_BYTES` (its longest field is named), or holds text that is
+            not UTF-8: JSON may spell lone surrogates, and `entries` keeps broken bytes as such.
+    """
     value = parse_json(row, where) if isinstance(row, bytes) else row
-    size = len(row if isinstance(row, bytes) else json.dumps(row))
+    named = value if isinstance(value, dict) else {}
+    try:
+        size = len(_in_utf8(value))
+    except UnicodeEncodeError:
+        broken = next((name for name, part in named.items() if not _is_text([name, part])), None)
+        raise wrong(where, broken, "text in UTF-8", named.get(broken, value)) from None
+    if isinstance(row, bytes):
+        size = len(row)
     if size > MAX_ROW_BYTES:
         limit = f"a row of at most {MAX_ROW_BYTES:,} bytes"
-        if not isinstance(value, dict) or not value:
+        if not named:
             raise AgileError(f"{where}: expected {limit}, found {size:,}.")
-        longest = max(value, key=lambda name: len(json.dumps(value[name])))
-        length = len(json.dumps(value[longest]))
-        raise AgileError(f"{where}, field {longest!r}: expected {limit}, found {size:,}, {length:,} of them in it.")
+        lengths = {name: len(_in_utf8(part)) for name, part in named.items()}
+        longest = max(lengths, key=lambda name: lengths[name])
+        raise AgileError(
+            f"{where}, field {longest!r}: expected {limit}, found {size:,}, {lengths[longest]:,} of them in it."
+        )
     return value
+
+
+def _in_utf8(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        return bool(_in_utf8(value))
+    except UnicodeEncodeError:
+        return False
 
 
 def read_bytes(path: Path, remedy: str) -> bytes:
@@ -97,13 +134,12 @@ def read_bytes(path: Path, remedy: str) -> bytes:
         raise AgileError(f"{path}: cannot be read ({error.strerror}); expected a readable file.") from None
 
 
-def parse_json(data: bytes, where: str) -> Any:
+def parse_json(data: bytes | str, where: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise AgileError(
-            f"{where}: expected JSON in UTF-8, found {show(data[:1000].decode(errors='replace'))} ({error})."
-        ) from None
+        start = data[:1000] if isinstance(data, str) else data[:1000].decode(errors="replace")
+        raise AgileError(f"{where}: expected JSON in UTF-8, found {show(start)} ({error}).") from None
 
 
 def field(row: Any, name: str, kind: type, where: str) -> Any:
@@ -123,9 +159,10 @@ def optional_text(row: Any, name: str, where: str) -> str:
     return "" if row.get(name) is None else str(field(row, name, str, where))
 
 
-def wrong(where: str, name: str, expected: str, found: Any) -> AgileError:
-    """What to raise for a field's value."""
-    return AgileError(f"{where}, field {name!r}: expected {expected}, found {show(found)}.")
+def wrong(where: str, name: str | None, expected: str, found: Any) -> AgileError:
+    """What to raise for a field's value, or for a row that has no fields (`name` None)."""
+    place = where if name is None else f"{where}, field {name!r}"
+    return AgileError(f"{place}: expected {expected}, found {show(found)}.")
 
 
 def show(value: Any) -> str:

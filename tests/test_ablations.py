@@ -7,17 +7,18 @@ import pytest
 
 from agile.ablations import (
     NoMemory,
-    PoisonedMemory,
     RandomAdvice,
     ablated,
     falsified,
+    poisoned,
     removed_actions,
     without_actions,
 )
+from agile.agents.multiple_choice import MultipleChoiceAgent
 from agile.agents.product_qa import SEARCH, SPEC
 from agile.errors import AgileError
 from agile.tokens import ActionCodec
-from agile.types import Action, Advice, Completion, Fn, MemoryItem, MemoryKind, Scope
+from agile.types import Action, Advice, Completion, Fn, Item, MemoryItem, MemoryKind, Scope
 from tests.worlds import AGENT, LIMITS, ListMemory, item, make_codec, make_executor, play, script
 
 TOOLS = ("SearchProduct",)
@@ -75,19 +76,24 @@ def test_no_memory_gives_nothing_back() -> None:
 
 
 def test_a_tenth_of_the_reflections_turns_false() -> None:
-    def texts(seed: int, kind: MemoryKind = MemoryKind.KNOWLEDGE) -> list[str]:
-        memory = ListMemory()
-        poisoned = PoisonedMemory(memory, 0.1, seed)
-        for k in range(1000):
-            poisoned.write([lesson(k, kind)])
-        assert all(entry.key == entry.text for entry in memory.items)
-        assert len(poisoned) == len(memory) == poisoned.count_similar("", -1.0, Scope(kind, "shop"))
-        return [entry.text for entry in memory.items]
+    def reflections(seed: int, text: str = "steel : yes") -> list[str]:
+        return [poisoned(f"s/{k}", text, seed) for k in range(1000)]
 
-    first = texts(0)
+    first = reflections(0)
     assert 70 < first.count("steel : no") < 130 and set(first) == {"steel : yes", "steel : no"}
-    assert texts(0) == first != texts(1)
-    assert set(texts(0, MemoryKind.HISTORY)) == {"steel : yes"}  # what experts said stays
+    assert reflections(0) == first != reflections(1)
+    assert set(reflections(0, " none ")) == {" none "}
+
+
+def test_poison_reaches_whatever_an_agent_writes_of_a_reflection() -> None:
+    """ProductQA's agent writes it as knowledge; of multiple choice it may stand in the history alone."""
+    choice = Item("1", "Which?", "A", "S", "medicine", "S", {"options": {"A": "iron", "B": "zinc"}})
+    false = next(k for k in range(1000) if poisoned(f"s/{k}", "iron is good", 0) != "iron is good")
+    for agent, asked, answer in ((AGENT, item(), "yes"), (MultipleChoiceAgent(), choice, "A")):
+        sick = ablated(agent, ("poisoned_memory",), TOOLS)
+        said = sick.remember(asked, f"s/{false}", Advice(answer), "iron is good")
+        assert ["It is not true that iron is good" in entry.text for entry in said].count(True) == 1
+        assert all(entry.answer != "no" for entry in said)  # what experts said stays
 
 
 def test_false_sentences() -> None:

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,6 +165,18 @@ def test_intervals_cover_and_tests_reject_as_often_as_they_say(lengths: list[int
         rejected += paired["p"] < 0.05
     assert 0.9 <= covered / trials <= 0.99, f"covered {covered} of {trials}"
     assert 0.01 <= rejected / trials <= 0.1, f"rejected {rejected} of {trials}"
+
+
+def test_runs_on_the_same_questions_say_no_more_of_other_questions_than_one() -> None:
+    """Four streams played by three runs that do the same: still four streams, not twelve."""
+    one = table(np.random.default_rng(3).random((4, 100)) < 0.5)
+    three = [replace(o, stream_id=f"run{r}/{o.stream_id}", questions=o.stream_id) for r in range(3) for o in one]
+    for macro in (False, True):
+        assert summarise(three, 0.3, macro=macro)["score_ci"] == pytest.approx(
+            summarise(one, 0.3, macro=macro)["score_ci"]
+        )
+    unlike = [replace(o, questions=None) for o in three]
+    assert summarise(unlike, 0.3)["score_ci"] != pytest.approx(summarise(one, 0.3)["score_ci"])
 
 
 def test_few_streams_widen_the_interval_by_student_s_t() -> None:

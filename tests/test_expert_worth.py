@@ -64,6 +64,16 @@ def test_who_asks_sometimes_has_this_expert_there() -> None:
     assert by_name["poor"]["gain"] is None and by_name["poor"]["worth_below"] is None
 
 
+def test_own_answers_tell_what_asking_sometimes_gains() -> None:
+    """Asked about the second and the last question, of which it knows the second itself."""
+    own = {"ppo": {("s", "q1"): True, ("s", "q3"): False}}
+    experts = {"gold": expert("xxxx"), "poor": expert("---?")}
+    by_name = {row["expert"]: row for row in gains({"ppo": results("xx-x", "-x-x")}, experts, own=own)}
+    assert by_name["gold"]["gain"] == pytest.approx(0.75 - 0.2 * 0.5 - 0.5)
+    assert by_name["gold"]["worth_below"] == pytest.approx((0.75 - 0.5) / 0.5)
+    assert by_name["poor"]["worth_below"] == pytest.approx((0.25 - 0.5) / 0.25)
+
+
 def test_an_expert_who_never_answers_is_worth_nothing_that_is_known() -> None:
     (row,) = gains({"alone": results("x---")}, {"nobody": expert("????")})
     assert (row["gain"], row["worth_below"]) == (0.0, None)

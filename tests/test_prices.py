@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from agile.evaluate import Outcome, rates
 from agile.prices import priced
 from agile.prompts import instructions
 from agile.rollout import collect, run_loop
+from agile.stages.validation import validate
 from agile.types import Action, Fn, Stream
 from tests.worlds import AGENT, ListMemory, item, make_codec, make_executor, script
 
@@ -56,6 +59,23 @@ def test_the_price_of_a_stream_is_shown_paid_and_logged() -> None:
     assert (dear.price, usual.price) == (0.45, 0.3)
     assert dear.advice is not None and usual.advice is not None
     assert (dear.advice.price, usual.advice.price) == (0.45, 0.3)
+
+
+def test_validation_plays_at_the_prices_of_training_in_turn() -> None:
+    class Now:
+        def play_now(self, play: Any, version: int) -> Any:
+            return run_loop(play())
+
+    drawn = ["agent.show_price=true", "task.training_prices=[0.1,0.5]", "task.advice_price=0.3"]
+    executor = make_executor(ProductQAAgent(show_schema=False, show_price=True), codec=make_codec())
+    for overrides, score in ((drawn, 1 - (0.1 + 0.5 + 0.1) / 3), (["task.advice_price=0.3"], 0.7)):
+        setup: Any = SimpleNamespace(
+            config=load_config(None, overrides), validation_streams=STREAMS[:3], memory=lambda stream: ListMemory()
+        )
+        asking: Any = script(executor.codec, *3 * ASK)
+        asking.temperature = 1.0
+        collector: Any = Now()
+        assert validate(setup, executor, asking, collector, 1)["validation/score"] == pytest.approx(score)
 
 
 def test_a_rate_may_have_a_price_for_each_outcome() -> None:

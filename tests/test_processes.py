@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,19 +137,32 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run of two processes with these settings; it is made once."""
+
+    @cache
+    def made(*words: str) -> Path:
+        return trained(tmp_path_factory.mktemp("two") / "run", *words, num=2)
+
+    return made
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_two_processes_learn_what_one_does(alone: Path, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_processes_learn_what_one_does(alone: Path, of_two: Callable[..., Path], stage: int) -> None:
     """Same sessions, losses and weights over 4 iterations of PPO, more than 20 steps of the optimizer."""
-    found = trained(tmp_path / "run", f"engine.zero_stage={stage}", num=2)
+    found = of_two(f"engine.zero_stage={stage}")
     assert {p.name for p in found.glob("sessions-*.jsonl")} == {"sessions-0.jsonl", "sessions-1.jsonl"}
     assert_same(found, alone, 1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [("engine.zero_stage=2",), ("engine.zero_stage=3", "rollout.lag=1")])
-def test_killed_and_resumed_it_is_the_same_run(tmp_path: Path, words: tuple[str, ...]) -> None:
-    whole = trained(tmp_path / "whole", *words, num=2)
+def test_killed_and_resumed_it_is_the_same_run(
+    of_two: Callable[..., Path], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    whole = of_two(*words)
     killed = tmp_path / "killed"
     process = subprocess.Popen(
         command(killed, *words, num=2),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,9 @@ import pytest
 
 from agile.errors import AgileError
 from agile.rft_files import Files, hyperparameters, rft_config
-from benchmarks.rft import one, write_files
+from agile.tasks.graders.http import graders_app
+from benchmarks.rft import write_files
+from tests.graders.serving import serving
 from tests.tiny import agile
 
 ROOT = Path(__file__).parents[1]
@@ -125,29 +125,44 @@ def test_a_run_from_files_to_a_report(files: Files, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_it_learns_what_the_grader_pays_and_nothing_where_rewards_are_shuffled(tmp_path: Path) -> None:
-    trained, control = one(tmp_path, 0, ["n_epochs=16"])
-    assert trained["last"] - trained["start"] > 0.15
-    assert control["train_end"] - control["train_start"] < 0.05
+@pytest.mark.timeout(1200)
+def test_the_script_ported_from_trl_learns_and_its_control_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = run_example(monkeypatch, "from_trl.py", tmp_path / "out")
+    assert report["after"]["reward"] - report["before"]["reward"] > 0.2
+    assert sampled(report, -2) - sampled(report, 0) > 0.2
+    control = run_example(
+        monkeypatch, "from_trl.py", tmp_path / "control", "--model", tmp_path / "out" / "run" / "sft", *SHUFFLED
+    )
+    assert sampled(control, -2) - sampled(control, 0) < 0.1
+
+
+SHUFFLED = ("demo.shuffle_rewards=true",)
+
+
+def sampled(report: dict[str, Any], at: int) -> float:
+    """Mean reward of what was sampled in two iterations: each is of another half of the rows."""
+    course: list[float] = [point["train"] for point in report["course"] if point["train"] is not None]
+    return sum(course[at:][:2]) / 2
+
+
+def run_example(monkeypatch: pytest.MonkeyPatch, name: str, out: Path, *words: str | Path) -> dict[str, Any]:
+    """What the report of a script says that is run as its users do, in this process."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(sys, "argv", [name, "--out", str(out), *map(str, words)])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    report: dict[str, Any] = json.loads((out / "run" / "report.json").read_text())
+    return report
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_the_ported_script_runs(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    served = [sys.executable, "-m", "agile.cli", "grade", "serve", "--port", str(port)]
-    script = [sys.executable, str(ROOT / "examples" / "hosted_rft.py"), "--graders", f"http://127.0.0.1:{port}/v1"]
-    with subprocess.Popen(served, stdout=subprocess.PIPE, env=environment) as server:
-        try:
-            assert server.stdout is not None
-            server.stdout.readline()
-            run = [*script, "--out", str(tmp_path / "out"), "sft.num_steps=20", "ppo.num_iterations=2"]
-            result = subprocess.run(run, env=environment, check=True, capture_output=True, text=True)
-        finally:
-            server.terminate()
-    assert "half of it is right: 0.5, {'device': 1.0, 'urgent': 0.0}" in result.stdout
-    assert (tmp_path / "out" / "run" / "report.html").exists()
+@pytest.mark.timeout(600)
+def test_the_script_ported_from_the_hosted_api_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = "sft.num_steps=20", "ppo.num_iterations=2"
+    with serving(graders_app(lambda: pytest.fail("no model grades"))) as address:
+        report = run_example(monkeypatch, "hosted_rft.py", tmp_path / "out", "--graders", f"{address}/v1", *few)
+    assert report["iterations"] == 2
+    assert "half of it is right: 0.5, {'device': 1.0, 'urgent': 0.0}" in capsys.readouterr().out

@@ -174,7 +174,40 @@ def test_of_a_model_what_is_right_and_found_something_is_kept_in_the_agents_toke
         setup.imitation_rows(setup.executor(codec.tokenizer))
 
 
+def test_a_judge_of_answerability_says_what_needs_no_expert(tmp_path: Path) -> None:
+    """Of own questions it knows the first alone, and what it says of the third is neither yes nor no."""
+    questions = tmp_path / "own.jsonl"
+    rows = [{"question": f"Is {k} good?", "answer": "yes", "context": f"number {k}"} for k in range(3)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def reply(body: dict[str, Any]) -> Reply:
+        content = body["messages"][0]["content"]
+        assert "context: number" in content
+        return said("Yes." if "Is 0" in content else "no" if "Is 1" in content else "who knows")
+
+    words = ["task.name=jsonl", f"task.data={questions}", f"task.test_data={questions}", "memory.encoder=hashing"]
+    words += ["sft.sessions_per_item=1", "model.tokenizer=word", "sft.judge_yes=1"]
+    with stub_endpoint() as stub:
+        stub.reply = reply
+        judge = f"sft.judge={{base_url: '{stub.url}', model: wise, api_key_env: null}}"
+        made = load_config(None, [*words, judge])
+        summary = build_sft_data(made, tmp_path / "out", QUIET)
+        build_sft_data(made, tmp_path / "out", QUIET)
+        assert len(stub.requests) == 3, "nothing is paid for twice"
+    assert summary["kept"] == {"text": {"answers": 1, "asks": 2}}
+    said_of_it = {"judge": "wise", "questions": 3, "answerable": 1, "verdicts that could not be read": 1}
+    assert said_of_it.items() <= summary["judge"].items() and summary["judge"]["said instead"] == "who knows"
+    console = Console(record=True, width=200)
+    render_summary(summary, console)
+    assert "said instead: who knows" in console.export_text()
+    setup = Setup(made, tmp_path / "out")
+    with pytest.raises(AgileError, match=r"built beforehand: agile sft-data CONFIG"):
+        setup.imitation_rows(setup.executor(setup.tokenizer()))
+    with pytest.raises(AgileError, match="judge and teacher both say what needs no expert"):
+        load_config(None, ["sft.judge.model=a", "sft.teacher.model=b"])
+
+
 def test_configs_name_their_models() -> None:
-    for key in ("sft.teacher", "task.judge"):
+    for key in ("sft.teacher", "sft.judge", "task.judge"):
         with pytest.raises(AgileError, match=rf"{key}\.model=NAME"):
             load_config(None, [f"{key}={{base_url: 'http://x/v1'}}"])

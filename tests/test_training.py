@@ -127,9 +127,11 @@ def test_stale_weights_end_the_run_before_anything_is_learned(tmp_path: Path, mo
     [
         (0, True, (1.0, 0.0, 1e-5), ""),
         (0, True, (1.0, 0.0, 0.02), "stops"),
+        (0, True, (np.nan, 0.0, np.nan), "stops"),
         (1, True, (1.0, 0.0, 0.3), ""),
         (0, False, (0.995, 0.069, 0.3), ""),
         (0, False, (0.97, 0.069, 0.3), "warns"),
+        (0, False, (np.nan, 0.0, np.nan), "warns"),
         (1, True, (1.0, 0.2, 0.3), "warns"),
     ],
 )

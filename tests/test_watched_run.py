@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agile.engine import Engine
 from agile.errors import AgileError
 from agile.training import train
 from tests.runs import metrics, run_config
@@ -50,10 +52,17 @@ def test_a_run_that_passes_a_limit_stops(tmp_path: Path) -> None:
     assert line["step"] == 3 and line["action"] == "stop" and "above guard.max_kl" in line["reason"]
 
 
-def test_a_rollback_goes_on_from_the_last_good_weights(tmp_path: Path) -> None:
+def test_a_rollback_goes_on_from_the_last_good_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The update of iteration 2 is seen to be bad in iteration 3, although a checkpoint holds it."""
     config = ["sft.num_steps=10", "ppo.lr=0.05", "ppo.num_iterations=3", "guard.action=rollback", "guard.max_kl=1e-3"]
-    train(run_config(*config), tmp_path)
+
+    def count(iteration: int, figures: Mapping[str, Any]) -> None:
+        if iteration == 2:  # as if steps had been skipped since the checkpoint that is gone back to
+            monkeypatch.setattr(Engine, "_count_skipped", lambda engine: setattr(engine, "num_skipped", 7))
+
+    train(run_config(*config), tmp_path, watch=count)
+    client = torch.load(next((tmp_path / "checkpoints/ppo-000003").rglob("*model_states.pt")), weights_only=False)
+    assert client["num_skipped"] == 7, "what was skipped stays counted"
     lines = metrics(tmp_path)[10:]
     assert [(x["stage"], x["step"], x.get("to")) for x in lines[2:]] == [("ppo", 3, None), ("guard", 3, 1)]
     imitated, exported = (load_file(tmp_path / name / "model.safetensors") for name in ("sft", "ppo"))

@@ -80,10 +80,20 @@ class SFTConfig(OptimizerConfig):
         None, description="A model whose sessions `agile sft-data` keeps where they are right; null for the task's own."
     )
 
+    judge: PromptedConfig | None = Field(
+        None,
+        description="A model that tells `agile sft-data` which questions can be answered without an expert, in place "
+        "of judge_yes; null for that.",
+    )
+
     @model_validator(mode="after")
-    def _teacher_is_named(self) -> SFTConfig:
-        if self.teacher is not None and not self.teacher.model:
-            raise ValueError("teacher has no model; name one: sft.teacher.model=NAME")
+    def _models_are_named(self) -> SFTConfig:
+        for name, model in (("teacher", self.teacher), ("judge", self.judge)):
+            if model is not None and not model.model:
+                raise ValueError(f"{name} has no model; name one: sft.{name}.model=NAME")
+        others = [name for name in ("teacher", "stronger_model") if getattr(self, name) is not None]
+        if self.judge is not None and others:
+            raise ValueError(f"judge and {others[0]} both say what needs no expert; leave one of them out")
         return self
 
 

@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from agile.chat_format import for_template
 from agile.errors import AgileError
-from agile.gateway.gateway import Gateway, OpenTrajectory, Reply
+from agile.gateway.gateway import Gateway
+from agile.gateway.trajectory import OpenTrajectory, Reply
 from agile.serve.errors import ApiError
 from agile.types import Usage
 
@@ -160,7 +161,7 @@ def models(caller: Called) -> dict[str, Any]:
 
 
 @router.post("/chat/completions", response_model=None)
-async def chat(body: ChatRequest, caller: Called) -> Response:
+async def chat(request: Request, body: ChatRequest, caller: Called) -> Response:
     """Answer a conversation; the tokens are recorded in the caller's trajectory."""
     answer = _Answering.of(caller, body, "chat.completion")
     choice = (body.model_extra or {}).get("tool_choice", "auto")
@@ -173,11 +174,11 @@ async def chat(body: ChatRequest, caller: Called) -> Response:
     with _bad_request("messages"):
         messages = [for_template(m.model_dump()) for m in body.messages]
     played = partial(gateway.chat, caller.trajectory, messages, tools or None, most)
-    return await answer.respond(played, partial(_chat_choice, gateway, body.logprobs), _delta, body)
+    return await answer.respond(request, played, partial(_chat_choice, gateway, body.logprobs), _delta, body)
 
 
 @router.post("/completions", response_model=None)
-async def completions(body: CompletionRequest, caller: Called) -> Response:
+async def completions(request: Request, body: CompletionRequest, caller: Called) -> Response:
     """Continue a text, or token ids."""
     answer, gateway = _Answering.of(caller, body, "text_completion"), caller.gateway
     ids = gateway.learner.tokenizer(body.prompt)["input_ids"] if isinstance(body.prompt, str) else body.prompt
@@ -185,7 +186,7 @@ async def completions(body: CompletionRequest, caller: Called) -> Response:
     if not ids or not all(0 <= i < size for i in ids):
         raise ApiError(400, f"prompt must hold a token, and ids below {size}.", param="prompt")
     played = partial(gateway.complete, caller.trajectory, ids, body.max_tokens)
-    return await answer.respond(played, _text_choice, lambda choice: choice, body)
+    return await answer.respond(request, played, _text_choice, lambda choice: choice, body)
 
 
 @router.post("/trajectories")
@@ -285,18 +286,22 @@ class _Answering:
 
     async def respond(
         self,
+        request: Request,
         play: Callable[[], Awaitable[Reply]],
         choice: Callable[[Reply], dict[str, Any]],
         delta: Callable[[dict[str, Any]], dict[str, Any]],
         body: SamplingRequest,
     ) -> Response:
         headers = {"x-agile-corrected": "; ".join(self.corrected)} if self.corrected else {}
+        playing = asyncio.ensure_future(play())
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            events = self._events(asyncio.ensure_future(play()), choice, delta, usage)
+            events = self._events(playing, choice, delta, usage)
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         with _bad_request("messages"):
-            reply = await play()
+            reply = await _unless_gone(request, playing)
+        if reply is None:
+            return Response(status_code=499)  # read by nobody
         whole = {**self.head, "choices": [choice(reply)], "usage": _usage(reply.usage)}
         return JSONResponse(whole, headers=headers)
 
@@ -313,17 +318,36 @@ class _Answering:
         def event(choices: list[dict[str, Any]], **more: Any) -> str:
             return f"data: {json.dumps({**self.head, 'object': kind, 'choices': choices, **more})}\n\n"
 
-        while not (await asyncio.wait({playing}, timeout=KEEP_ALIVE_S))[0]:
-            yield ": sampling\n\n"
         try:
+            while not (await asyncio.wait({playing}, timeout=KEEP_ALIVE_S))[0]:
+                yield ": sampling\n\n"
             reply = playing.result()
         except AgileError as error:
             yield f"data: {json.dumps(ApiError(400, str(error)).body)}\n\n"
             return
+        finally:
+            playing.cancel()  # where the client hung up
         yield event([delta(choice(reply))])
         if with_usage:
             yield event([], usage=_usage(reply.usage))
         yield "data: [DONE]\n\n"
+
+
+async def _unless_gone(request: Request, playing: asyncio.Future[Reply]) -> Reply | None:
+    """What is played; None if the client hangs up, which ends it: nobody learns from an answer that nobody got."""
+    gone = asyncio.ensure_future(_hung_up(request))
+    either: set[asyncio.Future[Any]] = {playing, gone}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        return await playing if playing.done() else None
+    finally:
+        gone.cancel()
+        playing.cancel()
+
+
+async def _hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _chat_choice(gateway: Gateway, logprobs: bool, reply: Reply) -> dict[str, Any]:

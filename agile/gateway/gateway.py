@@ -7,27 +7,26 @@ import logging
 import math
 import secrets
 import socket
+import ssl
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agile.advice import AdviceDesk
-from agile.chat_format import Answer, ChatFormat, Message, parsed_arguments, same
+from agile.chat_format import Answer, ChatFormat, Message, as_message, parsed_arguments, same, tool_call
 from agile.copies import original_id
 from agile.errors import AgileError
 from agile.extras import needs
 from agile.gateway.recording import Recording, Window
+from agile.gateway.trajectory import OpenTrajectory, Reply, State
 from agile.learner import Learner
 from agile.protocols import Advisor
 from agile.seeding import derive_seed
 from agile.types import Advice, Completion, Item, Reward, Session, SessionStatus, Source, Trajectory, Usage
-
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
 
 logger = logging.getLogger(__name__)
 
@@ -44,66 +43,8 @@ ADVICE_TOOL = {
         },
     },
 }
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the gateway has none: a client need not load all authorities' keys
 MAX_ADVICE = 4  # of one call: a policy that asks without end must end
-
-
-@dataclass(frozen=True, slots=True)
-class _State:
-    """A conversation after one of its calls: as the client has it, and as the LLM saw it."""
-
-    messages: tuple[Message, ...]
-    tools: Any
-    token_ids: tuple[int, ...]
-    ended: bool
-
-
-@dataclass(slots=True, eq=False)
-class OpenTrajectory:
-    """What one run of an agent says through the gateway, from its first call to its reward.
-
-    Attributes:
-        id: Its name in logs.
-        group: Trajectories of one group are compared by the estimator `group`.
-        reward: Of the whole trajectory; to be set before it ends.
-        api_key: Calls with this key belong to it.
-        client: An `openai.AsyncOpenAI` that makes such calls.
-        num_calls: How many were answered.
-    """
-
-    id: str
-    group: str
-    api_key: str
-    client: AsyncOpenAI
-    reward: float | None = None
-    num_calls: int = 0
-    remote: bool = False
-    touched: float = field(default_factory=time.monotonic)
-    running: int = 0
-    recording: Recording = field(default_factory=Recording)
-    states: list[_State] = field(default_factory=list)
-    advice: list[Advice] = field(default_factory=list)
-    usage: Usage = field(default_factory=Usage)
-
-    @property
-    def session_id(self) -> str:
-        return f"{self.id}/0"
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What a client's call gets.
-
-    Attributes:
-        message_ids: All that was sampled last, for log-probabilities.
-        finish_reason: `stop`, `length` or `tool_calls`.
-        opened: Whether the call opened a segment of its own, which the first one of a trajectory does.
-    """
-
-    answer: Answer
-    completion: Completion
-    finish_reason: str
-    usage: Usage
-    opened: bool
 
 
 class Gateway:
@@ -129,7 +70,8 @@ class Gateway:
 
     Attributes:
         counts: `calls`, `joined` to an earlier call's segment, `opened` a segment behind the first of a trajectory,
-            `rerendered` (the template changed earlier turns, so that no token could be joined), `corrected` requests.
+            `rerendered` (the template changed earlier turns, so that no token could be joined), `unanswered` (the
+            client hung up, or there was no answer), `corrected` requests.
     """
 
     def __init__(
@@ -227,7 +169,7 @@ class Gateway:
         Raises:
             AgileError: The name is taken, or is one that copies have.
         """
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         if group is not None and id is not None:
             raise AgileError(f"trajectory(group={group!r}, id={id!r}): give one; those of a group are numbered.")
@@ -245,8 +187,14 @@ class Gateway:
             raise AgileError(f"There is a trajectory {id!r} already; each needs an id of its own, or share a group.")
         self._ids.add(id)
         key = f"agile-{secrets.token_urlsafe(24)}"
-        client = AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=None)
-        t = OpenTrajectory(id, id if group is None else group, key, client, remote=remote)
+        client = AsyncOpenAI(
+            base_url=self.base_url,
+            api_key=key,
+            max_retries=0,
+            timeout=None,
+            http_client=DefaultAsyncHttpxClient(verify=NO_TLS),
+        )
+        t = OpenTrajectory(id, id if group is None else group, key, client, self, remote=remote)
         self._open[key] = t
         return t
 
@@ -274,6 +222,10 @@ class Gateway:
         counted = self.failure_reward is not None and t.num_calls > 0
         status = SessionStatus.TRUNCATED if counted else SessionStatus.FAILED
         self._close(t, status, error, self.failure_reward if counted else None)
+
+    def discard(self, t: OpenTrajectory) -> None:
+        """End a trajectory from which nothing is to be learned, a test's for instance."""
+        self._open.pop(t.api_key, None)
 
     def _close(self, t: OpenTrajectory, status: SessionStatus, error: str, reward: float | None) -> None:
         del self._open[t.api_key]
@@ -365,7 +317,7 @@ class Gateway:
             ended = completion.finish_reason == "stop"
             if t is not None:
                 said = (*messages, as_message(answer))
-                t.states.append(_State(said, tools, tuple(call.token_ids), ended))
+                t.states.append(State(said, tools, tuple(call.token_ids), ended))
         reason = "length" if not ended else "tool_calls" if answer.tool_calls else "stop"
         return Reply(answer, completion, reason, call.usage, call.opened)
 
@@ -409,6 +361,7 @@ class Gateway:
             recording.end(window)
         except BaseException:
             recording.abandon(window)
+            self.counts["unanswered"] += 1
             raise
         finally:
             if t is not None:
@@ -495,7 +448,7 @@ class _Call:
         if t is not None:
             t.advice.append(advice)
         told = list(messages)
-        told.append({"role": "assistant", "content": "", "tool_calls": [_tool_call(*asked)]})
+        told.append({"role": "assistant", "content": "", "tool_calls": [tool_call(*asked)]})
         told.append({"role": "tool", "name": SEEK_ADVICE, "content": advice_text(advice)})
         more = self.gateway.format.continuation(told, len(told) - 1, tools, ended=True)
         if more is None:
@@ -503,18 +456,6 @@ class _Call:
                 "The chat template changes earlier turns when a tool has answered; advice cannot be shown."
             )
         self.window.observe(Source.ADVISOR, more)
-
-
-def as_message(answer: Answer) -> Message:
-    """An answer as chat templates take it."""
-    message: Message = {"role": "assistant", "content": answer.content}
-    if answer.tool_calls:
-        message["tool_calls"] = [_tool_call(*call) for call in answer.tool_calls]
-    return message
-
-
-def _tool_call(name: str, arguments: str) -> Message:
-    return {"type": "function", "function": {"name": name, "arguments": parsed_arguments(arguments)}}
 
 
 def question_of(arguments: str) -> str:

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from agile.serve.database import Database
 from agile.serve.models import Asker, Question, Webhook
+from agile.serve.requests import number_of
 
 logger = logging.getLogger(__name__)
 DUE, DELIVERED, FAILED = "due", "delivered", "failed"
@@ -66,7 +67,7 @@ def tell_late(database: Database, request_id: str, answer: str) -> None:
         asked = session.scalars(
             select(Asker.session_id).where(Asker.request_id == request_id, Asker.status == "expired")
         )
-        numbers = [int(number) for name in asked if (number := name.removeprefix("served/")).isdecimal()]
+        numbers = [number_of(name) for name in asked]
         first = select(Webhook).where(Webhook.question.in_(numbers), Webhook.late.is_(None))
         for webhook in session.scalars(first).all():
             add(session, webhook.question, webhook.url, answer)

@@ -58,7 +58,7 @@ def check_mismatch(rollout: RolloutConfig, iteration: int, mismatch: Mapping[str
         AgileError: They do not although they have the same weights; nothing was learned from it yet.
     """
     difference = mismatch["rollout_difference"]
-    if exact and rollout.lag == 0 and difference > rollout.max_difference:
+    if exact and rollout.lag == 0 and not difference <= rollout.max_difference:  # so compared that NaN is too much
         raise AgileError(
             f"Iteration {iteration + 1}: the logprobs of rollout.policy={rollout.policy} and of the trainer differ by "
             f"up to {difference:.3g} nats, expected at most {rollout.max_difference:g} (rollout.max_difference). The "
@@ -66,7 +66,7 @@ def check_mismatch(rollout: RolloutConfig, iteration: int, mismatch: Mapping[str
             "learned from it: start the engine or its servers anew and go on with --resume."
         )
     ratio, outside = mismatch["rollout_ratio"], mismatch["rollout_outside"]
-    if abs(ratio - 1) > HEALTHY_RATIO or outside > HEALTHY_OUTSIDE:
+    if not abs(ratio - 1) <= HEALTHY_RATIO or outside > HEALTHY_OUTSIDE:
         logger.warning(
             "Iteration %d: rollout and trainer drift apart: mean ratio %.3f, %.0f %% of the tokens outside [0.9, 1.1] "
             "(healthy: within %g of 1, under %.0f %%). Lower rollout.lag, ppo.lr or ppo.num_epochs.",
@@ -190,7 +190,9 @@ class Aftermath:
         if reason := trouble(guard, figures, course.best_score):
             self.run.log("guard", iteration, {"reason": reason, "action": guard.action, "to": course.good_step})
             course.respond(guard, iteration, reason)
+            num_skipped = self.engine.num_skipped
             self.run.load(self.engine, Place("ppo", course.good_step))
+            self.engine.num_skipped = num_skipped  # what was skipped stays counted
             course.good_step = course.saved_step = iteration
             self.save(iteration)
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import cycle
 
 from agile import ranks
 from agile.build import Setup
@@ -34,8 +36,13 @@ def is_validated(every: int, iteration: int, num_iterations: int) -> bool:
 def validate(
     setup: Setup, executor: Executor, policy: TrainablePolicy, collector: Collector, iteration: int
 ) -> dict[str, float]:
-    """Play the validation streams greedily with the weights after this iteration; the same streams alike each time."""
-    rollout, streams = setup.config.rollout, setup.validation_streams
+    """Play the validation streams greedily with the weights after this iteration; the same streams alike each time.
+
+    Where training draws prices, the streams take them in turn.
+    """
+    rollout, task = setup.config.rollout, setup.config.task
+    prices = cycle(task.training_prices or (task.advice_price,))
+    streams = [replace(stream, price=price) for stream, price in zip(setup.validation_streams, prices, strict=False)]
 
     async def play() -> list[Trajectory]:
         with greedy(policy):
@@ -49,8 +56,6 @@ def validate(
                 max_concurrent=rollout.concurrency,
             )
 
-    found = rates(
-        outcomes(ranks.gather_shares(collector.play_now(play, iteration), lengths(streams))),
-        setup.config.task.advice_price,
-    )
+    played = ranks.gather_shares(collector.play_now(play, iteration), lengths(streams))
+    found = rates(outcomes(played), [s.price for t in played for s in t.sessions])
     return {f"validation/{name}": float(found[name]) for name in ("score", "accuracy", "advice_rate")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from collections.abc import Awaitable
 from typing import Any
 
 import openai
@@ -12,10 +13,10 @@ import pytest
 
 from agile.batching import session_rows
 from agile.errors import AgileError
-from agile.gateway import Gateway
+from agile.gateway import Gateway, OpenTrajectory
 from agile.learner import Learner
 from agile.types import SegmentEnd, SessionStatus, Source
-from tests.gateway.agents import LOOK, TEMPLATE, Watched, call, gateway, said, sampled, tell
+from tests.gateway.agents import LOOK, TEMPLATE, Told, Watched, call, gateway, said, sampled, tell
 
 
 async def use_tools(client: openai.AsyncOpenAI, question: str) -> str:
@@ -267,39 +268,70 @@ def test_an_agent_that_raises_leaves_a_failed_trajectory(learner: Learner) -> No
     assert session.status is SessionStatus.TRUNCATED and session.reward is not None and session.reward.total == -1.0
 
 
+class Held:
+    """Holds up the first call of a policy until the caller is gone."""
+
+    def __init__(self, told: Told) -> None:
+        self.started, self.gone = asyncio.Event(), asyncio.Event()
+        self._answer = told.complete
+        told.complete = self.complete  # type: ignore[method-assign]
+
+    async def complete(self, prompt_ids: Any, **options: Any) -> Any:
+        if self.started.is_set():
+            return await self._answer(prompt_ids, **options)
+        self.started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.gone.set()
+
+
+async def hang_up(call: Awaitable[Any], held: Held) -> None:
+    """Cancel a client's call in the middle, and wait until the engine has stopped working for it."""
+    task = asyncio.ensure_future(call)
+    await held.started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await held.gone.wait()
+
+
 def test_a_client_that_dies_in_a_call_leaves_a_failed_trajectory_and_no_hang(learner: Learner) -> None:
-    started, release = asyncio.Event(), asyncio.Event()
-    told = tell(learner, "one", "two")
-    answer = told.complete
+    async def play(g: Gateway, held: Held) -> None:
+        async def agent() -> None:
+            async with g.trajectory() as t:
+                await ask(t, user("a"))
 
-    async def slow(prompt_ids: Any, **options: Any) -> Any:
-        started.set()
-        await release.wait()
-        return await answer(prompt_ids, **options)
-
-    told.complete = slow  # type: ignore[method-assign]
-
-    async def play(g: Gateway) -> None:
         async with g:
-
-            async def agent() -> None:
-                async with g.trajectory() as t:
-                    await ask(t, user("a"))
-
-            task = asyncio.create_task(agent())
-            await started.wait()
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            release.set()
+            await hang_up(agent(), held)
             async with g.trajectory() as t:  # others go on
-                assert await ask(t, user("b")) == "two"
+                assert await ask(t, user("b")) == "one"
                 t.reward = 1
 
-    g = gateway(learner)
-    asyncio.run(asyncio.wait_for(play(g), 20))
+    g, held = gateway(learner), Held(tell(learner, "one"))
+    asyncio.run(asyncio.wait_for(play(g, held), 60))
     assert [s.status for s in g.ended] == [SessionStatus.FAILED, SessionStatus.COMPLETED]
     assert not session_rows(g.ended[0])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_of_a_call_that_is_made_again_only_the_answer_that_arrived_is_learned_from(
+    learner: Learner, stream: bool
+) -> None:
+    """As clients do that lose patience: without the answer's end nobody acts on what was sampled."""
+
+    async def play(g: Gateway, held: Held) -> None:
+        async with g, g.trajectory() as t:
+            await hang_up(ask(t, user("a"), stream=stream), held)
+            assert await ask(t, user("a")) == "one"
+            t.reward = 1
+
+    told = tell(learner, "one")
+    g, held = gateway(learner), Held(told)
+    asyncio.run(asyncio.wait_for(play(g, held), 60))
+    (session,) = g.ended
+    assert len(session.segments) == 1 and sampled(session) == said(told) and len(told.calls) == 1
+    assert g.counts == Counter(calls=2, unanswered=1)
 
 
 @pytest.mark.parametrize("reward", [None, float("nan"), float("inf"), "1", True])
@@ -398,3 +430,57 @@ def test_another_temperature_is_corrected_and_said_so(learner: Learner) -> None:
     g = gateway(learner)
     asyncio.run(play(g))
     assert g.counts["corrected"] == 1
+
+
+def test_a_call_in_this_process_is_recorded_as_one_by_http(learner: Learner) -> None:
+    question: list[Any] = [{"role": "user", "content": "is it washable ?"}]
+
+    async def by_http(t: OpenTrajectory) -> str:
+        return await use_tools(t.client, question[0]["content"])
+
+    async def in_process(t: OpenTrajectory) -> str:
+        messages = list(question)
+        while True:
+            messages.append(await t.chat(messages, tools=[LOOK]))
+            if "tool_calls" not in messages[-1]:
+                return str(messages[-1]["content"])
+            for tool_call in messages[-1]["tool_calls"]:
+                query = tool_call["function"]["arguments"]["of"]
+                messages.append({"role": "tool", "content": f"{query} is steel"})
+
+    async def play(g: Gateway) -> list[str]:
+        answers = []
+        async with g:
+            for agent in (by_http, in_process):
+                tell(learner, call("look", of="pan"), "hm " + call("look", of="pot"), "yes")
+                async with g.trajectory() as t:
+                    answers.append(await agent(t))
+                    t.reward = 1.0
+            with pytest.raises(AgileError, match="trajectory-000001 has ended; open another"):
+                await t.chat(question)
+        return answers
+
+    g = gateway(learner)
+    assert asyncio.run(play(g)) == ["yes", "yes"]
+    http, ours = g.ended
+    assert ours.segments == http.segments
+    assert ours.usage == http.usage
+
+
+def test_a_discarded_trajectory_leaves_nothing(learner: Learner) -> None:
+    tell(learner, "yes", "no")
+
+    async def play(g: Gateway) -> None:
+        async with g:
+            kept, test = g.open(), g.open()
+            for t in (kept, test):
+                await t.chat([{"role": "user", "content": "is it washable ?"}])
+            g.discard(test)
+            with pytest.raises(AgileError, match="has ended before"):
+                g.end(test, 1.0)
+            g.end(kept, 1.0)
+
+    g = gateway(learner)
+    asyncio.run(play(g))
+    (session,) = g.ended
+    assert session.stream_id == "trajectory-000000"

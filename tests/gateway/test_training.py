@@ -25,7 +25,7 @@ from agile.gateway import Gateway
 from agile.learner import Learner
 from agile.session_log import read_lines
 from agile.tokens import ActionCodec
-from agile.types import Action, Fn, Session, SessionStatus, Source, Trajectory
+from agile.types import Action, Fn, Reward, Session, SessionStatus, Source, Trajectory
 from tests.families import ASKS
 from tests.gateway.agents import KEY, call, gateway, make_model, said, sampled, tell
 from tests.tiny import agile
@@ -90,6 +90,8 @@ def test_the_executor_and_the_gateway_learn_the_same_from_the_same_tokens(model:
     metrics = []
     for name, played in (("b", captured), ("c", whole)):
         with Learner(tmp_path / name, model=str(model), ppo={**PLAIN, "estimator": "gae"}) as learner:
+            with pytest.raises(AgileError, match=rf"reward of session {played.id} is nan, expected a finite number"):
+                learner.step([Trajectory("s", (replace(played, reward=Reward({"correct": np.nan})),))])
             metrics.append(learner.step([Trajectory("s", (played,))]))
     for figures in metrics[1:]:
         for key in ("policy", "value", "entropy", "grad_norm", "ratio", "num_action_tokens"):

@@ -6,18 +6,16 @@ import os
 import re
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx2
 import openai
 import pytest
-import uvicorn
 
 from agile.policies.endpoint import Endpoint
 from agile.tasks.graders.http import MAX_BODY_BYTES, PATH, graders_app
+from tests.graders.serving import serving
 from tests.stub_endpoint import said, stub_endpoint
 from tests.tiny import agile
 
@@ -37,14 +35,8 @@ def address() -> Iterator[str]:
     with stub_endpoint() as stub:
         stub.reply = lambda body: said("0.25")
         app = graders_app(lambda: Endpoint(stub.url, "", api_key_env=None))
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        server.should_exit = True
-        thread.join(10)
+        with serving(app) as address:
+            yield address
 
 
 @pytest.fixture(scope="module")

@@ -1,36 +1,43 @@
-"""The circle of `benchmarks/circle.py`, on next to nothing: serve, ask, review, train, swap, ask again."""
+"""What `benchmarks/circle.py` plays: a user asks, an expert answers at the desk and reviews."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from agile.serve import deployments
+from agile.serve import accounts
 from agile.serve.database import Database
 from agile.tasks.minishop import write_minishop
-from benchmarks.circle import SHOP, circle, questions_of, two_halves
-from tests.tiny import TinyRun
+from agile.types import Action
+from benchmarks.circle import PASSWORD, SHOPS, Known, play, questions_of
+from tests.serve.desk import Counted, an_app, asks_once, running
 
 
-def test_the_halves_are_about_other_products(tmp_path: Path) -> None:
-    write_minishop(tmp_path / "shop", SHOP, 1000)
+def test_the_expert_knows_the_shop(tmp_path: Path) -> None:
+    write_minishop(tmp_path / "shop", SHOPS["changed"], 1000)
     known = questions_of(tmp_path / "shop")
-    first, second = two_halves(known, 300)
-    assert len(first) == len(second) == 300
-    assert len({q.product for q in first}) == len({q.product for q in second}) == 6
-    assert not {q.product for q in first} & {q.product for q in second}
-    assert known[0].is_right(f" {known[0].answer.upper()}")
+    assert len(known) == 600 and known[0].is_right(f" {known[0].answer.upper()}")
+    returnable = [question.answer for question in known if question.question == "is it returnable ?"]
+    assert returnable.count("no") > 2 * returnable.count("yes"), "it is not the shop that it was"
 
 
-@pytest.mark.slow
-def test_the_circle_closes(tiny_run: TinyRun, tmp_path: Path) -> None:
-    # without imitation: the words of this shop are not among those of the tiny agent
-    quick = ("sft.num_steps=0", "ppo.num_iterations=2", "ppo.rollouts_per_stream=2")
-    overrides = (*quick, "rollout.max_failed=1.0")
-    found = circle(tiny_run.path, tmp_path, agent="sft", number=20, seed=1, overrides=overrides)
-    assert [found[phase]["questions"] for phase in ("before", "control", "after")] == [20, 20, 20]
-    database = Database(f"sqlite:///{tmp_path / 'serve' / 'desk.sqlite'}")
-    now, then = deployments.newest(database), deployments.before(database)
-    assert now is not None and then is not None
-    assert (Path(now.run).name, Path(then.run).name) == (tiny_run.path.name, "from-desk"), "swapped, and back again"
+def test_asked_answered_and_reviewed(tmp_path: Path) -> None:
+    def decide(context: str) -> Action:
+        return Action("PredictAnswer", "yes") if "is it light ?" in context else asks_once(context)
+
+    path = tmp_path / "desk.sqlite"
+    database = Database(f"sqlite:///{path}")
+    accounts.add_user(database, "shop", "user", PASSWORD)
+    accounts.add_user(database, "ann", "expert", PASSWORD)
+    warm = Known("p1", "is it warm ?", ("yes",), "wool is warm")
+    light = Known("p1", "is it light ?", ("no",), "it is of steel")
+    with running(an_app(tmp_path, database, Counted(decide))) as server:
+        figures = play(server.url, path, [warm, light, warm], [warm, light], price=0.3)
+    assert figures == {
+        "questions": 3,
+        "advice_rate": 1 / 3,
+        "reviewed": 2,
+        "reviewed_accuracy": 0.5,
+        "failed": 0,
+        "accuracy": 2 / 3,
+        "score": 2 / 3 - 0.3 / 3,
+    }

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from agile.serve import accounts, requests
+from agile.serve import accounts, questions, requests
 from agile.serve.advisor import DeskAdvisor
 from agile.serve.database import Database
+from agile.serve.memory import DeskMemory
 from agile.serve.requests import Outcome, Said
-from agile.types import Advice, AdviceRequest, AdviceStatus
-from tests.serve.desk import open_desk
+from agile.types import Advice, AdviceRequest, AdviceStatus, MemoryItem, MemoryKind
+from tests.serve.desk import ENCODER, open_desk
 from tests.worlds import item
 
 CUST, ANN, BOB, ROOT = 1, 2, 3, 4
@@ -25,7 +26,8 @@ def database(tmp_path: Path) -> Database:
 
 
 def post(database: Database, session: str, question: str = "is it warm ?", product: str = "p1", **more: object) -> int:
-    given = {"scope": "served", "session_key": session, "group": "g", "detail": {}, "price": 0.3, "reuse": False}
+    key = f"served:{session}"
+    given = {"scope": "served", "session_key": key, "group": "g", "detail": {}, "price": 0.3, "reuse": False}
     return requests.post(database, session_id=session, question=question, product=product, **{**given, **more})  # type: ignore[arg-type]
 
 
@@ -79,6 +81,52 @@ def test_the_same_session_is_the_same_asker_and_the_same_words_one_request(datab
     requests.answer(database, waiting.id, ANN, "yes", "", "k")
     assert set(requests.outcomes(database, [first, second, elsewhere, by_likeness])) == {first, second, by_likeness}
     assert post(database, "s/5") != first and len(requests.queue(database, ANN)) == 2  # memory answers repeats
+
+
+def test_who_could_not_have_read_an_answer_takes_it_and_who_could_asks_anew(database: Database) -> None:
+    memory = DeskMemory(database, ENCODER)
+
+    def asked() -> str:
+        return f"served/{questions.ask(database, CUST, 'is it warm ?', 'p1').result().number}"
+
+    def told(session: str) -> bool:
+        asker = post(database, session)
+        return asker in requests.outcomes(database, [asker])
+
+    first, early, later = asked(), asked(), asked()
+    assert not told(first)
+    request = only(database)
+    requests.claim(database, request, ANN, claim_s=60)
+    requests.answer(database, request, ANN, "yes", "", "k")
+    between = asked()
+    assert told(early) and told(between), "the answer is not in memory yet"
+    same = MemoryItem(MemoryKind.HISTORY, "is it warm ?", "is it warm ? -> yes", "yes", "g", "p1", first, "advice")
+    (entry,) = memory.write([same])
+    assert told(asked()), "its session has not ended: nobody knows whether this one has read it"
+    questions.finish(database, requests.number_of(first), answer="yes", error="", played=None).result()
+    assert told(later) and not told(asked()), "memory told the last one, and it asked all the same"
+    requests.claim(database, only(database), ANN, claim_s=60)
+    requests.answer(database, only(database), ANN, "yes", "", "k2")
+    with database.reading() as session:
+        assert not requests.is_mended(session, later)
+    memory.retire(entry, BOB)
+    with database.reading() as session:
+        assert requests.is_mended(session, later), "what a person retired is not written again"
+
+
+def test_an_answer_that_a_person_mended_is_not_taken(database: Database) -> None:
+    memory = DeskMemory(database, ENCODER)
+    numbers = [questions.ask(database, CUST, "is it warm ?", "p1").result().number for _ in range(2)]
+    post(database, f"served/{numbers[0]}")
+    request = only(database)
+    requests.claim(database, request, ANN, claim_s=60)
+    requests.answer(database, request, ANN, "yes", "", "k")
+    same = MemoryItem(
+        MemoryKind.HISTORY, "is it warm ?", "is it warm ? -> yes", "yes", "g", "p1", f"served/{numbers[0]}", "advice"
+    )
+    memory.retire(memory.write([same])[0], BOB)
+    post(database, f"served/{numbers[1]}")
+    assert only(database) != request
 
 
 def test_who_does_not_know_leaves_it_to_the_next_and_the_last_to_nobody(database: Database) -> None:

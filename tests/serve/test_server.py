@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import pytest
 from agile.serve import questions, requests
 from agile.serve.runner import LOG
 from agile.session_log import read_lines
-from agile.types import Action
+from agile.types import Action, Completion
 from tests.serve.desk import Counted, Running, an_app, asks_once, open_desk, running, until
+from tests.worlds import make_codec
 
 QUESTION = "is it warm ?"
 
@@ -37,13 +40,14 @@ def test_openai_client_asks_an_expert_answers_and_memory_keeps_it(server: Runnin
     first = api.chat.completions.create(model="agile/p1", messages=messages)
     answer_id = (first.model_extra or {})["agile"]["answer_id"]
     assert f"GET /v1/answers/{answer_id}" in (first.choices[0].message.content or "")
-    until(lambda: answer(server, answer_id)["status"] == "waiting" or None)
-
-    page = ann.client.get("/desk/queue").text
-    assert QUESTION in page and "maybe, 100 % sure" in page and "red" in page
-    threading.Thread(target=ann.answers, args=("yes", "wool is warm")).start()
+    page = until(lambda: (QUESTION in (seen := ann.client.get("/desk/queue").text) and seen) or None)
+    assert "maybe, 100 % sure" in page and "red" in page
+    assert answer(server, answer_id)["status"] == "waiting"
+    answering = threading.Thread(target=ann.answers, args=("yes", "wool is warm"))
+    answering.start()  # before or after the next line: nobody is asked again
     stream = api.chat.completions.create(model="agile/p1", messages=messages, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "yes"
+    answering.join()
 
     told = until(lambda: ((a := answer(server, answer_id))["status"] == "answered" and a) or None)
     assert told["answer"] == "yes"
@@ -150,6 +154,39 @@ def test_a_session_that_waits_goes_on_after_a_restart_from_what_it_has(tmp_path:
         assert logged["session"]["id"] == "served/1" and logged["agent"] == "ppo"
         with server.database.reading() as session:
             assert session.connection().exec_driver_sql("SELECT count(*) FROM journal").scalar() == 0
+
+
+class Slow(Counted):
+    """Reflects only once it may."""
+
+    def __init__(self) -> None:
+        super().__init__(asks_once)
+        self.may = threading.Event()
+
+    async def complete(self, prompt_ids: Sequence[int], **given: Any) -> Completion:
+        if make_codec().awaited(prompt_ids) == "Reflection":
+            await asyncio.to_thread(self.may.wait)
+        return await super().complete(prompt_ids, **given)
+
+
+def test_who_asks_while_an_answer_is_on_its_way_to_memory_is_told_it(tmp_path: Path) -> None:
+    policy = Slow()
+    with running(an_app(tmp_path, open_desk(tmp_path), policy, wait_s=0)) as server:
+        first = ask(server).json()["agile"]["answer_id"]
+        server.person("ann").answers("yes")
+        second = ask(server).json()["agile"]["answer_id"]
+
+        def told() -> bool | None:
+            with server.database.reading() as session:
+                status = session.connection().exec_driver_sql("SELECT status FROM askers").scalars().all()
+            return status == ["told", "told"] or None
+
+        until(told)
+        assert len(server.app.state.desk.memory) == 0 and requests.num_waiting(server.database) == 0
+        policy.may.set()
+        for asked in (first, second):
+            assert until(lambda: answer(server, asked)["answer"] or None) == "yes"  # noqa: B023
+        assert len(server.app.state.desk.memory) == 1
 
 
 def test_a_log_that_a_crash_cut_is_made_whole(tmp_path: Path) -> None:

@@ -159,13 +159,14 @@ LONG = "x" * 1_000_001
         (row(1, answer=7), "entry 2, field 'answer': expected text, found 7"),
         (row(1, answer=" "), "entry 2, field 'answer': expected text that is not empty, found ' '"),
         (row(1, type="trivia"), "entry 2, field 'type': expected one of bridge, comparison, found 'trivia'"),
-        (row(0), r"entry 2, field 'id': expected an id that is not yet used \(entry 1 has it\), found 'q0'"),
+        (row(0), r"entry 2, field '_id': expected an id that is not yet used \(entry 1 has it\), found 'q0'"),
         (row(1, context="x"), "entry 2, field 'context': expected a list, found 'x'"),
         (row(1, context=[["Paris"]]), r"entry 2, context 1: expected \[title, \[sentence, ...\]\], found \['Paris'\]"),
         (row(1, context=[["Paris", [1]]]), r"entry 2, context 1: expected sentences of text, found \[1\]"),
         (row(1, supporting_facts=[["Rome", 0]]), "entry 2, field 'supporting_facts': expected a title of the context"),
         (row(1, supporting_facts=[["Paris", "0"]]), r"entry 2, supporting_facts 1: expected \[title, number"),
         (row(1, question=LONG), "entry 2, field 'question': expected a row of at most 1,000,000 bytes, found 1,0"),
+        (row(1, question="\ud800?"), "entry 2, field 'question': expected text in UTF-8, found"),
         ("x", "entry 2: expected an object with the field '_id', found 'x'"),
     ],
 )
@@ -179,13 +180,26 @@ def test_bad_entries_are_named_or_left_out_and_listed(tmp_path: Path, bad: Any, 
     assert task.skipped == [str(error.value)]
 
 
+def test_broken_utf8_spoils_no_more_than_its_entry(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.json", [row(0), row(1, answer="l\u00f6ss"), row(2)])
+    path.write_bytes(path.read_bytes().replace(rb"l\u00f6ss", b"l\xf6ss"))
+    with pytest.raises(
+        AgileError, match=r"f.json, entry 2, field 'answer': expected text in UTF-8, found 'l\\udcf6ss'"
+    ):
+        HotPotQA(path, rank=bm25).streams("train")
+    task = HotPotQA(path, rank=bm25, skip_bad_rows=True)
+    assert [i.id for split in ("train", "test") for s in task.streams(split) for i in s.items] == ["q0", "q2"]
+    assert len(task.skipped) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "expected JSON in UTF-8, found ''"),
         (b"[]", "found an empty file"),
         (b"{}", "expected a JSON list, found {}"),
-        (b'[{"_id": "\xff"}]', "expected JSON in UTF-8"),
+        (b'[{"_id": "\xff', "expected JSON in UTF-8"),
+        (b'[{"_id": "\xff"}]', "found 1 bad ones, the last: .*, field '_id': expected text in UTF-8"),
         (None, "no such file; the distractor files are hotpot"),
     ],
 )

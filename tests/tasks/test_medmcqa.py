@@ -229,9 +229,12 @@ def test_recorded_answers(tmp_path: Path) -> None:
         ({"id": "q2", "model": "m"}, "line 3, field 'answer': expected text, found no such field"),
         ({"id": "q2", "model": "m", "choice": 2}, "line 3, field 'choice': expected text, found 2"),
     ):
-        write(path, *rows, row)
-        with pytest.raises(AgileError, match=message):
+        write(path, *rows, row, {"id": "q3", "model": "m", "choice": "D"})
+        with pytest.raises(AgileError, match=message) as error:
             read_answers(path)
+        skipped: list[str] = []
+        assert read_answers(path, skipped=skipped) == {"q0": "B", "q1": None, "q3": "D"}
+        assert skipped == [str(error.value)]
 
 
 def test_real_files(data: Path) -> None:

@@ -1,0 +1,87 @@
+"""2048: an agent learns what to do in a game of hundreds of moves, each of which it sees alone.
+
+    pip install -c constraints.txt -e ".[serve]"
+    python -m examples.game_2048 runs/2048 --seed 0
+
+A Llama of 0.1 million parameters first imitates a player who moves at random. Then it learns by PPO. Every move is a
+call of its own that shows the board and the possible moves, and nothing of what was before: a game is a trajectory of a
+hundred segments and more, with one reward, its score in thousands, at the end of the last. The critic carries it to
+each move. In place of a move that is not possible chance makes one that is. Each test plays the same 40 new games.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from agile.gateway import OpenTrajectory
+from agile.tasks.games.game_2048 import MOVES, Board, opening, possible, slide, with_new_tile
+from examples.harness import Conversation, Example, main
+
+
+def shown(board: Board) -> dict[str, str]:
+    return {"role": "user", "content": " ".join([*map(str, board), *possible(board)])}
+
+
+async def game(t: OpenTrajectory, rng: Random) -> int:
+    """The score of one game."""
+    board, score = opening(rng), 0
+    while moves := possible(board):
+        said = (await t.chat([shown(board)], max_tokens=1))["content"]  # as t.client does over HTTP
+        board, gained = slide(board, said if said in moves else rng.choice(moves))
+        board, score = with_new_tile(board, rng), score + gained
+    return score
+
+
+async def play(t: OpenTrajectory, name: str) -> float:
+    return await game(t, Random(name)) / 1000
+
+
+async def measure(t: OpenTrajectory, name: str) -> dict[str, float]:
+    score = await game(t, Random(name))
+    return {"score": score, "moves": t.num_calls}
+
+
+def demonstrate(num: int, rng: Random) -> list[Conversation]:
+    """Moves, a conversation each, of a player who moves at random."""
+    found: list[Conversation] = []
+    while len(found) < num:
+        board = opening(rng)
+        while moves := possible(board):
+            move = rng.choice(moves)
+            found.append([shown(board), {"role": "assistant", "content": move}])
+            board = with_new_tile(slide(board, move)[0], rng)
+    rng.shuffle(found)
+    return found[:num]
+
+
+EXAMPLE = Example(
+    about=__doc__,
+    words=[*MOVES, "0", *(str(2**i) for i in range(1, 18))],
+    context=32,
+    demonstrate=demonstrate,
+    play=play,
+    measure=measure,
+    figures={"greedy/score": "score, greedy", "sampled/score": "score, sampled"},
+    learner={
+        "ppo": {
+            "kl_coef": 0,
+            "lr": 1e-3,
+            "value_lr": 3e-3,
+            "lam": 0.9,
+            "num_epochs": 1,
+            "batch_size": 256,
+            "micro_batch_tokens": 16384,
+            "checkpoint_every": 1000,
+        }
+    },
+    num_steps=30,
+    groups=16,
+    size=1,
+    num_tests=40,
+    test_every=10,
+    num_demonstrations=8000,
+    imitation_steps=150,
+)
+
+if __name__ == "__main__":
+    main(EXAMPLE)
