@@ -124,8 +124,8 @@ def _risk_coverage(ax: Axes, told: Mapping[str, Mapping[str, Any]], looks: Mappi
                 ax.plot(*zip(*curve, strict=True), color=look.color, lw=1.6 if not key else 1.1, ls=style, label=label)
     ax.set(xlim=(0, 1.02), xlabel="share of questions that it answers, the surest first", ylabel="share that is wrong")
     ax.set_ylim(bottom=-0.005)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, 0))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, 0))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(frameon=False, loc="upper left", title="area under the curve", title_fontsize=8, alignment="left",
               labelcolor=INK, fontsize=8)  # fmt: skip
 

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,7 +22,6 @@ from agile.serve.errors import ApiError
 from agile.serve.models import Question
 from agile.serve.runner import Progress, Served
 from agile.subjects import OPTIONS, question_about
-from agile.types import Source
 
 router = APIRouter(prefix="/v1")
 ASKED = "An expert has been asked. The answer will be at GET /v1/answers/{id}."
@@ -87,19 +85,18 @@ async def chat(request: Request, body: ChatRequest, user: KeyUser) -> JSONRespon
             429, "Too many questions in a minute; wait a little.", type="rate_limit_error", code="rate_limit"
         )
     desk.access.questions.add(user.id)
-    question, progress = await run_in_threadpool(desk.runner.ask, user.id, text, product, webhook, known)
+    question, progress = await asyncio.wrap_future(desk.runner.ask(user.id, text, product, webhook, known))
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(desk, question, progress, body.model, usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
     await asyncio.wait({asyncio.wrap_future(progress.done)}, timeout=desk.config.wait_s)
-    question = await run_in_threadpool(_again, desk, question)
     message = {"role": "assistant", "content": _content(question, progress)}
     return JSONResponse(
         {
             **_head(question, "chat.completion", body.model),
             "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
-            "usage": await run_in_threadpool(_usage, desk, question),
+            "usage": _usage(progress),
         }
     )
 
@@ -176,10 +173,6 @@ def _question(body: ChatRequest, most: int) -> str:
     return content.strip()
 
 
-def _again(desk: Desk, question: Question) -> Question:
-    return questions.by_id(desk.database, question.id) or question
-
-
 def _content(question: Question, progress: Progress) -> str:
     if question.status == "answered":
         return question.answer or ""
@@ -200,11 +193,8 @@ def _head(question: Question, kind: str, model: str) -> dict[str, Any]:
     }
 
 
-def _usage(desk: Desk, question: Question) -> dict[str, int]:
-    session = questions.session_of(desk.database, question.number)
-    spans = [span for segment in session.segments for span in segment.spans] if session is not None else []
-    written = sum(len(span.token_ids) for span in spans if span.source is Source.LLM)
-    read = sum(len(span.token_ids) for span in spans) - written
+def _usage(progress: Progress) -> dict[str, int]:
+    read, written = progress.read, progress.written
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
@@ -231,9 +221,8 @@ async def _events(
         elif time.monotonic() - spoken > desk.config.keep_alive_s:
             spoken = time.monotonic()
             yield ": waiting\n\n"
-    question = await run_in_threadpool(_again, desk, question)
     yield chunk(choice({"content": _content(question, progress)}))
     yield chunk(choice({}, "stop"))
     if with_usage:
-        yield chunk([], usage=await run_in_threadpool(_usage, desk, question))
+        yield chunk([], usage=_usage(progress))
     yield "data: [DONE]\n\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -222,16 +223,25 @@ def run_server(
         agent = Path(first.run) / first.agent
         console.print(f"The agent {agent} answers at {address}/v1, its desk is {address}/desk/queue", soft_wrap=True)
         console.print(f"Accounts: agile serve-user add NAME --role expert {path} out={out}", soft_wrap=True)
-        log_as_json()
-        uvicorn.run(
-            app,
-            host=host,
-            port=port,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=behind_proxy,
-            timeout_graceful_shutdown=3,
-            ssl_certfile=str(tls[0]) if tls else None,
-            ssl_keyfile=str(tls[1]) if tls else None,
-        )
+        listen(app, host=host, port=port, proxy_headers=behind_proxy, tls=tls)
+
+
+def listen(
+    app: FastAPI, *, host: str, port: int, proxy_headers: bool = False, tls: tuple[Path, Path] | None = None
+) -> None:
+    """Answer requests until interrupted, and log them."""
+    log_as_json()
+    gc.collect()
+    gc.freeze()  # models and modules stay: to walk through them again and again would hold everybody up
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=proxy_headers,
+        timeout_graceful_shutdown=3,
+        ssl_certfile=str(tls[0]) if tls else None,
+        ssl_keyfile=str(tls[1]) if tls else None,
+    )
