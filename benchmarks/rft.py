@@ -2,13 +2,15 @@
 
     python -m benchmarks.rft runs/rft --seeds 0 1 2
 
-Notes are turned into JSON. The model is first trained by imitation of a weak player on other notes, who takes the buyer for
-the seller, and the net amount for the total: of invoices each now and then, of bills nearly always. So it starts with a habit
-that is wrong, and with something to explore; that bills are to be read as invoices are it learns from the grader alone.
+Notes are turned into JSON. The model is first trained by imitation of a weak player on other notes, who takes the
+buyer for the seller, and the net amount for the total: of invoices each now and then, of bills nearly always. So it
+starts with a habit that is wrong, and with something to explore; that bills are to be read as invoices are it learns
+from the grader alone.
 
-Each seed also has a control from the same start: every answer has the reward of another one (demo.shuffle_rewards). Half of
-the notes of each file are bills, and the player is as rarely right about them as it is wrong about invoices. So the start's
-sampled and greedy answers are worth about the same, neither kind is near a tie, and noise spoils one as it mends the other.
+Each seed also has a control from the same start: every answer has the reward of another one (demo.shuffle_rewards).
+Half of the notes of each file are bills, and the player is as rarely right about them as it is wrong about invoices.
+So the start's sampled and greedy answers are worth about the same, neither kind is near a tie, and noise spoils one
+as it mends the other.
 
 Whatever is done stands in the folder: started again, it goes on. A seed takes 2.3 minutes of processor time.
 """
