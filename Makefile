@@ -7,7 +7,7 @@ PYTEST := $(PYTHON) -m pytest -q
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-vllm lint clean
+.PHONY: help demo test test-slow test-vllm browser lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,14 @@ test-slow: .venv/.installed ## the tests that `make test` leaves out
 
 test-vllm: .venv-vllm/.installed ## the tests that need vLLM (on the CPU) or agent frameworks, in .venv-vllm
 	@.venv-vllm/bin/python -m pytest -q -m "vllm or frameworks"
+
+AXE := 4.14.1
+
+browser: .venv/.installed ## what tests of pages need, where it is missing: Chromium by apt-get (as root), axe-core by npm
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome || command -v chrome; } >/dev/null \
+	    || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium fonts-liberation; } >/dev/null
+	@test -e .venv/node_modules/axe-core/axe.min.js \
+	    || npm install --silent --no-audit --no-fund --prefix .venv axe-core@$(AXE)
 
 lint: .venv/.installed ## ruff and mypy
 	@$(PYTHON) -m ruff check --quiet

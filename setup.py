@@ -110,6 +110,8 @@ SERVE = [
     "fastapi>=0.133,<0.137",
     "starlette>=1,<2",
     "uvicorn>=0.40,<1",
+    "httptools>=0.6.4,<1",
+    "uvloop>=0.21,<1; sys_platform != 'win32'",
     "python-multipart>=0.0.20,<1",
     "sqlalchemy>=2.1,<2.2",
     "alembic>=1.18,<2",
@@ -134,6 +136,7 @@ DEV = [
     "pytest-timeout",
     "pytest-xdist",
     "ruff",
+    "schemathesis",
     "setuptools>=77",  # builds the wheel that a test looks into
     "types-PyYAML",
 ]

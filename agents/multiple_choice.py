@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from agile.agents.corpus import words_of_all
+from agile.conversation import in_full, shown_turns
 from agile.policies.scripted import ScriptedPolicy
 from agile.protocols import Memory
 from agile.tasks.choices import read_choice
@@ -60,18 +61,21 @@ class MultipleChoiceAgent:
         group_k: Entries of the whole history to show (paper: 5).
         knowledge_k: Reflections to show by themselves; where it is 0 they stand in the history alone.
         show_price: Whether the price of advice stands in the prompt, so that one policy can serve every price.
+        show_turns: Earlier turns of the conversation to show; with them memory is searched by the questions of all.
     """
 
     product_k: int = 0
     group_k: int = 5
     knowledge_k: int = 0
     show_price: bool = False
+    show_turns: int = 0
     spec: AgentSpec = SPEC
 
     def question(self, item: Item, progress: float, price: float) -> str:
         lines = [f"round {int(progress * 10)}"]
         if self.show_price:
             lines.append(f"advice costs {price:.2f}")
+        lines += shown_turns(item, self.show_turns)
         lines.append(f"question: {item.question}")
         lines += [f"{letter}: {words}" for letter, words in item.context["options"].items()]
         return "\n".join(lines) + "\n"
@@ -91,15 +95,16 @@ class MultipleChoiceAgent:
         return texts
 
     def recall(self, item: Item, memory: Memory) -> tuple[list[Retrieved], str]:
+        asked = in_full(item.question, item.context) if self.show_turns else item.question
         of_subject = Scope(MemoryKind.HISTORY, item.group, item.product)
-        entries = memory.retrieve(item.question, self.product_k, of_subject) if self.product_k else []
+        entries = memory.retrieve(asked, self.product_k, of_subject) if self.product_k else []
         if self.group_k:
             shown = {e.item.id for e in entries}
             num_found = self.group_k + self.product_k
-            others = memory.retrieve(item.question, num_found, Scope(MemoryKind.HISTORY, item.group))
+            others = memory.retrieve(asked, num_found, Scope(MemoryKind.HISTORY, item.group))
             entries += [e for e in others if e.item.id not in shown][: self.group_k]
         if self.knowledge_k:
-            entries += memory.retrieve(item.question, self.knowledge_k, Scope(MemoryKind.KNOWLEDGE, item.group))
+            entries += memory.retrieve(asked, self.knowledge_k, Scope(MemoryKind.KNOWLEDGE, item.group))
         lines = [f"{e.item.kind} {round(e.similarity * 20) / 20:.2f} {e.item.text}\n" for e in entries]
         return entries, "".join(lines)
 
@@ -127,14 +132,14 @@ class MultipleChoiceAgent:
 
     def _entries(self, item: Item, session_id: str, choice: str, lesson: str, origin: str) -> list[MemoryItem]:
         """The history entry, with what it taught, and a knowledge entry where those are shown."""
-        words = item.context["options"][choice]
+        words, asked = item.context["options"][choice], in_full(item.question, item.context)
         lesson = "" if lesson.strip() == NO_LESSON else lesson.strip()
         told = f" ( {lesson} )" if lesson else ""
         entries = [
             MemoryItem(
                 MemoryKind.HISTORY,
-                key=item.question,
-                text=f"{item.question} -> {words}{told}",
+                key=asked,
+                text=f"{asked} -> {words}{told}",
                 answer=words,
                 group=item.group,
                 product=item.product,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from agile.agents.corpus import words_of_all
+from agile.conversation import in_full, shown_turns
 from agile.memory_use import settles
 from agile.policies.scripted import ScriptedPolicy
 from agile.protocols import Memory
@@ -71,6 +72,7 @@ class ProductQAAgent:
         knowledge_k: Entries of the group's knowledge to show.
         show_schema: Whether the table's columns stand in the prompt.
         show_price: Whether the price of advice does, so that one policy can serve every price.
+        show_turns: Earlier turns of the conversation to show; with them memory is searched by the questions of all.
         similar: Cosine from which a question counts as similar (paper: 0.46).
     """
 
@@ -79,6 +81,7 @@ class ProductQAAgent:
     knowledge_k: int = 1
     show_schema: bool = True
     show_price: bool = False
+    show_turns: int = 0
     similar: float = 0.46
     spec: AgentSpec = SPEC
 
@@ -89,17 +92,26 @@ class ProductQAAgent:
         if self.show_schema:
             lines.append(f"table {item.group} columns: " + " , ".join(item.context["columns"]))
         lines += [f"{name}: {value}" for name, value in item.context["metadata"].items() if value is not None]
+        lines += shown_turns(item, self.show_turns)
         lines.append(f"question: {item.question}")
         return "\n".join(lines) + "\n"
+
+    def _asked(self, item: Item) -> str:
+        """What earlier questions are looked up by."""
+        return in_full(item.question, item.context) if self.show_turns else item.question
 
     def query(self, item: Item) -> str:
         """What knowledge is looked up by: the question and what is known of the product."""
         values = [str(v) for k, v in item.context["metadata"].items() if v is not None and k != "title"]
-        return " ".join([item.question, *values])
+        return " ".join([self._asked(item), *values])
 
     def embedded_texts(self, item: Item) -> list[str]:
         """All texts that a session about `item` may embed, as far as they are known before it is played."""
-        return [item.question, self.query(item), *([item.context["knowledge"]] if item.context["knowledge"] else [])]
+        return [
+            self._asked(item),
+            self.query(item),
+            *([item.context["knowledge"]] if item.context["knowledge"] else []),
+        ]
 
     def corpus(self, items: Sequence[Item]) -> list[str]:
         """Texts that hold every word that sessions about `items` can show or should say, to train a tokenizer on."""
@@ -117,14 +129,15 @@ class ProductQAAgent:
         of_product = Scope(MemoryKind.HISTORY, item.group, item.product)
         of_group = Scope(MemoryKind.HISTORY, item.group)
         knowledge = Scope(MemoryKind.KNOWLEDGE, item.group)
-        entries = memory.retrieve(item.question, self.product_k, of_product)
+        asked = self._asked(item)
+        entries = memory.retrieve(asked, self.product_k, of_product)
         if self.group_k:
             shown = {e.item.id for e in entries}
-            others = memory.retrieve(item.question, self.group_k + self.product_k, of_group)
+            others = memory.retrieve(asked, self.group_k + self.product_k, of_group)
             entries += [e for e in others if e.item.id not in shown][: self.group_k]
         entries += memory.retrieve(self.query(item), self.knowledge_k, knowledge)
         lines = [self._entry(e, item) for e in entries]
-        lines.append(f"similar {min(9, memory.count_similar(item.question, self.similar, of_group))}")
+        lines.append(f"similar {min(9, memory.count_similar(asked, self.similar, of_group))}")
         return entries, "\n".join(lines) + "\n"
 
     @staticmethod
@@ -159,10 +172,11 @@ class ProductQAAgent:
     @staticmethod
     def lesson(item: Item, session_id: str, answer: str, knowledge: str, origin: str) -> list[MemoryItem]:
         """The history entry of an answered question, and the knowledge entry unless there is none."""
+        asked = in_full(item.question, item.context)
         history = MemoryItem(
             MemoryKind.HISTORY,
-            key=item.question,
-            text=f"{item.question} -> {answer}",
+            key=asked,
+            text=f"{asked} -> {answer}",
             answer=answer,
             group=item.group,
             product=item.product,

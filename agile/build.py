@@ -82,8 +82,7 @@ class Setup:
             with needs("serve"):
                 from agile.serve.export import export_desk
 
-            shop = self._own_task.streams("test")[0]
-            counts = export_desk(desk, shop, path, self.folder / SESSIONS)
+            counts = export_desk(desk, self._own_task, path, self.folder / SESSIONS)
             told = ", ".join(f"{number:,} by {how}" for how, number in sorted(counts.items()))
             get_console().print(f"{sum(counts.values()):,} questions of {desk.served} with an answer: {told}")
         return DeskTask(path, self._own_task, stream_length=task.stream_length, advice_counts=task.advice_counts)

@@ -8,6 +8,7 @@ a memory is worth to an agent that only has to know when to trust it.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
@@ -180,7 +182,9 @@ def _guesser(trains: Sequence[Questions], num_kinds: int) -> Guesser:
 
 def _logistic(vectors: Floats, labels: Codes, num_classes: int) -> Guesser:
     present = np.unique(labels)
-    model: Any = LogisticRegression(max_iter=60).fit(vectors, labels) if len(present) > 1 else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 60 steps are near enough, and nobody can do anything
+        model: Any = LogisticRegression(max_iter=60).fit(vectors, labels) if len(present) > 1 else None
 
     def guess(new: Floats) -> Floats:
         chances = np.zeros((len(new), num_classes), np.float32)

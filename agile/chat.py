@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -15,9 +15,11 @@ from agile.build import Setup
 from agile.config import load_config
 from agile.errors import AgileError
 from agile.executor import Executor
+from agile.loaded import agent_of, ready
 from agile.memory.store import SqliteMemory
 from agile.protocols import Policy
-from agile.types import Item, Reward, Session, Stream
+from agile.subjects import question_about, subjects
+from agile.types import Item, Session, Stream
 
 HELP = "Type a question, or: /product NAME, /products, /examples, /memory, /help, /quit"
 MAX_COLUMNS = 6
@@ -29,35 +31,32 @@ def run_chat(run: Path, memory_path: Path, console: Console) -> None:
     Raises:
         AgileError: The folder holds no trained agent.
     """
-    folder = next((run / name for name in ("dpo", "ppo", "sft") if (run / name / "config.json").exists()), None)
-    if folder is None or not (run / "config.yaml").exists():
-        raise AgileError(
-            f"There is no trained agent in {run}. Train one first: agile demo (or agile train CONFIG out={run})."
-        )
+    folder = run / agent_of(run)
     setup = Setup(load_config(run / "config.yaml"), run)
-    tokenizer = setup.tokenizer(folder)
-    executor = setup.executor(tokenizer, TerminalAdvisor(console=console))
-    executor.score = lambda item, session: Reward({})
-    executor.limits = replace(executor.limits, max_stage_s=None)  # people think as long as they like
-    policy = setup.greedy(tokenizer, folder)
-    stream = setup.task.streams("test")[0]
-    if "metadata" not in stream.items[0].context:
+    products, stream = subjects(setup.task, setup.config.task.name), setup.task.streams("test")[0]
+    if any("metadata" not in item.context for item in products.values()):
         raise AgileError(
-            f"{run} learned {setup.config.task.name}, whose questions are about nothing that a chat could be told of. "
-            "Score it: agile bench."
+            f"{run} learned {setup.config.task.name}, whose questions come with options that a chat could not be told "
+            "of. Ask it from a program (docs/embedding.md), or score it: agile bench."
         )
+    executor, policy = ready(setup, folder, TerminalAdvisor(console=console))
     with SqliteMemory(setup.encoder, memory_path) as memory:
         console.print(f"The agent {folder} answers about the shop {stream.id}, which it has never seen in training.")
         console.print("Where it needs advice it asks you, and it remembers what you say.")
-        console.print(_table(stream))
+        console.print(_table(products))
         console.print(HELP, markup=False)
-        _talk(executor, policy, memory, memory_path, stream, console)
+        _talk(executor, policy, memory, memory_path, products, stream, console)
 
 
 def _talk(
-    executor: Executor, policy: Policy, memory: SqliteMemory, memory_path: Path, stream: Stream, console: Console
+    executor: Executor,
+    policy: Policy,
+    memory: SqliteMemory,
+    memory_path: Path,
+    products: Mapping[str, Item],
+    stream: Stream,
+    console: Console,
 ) -> None:
-    products = {item.product: item for item in stream.items}
     product = next(iter(products))
     # what it wrote in earlier talks keeps its provenance
     turn = 1 + max((int(entry.session_id.rpartition("/")[2]) for entry in memory.items()), default=-1)
@@ -78,7 +77,7 @@ def _talk(
             case "/product":
                 console.print(f"There are {', '.join(products)}.", markup=False)
             case "/products":
-                console.print(_table(stream))
+                console.print(_table(products))
             case "/memory":
                 for entry in memory.items():
                     console.print(f"  {entry.product or 'all':>6}  {entry.text}", markup=False)
@@ -92,7 +91,7 @@ def _talk(
                 unknown = [w for w in text.split() if executor.codec.tokenizer.unk_token_id in executor.codec.encode(w)]
                 if unknown:
                     console.print(f"[yellow]It has never seen: {escape(' '.join(unknown))}[/] (see /examples)")
-                item = _item(text, turn, products[product])
+                item = question_about(products[product], f"chat/{turn}", text, "chat")
                 session = asyncio.run(
                     executor.run(policy, item, memory, stream_id="chat", index=turn, progress=0.0, seed=turn)
                 )
@@ -100,19 +99,9 @@ def _talk(
                 _show(session, console)
 
 
-def _item(question: str, turn: int, like: Item) -> Item:
-    return replace(about(like), id=f"chat/{turn}", question=question, kind="chat")
-
-
-def about(item: Item) -> Item:
-    """An item without a question, of which only what is known of the product is kept."""
-    shown = {name: item.context[name] for name in ("metadata", "columns")}
-    return Item("", "", "", "", item.group, item.product, {**shown, "sql": "", "knowledge": ""})
-
-
-def _table(stream: Stream) -> Table:
+def _table(products: Mapping[str, Item]) -> Table:
     table = Table(title="products you can ask about")
-    rows = {item.product: item.context["metadata"] for item in stream.items}
+    rows = {product: item.context["metadata"] for product, item in products.items()}
     names = list(dict.fromkeys(name for metadata in rows.values() for name in metadata if name != "title"))
     if len(names) > MAX_COLUMNS:  # real shops know dozens of features
         names = ["title"]

@@ -34,7 +34,7 @@ def make_advisor(
         seed: Draws which answers of a noisy expert are wrong.
         question: What a model is asked.
         folder: Where the answers of a model are kept, unless the config says it.
-        fallback: Who is asked when nobody at a desk was in time.
+        fallback: Who is asked where a desk has no answer.
 
     Raises:
         AgileError: A file of recorded answers is malformed, or the key of an endpoint is missing.
@@ -67,7 +67,14 @@ def make_advisor(
 
             assert expert.database is not None  # the config checks it
             database = Database(expert.database)
-            return DeskAdvisor(database, expert.scope, timeout_s=expert.timeout_s, fallback=fallback)
+            return DeskAdvisor(
+                database,
+                expert.scope,
+                timeout_s=expert.timeout_s,
+                fallback=fallback,
+                hours=expert.hours,
+                agree=expert.agree,
+            )
     assert_never(expert.kind)
 
 

@@ -67,7 +67,7 @@ class Look:
     label: str
     color: str
     dark: str
-    marker: str
+    marker: str | tuple[int, int, int]
     glyph: str
     learned: bool
 
@@ -84,10 +84,13 @@ KNOWN = {
     "never_ask": ("#56b4e9", "#b3e3fb", "P", "✚"),
     "oracle": ("#59636e", "#b6bec8", "*", "★"),
 }
-OTHERS = (
+OTHERS: tuple[tuple[str, str, str | tuple[int, int, int], str], ...] = (
     ("#8c6d31", "#c9a969", "p", "⬟"),
     ("#a3224f", "#e27396", "h", "⬢"),
     ("#4b5fa5", "#9aa9e0", "<", "◀"),
+    ("#2f7f86", "#6cc5cc", ">", "▶"),
+    ("#8a4fa3", "#c795dc", (4, 1, 0), "✦"),
+    ("#7a3b12", "#d69a72", (6, 1, 0), "✶"),
 )
 
 
@@ -96,10 +99,8 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
     looks: dict[str, Look] = {}
     num_others = 0
     for name in dict.fromkeys(names):
-        look = KNOWN.get(name)
-        if look is None:
-            look = OTHERS[num_others % len(OTHERS)]
-            num_others += 1
+        look = KNOWN.get(name) or OTHERS[num_others % len(OTHERS)]
+        num_others += name not in KNOWN
         label = name.upper() if name in TRAINED else name.replace("_", " ")
         label = label if len(label) <= 22 else label[:21] + "…"
         looks[name] = Look(label, *look, learned=name in TRAINED)
@@ -133,7 +134,8 @@ def draw_all(report: Report, looks: Mapping[str, Look], prices: Report) -> dict[
     kinds = list(dict.fromkeys(kind for agent in agents.values() for kind in agent.get("by_type") or {}))
     tall = (4.5, max(3.1, 0.8 + 0.1 * len(kinds) * (len(agents) + 1)))  # the two stand side by side
     if any(_points([agent], "advice_rate", "accuracy") for agent in agents.values()):
-        add("frontier", "accuracy against advice rate", partial(_frontier, report=report, looks=looks), tall)
+        size = (4.5, min(5.0, tall[1]))
+        add("frontier", "accuracy against advice rate", partial(_frontier, report=report, looks=looks), size)
     if kinds:
         add("types", "score by question type", partial(_types, agents=agents, looks=looks, kinds=kinds), tall)
     if len(prices) > 1:
@@ -226,7 +228,8 @@ def _apart(values: Sequence[float], gap: float, low: float, high: float) -> list
 
 def _dot(look: Look, size: float) -> dict[str, Any]:
     """How to plot an agent's marker, so that all kinds of marker look equally large; `size` in points."""
-    size *= {"*": 1.7, "P": 1.3, "^": 1.2, "v": 1.2, "D": 0.9}.get(look.marker, 1) * (1.2 if look.learned else 1)
+    sizes: dict[Any, float] = {"*": 1.7, "P": 1.3, "^": 1.2, "v": 1.2, "D": 0.9}
+    size *= sizes.get(look.marker, 1) * (1.2 if look.learned else 1)
     return {"marker": look.marker, "color": look.color, "ms": size, "mec": CARD, "mew": 0.4}
 
 

@@ -74,7 +74,8 @@ def _ablations(ax: Axes, rows: Mapping[str, Mapping[str, Any]], agent: str, look
             ax.plot(ci, [y] * len(ci), color=look.color, lw=2.4, alpha=0.5, solid_capstyle="butt", zorder=2)
         label = "reference line" if name in references else "measured"
         marker = look.marker if name in references else "o"
-        ax.plot(row["difference"], y, marker, color=look.color, ms=7, mec=CARD, mew=0.6, zorder=3, label=label)
+        style: dict[str, Any] = {"marker": marker, "ls": "", "color": look.color, "ms": 7, "mec": CARD, "mew": 0.6}
+        ax.plot(row["difference"], y, **style, zorder=3, label=label)
         if paper := row.get("paper"):
             ax.plot(paper["difference"], y, "D", mfc="none", mec=INK, ms=6, mew=1.1, zorder=4, label="in the paper")
     words = {name: look.label for name, look in references.items()} | ABLATION_WORDS
@@ -123,8 +124,8 @@ def _risk_coverage(ax: Axes, told: Mapping[str, Mapping[str, Any]], looks: Mappi
                 ax.plot(*zip(*curve, strict=True), color=look.color, lw=1.6 if not key else 1.1, ls=style, label=label)
     ax.set(xlim=(0, 1.02), xlabel="share of questions that it answers, the surest first", ylabel="share that is wrong")
     ax.set_ylim(bottom=-0.005)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, 0))
+    ax.xaxis.set_major_formatter(PercentFormatter(1, 0))
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(frameon=False, loc="upper left", title="area under the curve", title_fontsize=8, alignment="left",
               labelcolor=INK, fontsize=8)  # fmt: skip
 

@@ -138,7 +138,7 @@ def headline_of(agents: Mapping[str, Any], looks: Mapping[str, Look]) -> str:
     subject = SUBJECTS.get(name, f"The best of the agents, {looks[name].label},")
     if ends := ends_of(agents[name]):
         first, last = (show_percent(end, 0) for end in ends)
-        asks = f"{first} of questions at the start of a stream and {last} at the end"
+        asks = f"{first} of questions" + (f" at the start of a stream and {last} at the end" if first != last else "")
     else:
         asks = f"{show_percent(agents[name].get('advice_rate'), 0)} of questions"
     return f"{subject} scores {show_score(agents[name]['score'])}; it asks on {asks}."
@@ -214,9 +214,9 @@ def summary_of(report: Mapping[str, Any], looks: Mapping[str, Look]) -> list[str
             f"{show_percent(told['accuracy'], 0)} would be right."
         )
     if pays := [f"{r['expert']} below {r['worth_below']:.3f}" for r in worth if (r.get("worth_below") or 0) > 0]:
-        sentences.append(f"To {label} an answer is worth its price of {', of '.join(pays)}.")
+        sentences.append(f"The price below which asking pays for {label}: {', '.join(pays)}.")
     if vain := [r["expert"] for r in worth if r.get("worth_below") is not None and r["worth_below"] <= 0]:
-        sentences.append(f"To {label} no price is low enough to ask {' or '.join(vain)}.")
+        sentences.append(f"Asking {' or '.join(vain)} pays for {label} at no price.")
     return sentences
 
 

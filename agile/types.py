@@ -495,6 +495,8 @@ class Trajectory:
 
 def to_json(value: Any) -> Any:
     """Dataclasses, enums, tuples and mappings as plain JSON values."""
+    if type(value) in (int, float, str):  # most of what there is
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

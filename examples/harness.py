@@ -113,15 +113,16 @@ async def test(gateway: agile.Gateway, example: Example) -> dict[str, float]:
     return found
 
 
-async def train(learner: agile.Learner, example: Example, args: argparse.Namespace) -> list[dict[str, float]]:
-    """Play, learn, test; the control learns from each play with the reward of another one."""
-    rng, course, began = Random(args.seed), [], time.monotonic()
+async def train(learner: agile.Learner, example: Example, args: argparse.Namespace, kept: Path) -> None:
+    """Play, learn, test, and keep what came of it; the control learns from each play with the reward of another one."""
+    rng, began = Random(args.seed), time.monotonic()
+    course: list[dict[str, float]] = []
     async with agile.Gateway(learner) as gateway:
         for step in range(args.steps + 1):
             if step % example.test_every == 0 or step == args.steps:
-                course.append(
-                    {"step": step, **await test(gateway, example), "seconds": round(time.monotonic() - began, 1)}
-                )
+                figures = await test(gateway, example)
+                course.append({"step": step, **figures, "seconds": round(time.monotonic() - began, 1)})
+                kept.write_text(json.dumps(course, indent=1))
                 print(json.dumps({k: round(v, 3) for k, v in course[-1].items()}), flush=True)
             if step == args.steps:
                 break
@@ -133,7 +134,6 @@ async def train(learner: agile.Learner, example: Example, args: argparse.Namespa
             for t, reward in zip(opened, rewards, strict=True):
                 gateway.end(t, reward)
             await gateway.train_step()
-    return course
 
 
 def courses(out: Path) -> dict[str, list[dict[str, float]]]:
@@ -160,12 +160,12 @@ def plot(example: Example, out: Path) -> None:
 def table(example: Example, out: Path) -> str:
     """Start and end of each run, in Markdown."""
     lines = [
-        "| run | " + " | ".join(example.figures.values()) + " | seconds |",
-        "|---" * (len(example.figures) + 2) + "|",
+        "| run | steps | " + " | ".join(example.figures.values()) + " | seconds |",
+        "|---" * (len(example.figures) + 3) + "|",
     ]
     for run, course in courses(out).items():
         cells = [f"{course[0][name]:.3g} to {course[-1][name]:.3g}" for name in example.figures]
-        lines.append(f"| {run} | {' | '.join(cells)} | {course[-1]['seconds']:.0f} |")
+        lines.append(f"| {run} | {course[-1]['step']} | {' | '.join(cells)} | {course[-1]['seconds']:.0f} |")
     return "\n".join(lines)
 
 
@@ -191,7 +191,6 @@ def main(example: Example) -> None:
     )
     settings = {"threads": 1, "max_batch_size": example.groups * example.size, **example.learner}
     with agile.Learner(folder / "run", model=str(start), seed=args.seed, **settings) as learner:
-        course = asyncio.run(train(learner, example, args))
-    (folder / "course.json").write_text(json.dumps(course, indent=1))
+        asyncio.run(train(learner, example, args, folder / "course.json"))
     plot(example, args.out)
     print(table(example, args.out))

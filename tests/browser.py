@@ -7,17 +7,31 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+AXE = Path(sys.prefix) / "node_modules" / "axe-core" / "axe.min.js"
 
 
-def find_browser() -> str | None:
-    """The program of a browser that is installed, if there is one."""
-    return next((path for name in NAMES if (path := shutil.which(name))), None)
+def find_browser() -> str:
+    """The program of a browser; without one the test is skipped, but fails in CI."""
+    return next((path for name in NAMES if (path := shutil.which(name))), None) or _missing("a Chromium")
+
+
+def find_axe() -> str:
+    """The source of axe-core, which finds what people with disabilities could not use; as `find_browser`."""
+    return AXE.read_text(encoding="utf-8") if AXE.exists() else _missing("axe-core")
+
+
+def _missing(what: str) -> str:
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs {what}: make browser")
+    raise AssertionError
 
 
 class Browser:
@@ -91,9 +105,22 @@ class Browser:
         self._send("Input.dispatchKeyEvent", type="keyDown", **pressed, **down)
         self._send("Input.dispatchKeyEvent", type="keyUp", **pressed)
 
-    def value(self, expression: str) -> Any:
-        """What an expression gives in the page."""
-        return self._send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+    def value(self, expression: str, *, wait: bool = False) -> Any:
+        """What an expression gives in the page, or what its promise comes to."""
+        how = {"returnByValue": True, "awaitPromise": wait}
+        return self._send("Runtime.evaluate", expression=expression, **how)["result"].get("value")
+
+    def violations(self, axe: str) -> list[str]:
+        """What axe-core calls serious or critical in the page: the rule and where it is broken."""
+        self.value(f"{axe};0")
+        found = self.value(
+            """axe.run(document, {resultTypes: ['violations']}).then(r => r.violations
+              .filter(v => v.impact === 'serious' || v.impact === 'critical')
+              .map(v => `${v.id}: ${v.nodes.map(n => n.target.join(' ')).join(', ')}`))""",
+            wait=True,
+        )
+        assert isinstance(found, list), "axe-core did not run"
+        return [str(line) for line in found]
 
     def picture(self, path: Path) -> None:
         """Write the whole page as a PNG."""

@@ -158,7 +158,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.imitation": (*NOUNS, "agile.executor", "agile.policies"),
     "agile.agents": (
         *NOUNS,
-        *("agile.memory_use", "agile.policies", "agile.tasks.choices", "agile.tokens", "agile.tools"),
+        *("agile.conversation", "agile.memory_use", "agile.policies", "agile.tasks.choices", "agile.tokens"),
+        "agile.tools",
     ),
     "agile.tasks": (
         *NOUNS,
@@ -186,6 +187,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "agile.reference",
     ),
     "agile.config": NOUNS,
+    "agile.conversation": NOUNS,
+    "agile.subjects": (*NOUNS, "agile.conversation", "agile.tasks"),
     "agile.session_log": NOUNS,
     "agile.activations": (*NOUNS, "agile.losses"),
     "agile.plan": (*NOUNS, "agile.activations", "agile.config", "agile.lora", "agile.training"),
@@ -224,8 +227,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Nothing of the server is imported by what runs without it, and it imports nothing that trains.
     "agile.serve": (
         *NOUNS,
-        *("agile.advice", "agile.build", "agile.chat", "agile.config", "agile.executor", "agile.memory"),
-        *("agile.own_answers", "agile.run_folder", "agile.session_log", "agile.show", "agile.tokens", "agile.watchdog"),
+        *("agile.advice", "agile.build", "agile.config", "agile.conversation", "agile.executor", "agile.loaded"),
+        *("agile.memory", "agile.own_answers", "agile.run_folder", "agile.session_log", "agile.show", "agile.subjects"),
+        *("agile.tokens", "agile.watchdog"),
         "agile.__version__",
     ),
     "agile.gateway": (
@@ -242,6 +246,7 @@ ENTRY_POINTS = {
         "agile.demo",
         "agile.bench",
         "agile.chat",
+        "agile.loaded",
         "agile.training",
         "agile.build",
         "agile.make_task",

@@ -379,7 +379,7 @@ def test_page_says_when_an_advised_session_is_right(
 def test_agents_look_the_same_in_every_plot() -> None:
     few, many = looks_of(["mine", "ppo"]), looks_of(["ppo", "other", "sft"])
     assert few["ppo"] == many["ppo"]
-    looks = looks_of([*AGENTS, "mine", "other"])
+    looks = looks_of([*AGENTS, "mine", "other", "asks gold", "gpt", "asks gpt", "sixth"])
     assert len({look.color for look in looks.values()}) == len({look.marker for look in looks.values()}) == len(looks)
     assert [n for n, look in looks.items() if look.learned] == ["ppo", "sft"]
 

@@ -7,7 +7,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from agile.config.evaluate import PromptedConfig
-from agile.config.section import Price, Section, Share, UserPath, UserText
+from agile.config.hours import HoursConfig
+from agile.config.section import Count, Price, Section, Share, UserPath, UserText
 
 GOLD = "gold"  # always there, under this name
 
@@ -34,7 +35,9 @@ class ExpertConfig(Section):
     database: UserText | None = Field(None, description="desk: URL of its database, as serve.database.")
     scope: str = Field("training", min_length=1, description="desk: name of the run, which experts see.")
     timeout_s: float | None = Field(None, gt=0, description="desk: seconds to wait; null for as long as it takes.")
-    fallback: str | None = Field(None, description="desk: which other expert is asked when nobody was in time.")
+    hours: HoursConfig | None = Field(None, description="desk: when people are there; at any time by default.")
+    agree: Count = Field(1, description="desk: how many experts must give the same answer.")
+    fallback: str | None = Field(None, description="desk: which other expert is asked where the desk has no answer.")
 
     @model_validator(mode="after")
     def _kind_has_what_it_needs(self) -> ExpertConfig:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from agile.config.hours import HoursConfig
 from agile.config.section import Count, Section, Share, UserPath, UserText
 
 
@@ -23,7 +24,9 @@ class ServeConfig(Section):
     advice_timeout_s: float | None = Field(
         None, gt=0, description="Seconds that a question waits for an expert; null for as long as it takes."
     )
-    fallback: str | None = Field(None, description="Which of experts is asked when nobody at the desk was in time.")
+    hours: HoursConfig | None = Field(None, description="When experts are at the desk; at any time by default.")
+    agree: Count = Field(1, description="How many experts must give the same answer.")
+    fallback: str | None = Field(None, description="Which of experts is asked where the desk has no answer.")
     webhook_hosts: tuple[str, ...] = Field(
         (), description="Hosts of the own network that webhooks may reach; by default those of the whole network alone."
     )

@@ -136,6 +136,9 @@ class AgentConfig(Section):
     show_price: bool = Field(
         False, description="Whether the prompt says what advice costs, so that one policy can serve every price."
     )
+    show_turns: int = Field(
+        0, ge=0, description="Earlier turns of a conversation in the prompt of a served question; see docs/serve.md."
+    )
 
 
 class MemoryConfig(Section):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Form, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 
 from agile.errors import AgileError
@@ -22,6 +23,7 @@ from agile.serve.errors import ApiError
 from agile.serve.models import User
 
 COOKIE, LOGIN_COOKIE = "agile_session", "agile_login"
+KEY_S = 1.0  # how long a key is good after it was revoked
 FAILED_LOGINS, FAILED_LOGINS_S = 5, 300.0
 
 
@@ -79,6 +81,7 @@ class Access:
         self._cookies = URLSafeTimedSerializer(secret, salt="desk")
         self.logins = Limiter(FAILED_LOGINS, FAILED_LOGINS_S)
         self.questions = Limiter(requests_per_minute, 60.0)
+        self._keys: dict[str, tuple[User, float]] = {}  # whose they were, and when that was
 
     def new_cookie(self, user: User) -> str:
         """Of a login: signed, and with a token of its own, so that nobody can have set it beforehand."""
@@ -95,8 +98,23 @@ class Access:
 
     def key_user(self, request: Request) -> User | None:
         """Whose API key a program shows."""
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        return accounts.by_key(self.database, key.strip()) if scheme.lower() == "bearer" else None
+        key = _bearer(request)
+        user = accounts.by_key(self.database, key) if key else None
+        if user is not None:
+            if len(self._keys) > 10_000:
+                self._keys.clear()
+            self._keys[accounts.digest(key)] = user, time.monotonic()
+        return user
+
+    def known_user(self, request: Request) -> User | None:
+        """As `key_user`, if that has said so within `KEY_S`."""
+        user, checked = self._keys.get(accounts.digest(_bearer(request)), (None, 0.0))
+        return user if time.monotonic() - checked < KEY_S else None
+
+
+def _bearer(request: Request) -> str:
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def access_of(request: Request) -> Access:
@@ -135,9 +153,10 @@ class NeedsForm(Needs):
         return login
 
 
-def api_user(request: Request) -> User:
+async def api_user(request: Request) -> User:
     """Dependency of the API: whose key it is."""
-    user = access_of(request).key_user(request)
+    access = access_of(request)
+    user = access.known_user(request) or await run_in_threadpool(access.key_user, request)
     if user is None:
         raise ApiError(
             401,

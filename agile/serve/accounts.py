@@ -92,7 +92,7 @@ def add_key(database: Database, name: str) -> str:
     key = KEY_PREFIX + secrets.token_urlsafe(32)
     with database.writing() as session:
         user = _named(session, name)
-        session.add(ApiKey(user_id=user.id, digest=_digest(key), hint=key[-4:], created_at=time.time()))
+        session.add(ApiKey(user_id=user.id, digest=digest(key), hint=key[-4:], created_at=time.time()))
     return key
 
 
@@ -109,11 +109,12 @@ def revoke_keys(database: Database, name: str) -> int:
 def by_key(database: Database, key: str) -> User | None:
     """The user of an API key."""
     with database.reading() as session:
-        found = select(User).join(ApiKey).where(ApiKey.digest == _digest(key), ~ApiKey.revoked, ~User.disabled)
+        found = select(User).join(ApiKey).where(ApiKey.digest == digest(key), ~ApiKey.revoked, ~User.disabled)
         return session.scalars(found).one_or_none()
 
 
-def _digest(key: str) -> str:
+def digest(key: str) -> str:
+    """What is kept of an API key."""
     return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()  # keys are long and random: nothing to guess
 
 

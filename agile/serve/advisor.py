@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
+from agile.config.hours import HoursConfig
+from agile.conversation import TURNS, in_full
 from agile.protocols import Advisor
 from agile.serve import requests
 from agile.serve.database import Database, DatabaseAway
-from agile.serve.requests import BudgetSpent, Outcome, Similar
+from agile.serve.requests import NobodyAsked, Outcome, Similar
 from agile.types import Advice, AdviceRequest, AdviceStatus
 
 logger = logging.getLogger(__name__)
@@ -26,7 +29,10 @@ class DeskAdvisor:
         lasting: Whether session ids are unique for good, so that one that asks again, after a restart, is not a new
             one. If not, an answer that an identical question had before in this scope is used again.
         timeout_s: Seconds to wait; None for as long as it takes.
-        fallback: Who is asked when nobody answered in time; None for nobody.
+        fallback: Who is asked where the desk has no answer: nobody is there, can be paid, knows, agrees or is in time;
+            None for nobody.
+        hours: When people are there. What they were asked before is waited for at any time.
+        agree: How many experts must give the same answer, see `agile.serve.agreement`.
         similar: Says which of the waiting questions means the same; None joins those of the same words alone.
     """
 
@@ -38,6 +44,8 @@ class DeskAdvisor:
         lasting: bool = False,
         timeout_s: float | None = None,
         fallback: Advisor | None = None,
+        hours: HoursConfig | None = None,
+        agree: int = 1,
         similar: Similar | None = None,
     ) -> None:
         self.database = database
@@ -45,6 +53,8 @@ class DeskAdvisor:
         self.lasting = lasting
         self.timeout_s = timeout_s
         self.fallback = fallback
+        self.hours = hours
+        self.agree = agree
         self.similar = similar
         self._waiting: dict[int, asyncio.Future[Outcome]] = {}
         self._poller: asyncio.Task[None] | None = None
@@ -59,6 +69,7 @@ class DeskAdvisor:
             budget: What may be spent in a day; nobody is asked whose answer would exceed it. None for any sum.
         """
         item = request.item
+        follows = bool(item.context.get(TURNS))  # and means something else to who did not hear the rest
         try:
             asker = await asyncio.to_thread(
                 requests.post,
@@ -69,32 +80,35 @@ class DeskAdvisor:
                 question=item.question,
                 group=item.group,
                 product=item.product,
+                matched=in_full(item.question, item.context) if follows else None,
                 detail={**about(request), **(detail or {})},
                 price=request.price,
                 reuse=not self.lasting,
-                similar=self.similar,
+                similar=None if follows else self.similar,
                 budget=budget,
+                agree=self.agree,
+                closed=self.hours is not None and not self.hours.are(time.time()),
             )
-        except BudgetSpent:
-            if self.fallback is not None:
-                return await self.fallback.advise(request)
-            return Advice("", "the budget of the day is spent", status=AdviceStatus.REFUSED)
+        except NobodyAsked as why:
+            return await self._instead(request, AdviceStatus.REFUSED, str(why))
         try:
             outcome = await asyncio.wait_for(self._outcome(asker), self.timeout_s)
         except TimeoutError:
-            if not await asyncio.to_thread(requests.expire, self.database, asker):  # told in the last moment
-                outcome = (await asyncio.to_thread(requests.outcomes, self.database, [asker]))[asker]
-            elif self.fallback is not None:
-                return await self.fallback.advise(request)
-            else:
-                return Advice("", f"no answer within {self.timeout_s:g} s", status=AdviceStatus.TIMEOUT)
+            if await asyncio.to_thread(requests.expire, self.database, asker):
+                return await self._instead(request, AdviceStatus.TIMEOUT, f"no answer within {self.timeout_s:g} s")
+            outcome = (await asyncio.to_thread(requests.outcomes, self.database, [asker]))[asker]  # the last moment
         except asyncio.CancelledError:
             if not self.lasting:  # a session that lasts asks again
                 requests.expire(self.database, asker)
             raise
         if outcome.answer is None:
-            return Advice("", "no expert knows", status=AdviceStatus.REFUSED)
+            return await self._instead(request, AdviceStatus.REFUSED, "no expert knows")
         return Advice(outcome.answer, outcome.explanation, outcome.expert, request.price)
+
+    async def _instead(self, request: AdviceRequest, status: AdviceStatus, why: str) -> Advice:
+        if self.fallback is not None:
+            return await self.fallback.advise(request)
+        return Advice("", why, status=status)
 
     async def _outcome(self, asker: int) -> Outcome:
         loop = asyncio.get_running_loop()
@@ -127,5 +141,6 @@ def about(request: AdviceRequest) -> dict[str, Any]:
     return {
         "product": {str(k): str(v) for k, v in metadata.items() if v is not None},
         "options": {str(k): str(v) for k, v in (request.item.context.get("options") or {}).items()},
+        TURNS: request.item.context.get(TURNS) or [],
         "message": request.message.strip(),
     }

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from agile.conversation import TURNS, last_turns
+from agile.errors import AgileError
 from agile.serve import accounts, questions, webhooks
 from agile.serve.access import KeyUser
 from agile.serve.desk import Desk, desk_of
 from agile.serve.errors import ApiError
 from agile.serve.models import Question
 from agile.serve.runner import Progress, Served
-from agile.types import Source
+from agile.subjects import OPTIONS, question_about
 
 router = APIRouter(prefix="/v1")
 ASKED = "An expert has been asked. The answer will be at GET /v1/answers/{id}."
@@ -53,7 +55,9 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
     metadata: dict[str, str] | None = Field(
-        None, description="`product`: what the question is about; `webhook`: where the answer is posted."
+        None,
+        description="`product`: what the question is about; `webhook`: where the answer is posted; `A`, `B`, ...: "
+        "options to choose from.",
     )
 
 
@@ -68,10 +72,11 @@ def models(request: Request, user: KeyUser) -> dict[str, Any]:
 
 @router.post("/chat/completions", response_model=None)
 async def chat(request: Request, body: ChatRequest, user: KeyUser) -> JSONResponse | StreamingResponse:
-    """Ask the agent the last message. It remembers what experts said, not the messages before."""
+    """Ask the agent the last message; experts see those before it, the model if its config says so."""
     desk = desk_of(request)
     product = _product(desk.runner.served, body)
     text = _question(body, desk.config.max_question_chars)
+    known = _known(desk.runner.served, product, text, body, desk.config.max_question_chars)
     webhook = (body.metadata or {}).get("webhook", "")
     if webhook and (why := webhooks.problem(webhook)):
         raise ApiError(400, f"The webhook {webhook!r:.80} is none: {why}.", param="metadata.webhook")
@@ -80,19 +85,18 @@ async def chat(request: Request, body: ChatRequest, user: KeyUser) -> JSONRespon
             429, "Too many questions in a minute; wait a little.", type="rate_limit_error", code="rate_limit"
         )
     desk.access.questions.add(user.id)
-    question, progress = await run_in_threadpool(desk.runner.ask, user.id, text, product, webhook)
+    question, progress = await asyncio.wrap_future(desk.runner.ask(user.id, text, product, webhook, known))
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(desk, question, progress, body.model, usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
     await asyncio.wait({asyncio.wrap_future(progress.done)}, timeout=desk.config.wait_s)
-    question = await run_in_threadpool(_again, desk, question)
     message = {"role": "assistant", "content": _content(question, progress)}
     return JSONResponse(
         {
             **_head(question, "chat.completion", body.model),
             "choices": [{"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}],
-            "usage": await run_in_threadpool(_usage, desk, question),
+            "usage": _usage(progress),
         }
     )
 
@@ -141,18 +145,32 @@ def _product(served: Served, body: ChatRequest) -> str:
     return product
 
 
+def _text(message: ChatMessage) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "\n".join(part.text for part in message.content or ())
+
+
+def _known(served: Served, product: str, text: str, body: ChatRequest, most: int) -> dict[str, Any]:
+    """What goes with this question alone: the messages before it, options to choose from."""
+    before = [(m.role, _text(m)) for m in body.messages[:-1] if m.role in ("user", "assistant")]
+    options = {k: v.replace("\0", "") for k, v in (body.metadata or {}).items() if re.fullmatch("[A-Z]", k)}
+    known = {TURNS: last_turns(before, most), OPTIONS: dict(sorted(options.items()))}
+    try:
+        question_about(served.products[product], "", text, "", known)
+    except AgileError as error:
+        raise ApiError(400, str(error), param="metadata") from None
+    return {name: value for name, value in known.items() if value}
+
+
 def _question(body: ChatRequest, most: int) -> str:
     last = body.messages[-1]
-    content = last.content if isinstance(last.content, str) else "\n".join(part.text for part in last.content or ())
+    content = _text(last)
     if last.role != "user" or not content.strip() or "\0" in content:
         raise ApiError(400, "The last message must be the user's, with text.", param="messages")
     if len(content) > most:
         raise ApiError(400, f"The question has {len(content)} characters, at most {most} are read.", param="messages")
     return content.strip()
-
-
-def _again(desk: Desk, question: Question) -> Question:
-    return questions.by_id(desk.database, question.id) or question
 
 
 def _content(question: Question, progress: Progress) -> str:
@@ -175,11 +193,8 @@ def _head(question: Question, kind: str, model: str) -> dict[str, Any]:
     }
 
 
-def _usage(desk: Desk, question: Question) -> dict[str, int]:
-    session = questions.session_of(desk.database, question.number)
-    spans = [span for segment in session.segments for span in segment.spans] if session is not None else []
-    written = sum(len(span.token_ids) for span in spans if span.source is Source.LLM)
-    read = sum(len(span.token_ids) for span in spans) - written
+def _usage(progress: Progress) -> dict[str, int]:
+    read, written = progress.read, progress.written
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
@@ -206,9 +221,8 @@ async def _events(
         elif time.monotonic() - spoken > desk.config.keep_alive_s:
             spoken = time.monotonic()
             yield ": waiting\n\n"
-    question = await run_in_threadpool(_again, desk, question)
     yield chunk(choice({"content": _content(question, progress)}))
     yield chunk(choice({}, "stop"))
     if with_usage:
-        yield chunk([], usage=await run_in_threadpool(_usage, desk, question))
+        yield chunk([], usage=_usage(progress))
     yield "data: [DONE]\n\n"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import queue
+import threading
+import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from alembic import command
 from alembic.config import Config
@@ -17,7 +22,11 @@ from sqlalchemy.orm import Session
 
 from agile.errors import AgileError
 
-BUSY_S = 30  # how long a writer waits for another one
+BUSY_S = 10  # how long a writer waits for others
+TOGETHER, GATHER_S = 256, 0.015  # how many pieces of work one transaction takes, and how long it waits for more
+P = TypeVar("P")
+T = TypeVar("T")
+_Piece = tuple[Callable[[Session, list[Any]], Sequence[Any]], Any, Future[Any]]
 
 
 class DatabaseAway(AgileError):
@@ -52,6 +61,10 @@ class Database:
             event.listen(self.engine, "connect", _prepare)
             event.listen(self.engine, "begin", _begin)
         self._reader = self.engine.execution_options(agile_reads=True)
+        self._pieces: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
+        self._writer: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._line = _Line()
         try:
             migrate(self)
         except SQLAlchemyError as error:
@@ -60,7 +73,14 @@ class Database:
             ) from None
 
     def _options(self) -> dict[str, Any]:
-        return {"connect_args": {"timeout": BUSY_S}} if self.is_sqlite else {"pool_size": 10, "max_overflow": 10}
+        if self.is_sqlite:
+            return {"connect_args": {"timeout": BUSY_S}}
+        return {
+            "pool_size": 10,
+            "max_overflow": 10,
+            "pool_timeout": BUSY_S,
+            "connect_args": {"connect_timeout": BUSY_S},
+        }
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
@@ -69,8 +89,56 @@ class Database:
         Raises:
             DatabaseAway: It cannot be reached, is full, or another writer does not end.
         """
-        with _away(), Session(self.engine, expire_on_commit=False) as session, session.begin():
+        turn = self._line.turn() if self.is_sqlite else nullcontext()
+        with _away(), turn, Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
+
+    def together(self, work: Callable[[Session, list[P]], Sequence[T]], given: P) -> Future[T]:
+        """Do work in a transaction with what others want to write just then: one sync of the disk for all of them.
+
+        The result is there when it is on disk. Where something fails, everything is done again on its own, so that
+        nothing takes the rest with it.
+
+        Args:
+            work: Called with what was given to it by all who want the same work done, it returns a result for each.
+        """
+        found: Future[T] = Future()
+        with self._lock:
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write, daemon=True, name="agile-writer")
+                self._writer.start()
+        self._pieces.put((work, given, found))
+        return found
+
+    def _write(self) -> None:
+        """Until it is closed."""
+        closing = False
+        while not closing:
+            pieces = [self._pieces.get()]
+            time.sleep(GATHER_S)
+            while len(pieces) < TOGETHER and not self._pieces.empty():
+                pieces.append(self._pieces.get())
+            closing = None in pieces
+            self._commit([piece for piece in pieces if piece is not None])
+
+    def _commit(self, pieces: Sequence[_Piece]) -> None:
+        by_work: dict[Any, list[_Piece]] = {}
+        for piece in pieces:
+            by_work.setdefault(piece[0], []).append(piece)
+        try:
+            with self.writing() as session:
+                results = [work(session, [given for _, given, _ in same]) for work, same in by_work.items()]
+        except Exception as error:
+            if len(pieces) > 1 and not isinstance(error, DatabaseAway):
+                for piece in pieces:
+                    self._commit([piece])
+                return
+            for _, _, found in pieces:
+                found.set_exception(error)
+        else:
+            for same, told in zip(by_work.values(), results, strict=True):
+                for (_, _, found), result in zip(same, told, strict=True):
+                    found.set_result(result)
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -84,7 +152,42 @@ class Database:
             session.execute(text("SELECT 1"))
 
     def close(self) -> None:
+        with self._lock:
+            if self._writer is not None:
+                self._pieces.put(None)
+                self._writer.join()
+                self._writer = None
         self.engine.dispose()
+
+
+class _Line:
+    """Writers of this process take turns, who came first first: SQLite would let any of them starve."""
+
+    def __init__(self) -> None:
+        self._lock, self._waiting, self._taken = threading.Lock(), deque[threading.Lock](), False
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Raises NoConnection after `BUSY_S`."""
+        mine = threading.Lock()
+        with self._lock:
+            if self._taken:
+                mine.acquire()
+                self._waiting.append(mine)
+            self._taken = True
+        if not mine.acquire(timeout=BUSY_S):
+            with self._lock:
+                if mine in self._waiting:
+                    self._waiting.remove(mine)
+                    raise NoConnection(f"other writers did not end within {BUSY_S} s")
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._waiting:
+                    self._waiting.popleft().release()
+                else:
+                    self._taken = False
 
 
 @contextmanager

@@ -12,17 +12,19 @@ from typing import Any
 
 from sqlalchemy import select
 
-from agile.chat import about as known_of
 from agile.config import RunConfig, load_config
 from agile.config.task import DeskConfig
+from agile.conversation import in_full
 from agile.errors import AgileError
+from agile.protocols import Task
 from agile.run_folder import write_atomically, writing
 from agile.serve import deployments, terms
+from agile.serve.agreement import normalised
 from agile.serve.database import Database, database_url
 from agile.serve.models import Asker, Question, Request, Review, User
-from agile.serve.requests import normalised
 from agile.serve.reviews import CORRECTED, RIGHT
-from agile.types import Item, Stream
+from agile.subjects import question_about, subjects
+from agile.types import Item
 
 # of a served run's config, what a run from the desk takes over; what it does itself it says itself
 TAKEN_OVER = ("seed", "threads", "task", "agent", "memory", "model", "lora", "prompt", "rollout", "vllm", "engine")
@@ -75,11 +77,11 @@ def from_desk_config(given: RunConfig) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def export_desk(desk: DeskConfig, shop: Stream, questions: Path, sessions: Path) -> dict[str, int]:
+def export_desk(desk: DeskConfig, shop: Task, questions: Path, sessions: Path) -> dict[str, int]:
     """Write what was asked and what people say of it to two files; returns counts, by how people said it.
 
     Args:
-        shop: What is served: its items tell what is known of each product.
+        shop: The task that is served: it tells what is known of each product.
 
     Raises:
         AgileError: There is no server's folder, or nobody said anything of a question in that time.
@@ -87,7 +89,7 @@ def export_desk(desk: DeskConfig, shop: Stream, questions: Path, sessions: Path)
     if not (desk.served / "config.yaml").exists():
         raise AgileError(f"{desk.served} is no folder of agile serve; name it: task.desk.served=DIR.")
     url = database_url(load_config(desk.served / "config.yaml").serve.database, desk.served)
-    products = {item.product: known_of(item) for item in shop.items}
+    products = subjects(shop, desk.served.name)
     with closing(Database(url)) as database:
         rows = _rows(database, desk, products)
     if not rows:
@@ -120,18 +122,21 @@ def _rows(
     found = []
     with database.reading() as session:
         for question in session.scalars(asked):
-            word = known.get(about(question.product, question.text))
+            word = known.get(about(question.product, in_full(question.text, json.loads(question.context))))
             if word is None:
                 continue
-            like = products[question.product]
+            try:
+                item = question_about(products[question.product], "", question.text, "", json.loads(question.context))
+            except AgileError:  # asked when another kind of agent was served
+                continue
             played = None if question.session is None else json.loads(question.session)
             row = {
                 "id": f"served/{question.number}",
                 "question": question.text,
                 "answer": word.answer,
-                "group": like.group,
+                "group": item.group,
                 "product": question.product,
-                "context": {**like.context, "long_answer": word.explanation},
+                "context": {**item.context, "long_answer": word.explanation},
                 "how": word.how,
                 "who": word.who,
             }
@@ -148,16 +153,17 @@ def words(database: Database) -> dict[About, list[Word]]:
     found: dict[About, list[Word]] = {}
     with database.reading() as session:
         reviews = session.execute(
-            select(Review, Question.product, Question.text, Question.answer, User.name)
+            select(Review, Question, User.name)
             .join(Question, Question.number == Review.question)
             .join(User, User.id == Review.user_id)
         )
-        for review, product, text, own, name in reviews:
-            answer = review.answer if review.verdict == CORRECTED else own
+        for review, question, name in reviews:
+            answer = review.answer if review.verdict == CORRECTED else question.answer
             word = Word(
                 review.at, answer or "", review.verdict in (RIGHT, CORRECTED), "review", name, review.explanation
             )
-            found.setdefault(about(product, text), []).append(word)
+            text = in_full(question.text, json.loads(question.context))
+            found.setdefault(about(question.product, text), []).append(word)
         answers = session.execute(
             select(Request, Asker.question, User.name)
             .join(Asker, Asker.request_id == Request.id)
@@ -166,6 +172,7 @@ def words(database: Database) -> dict[About, list[Word]]:
         )
         for request, text, name in answers:
             word = Word(request.answered_at or 0.0, request.answer or "", True, "expert", name, request.explanation)
+            text = in_full(text, json.loads(request.detail))
             found.setdefault(about(request.product, text), []).append(word)
     return found
 

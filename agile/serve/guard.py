@@ -65,7 +65,7 @@ class Guard:
                 "status": status,
                 "ms": round(1000 * (time.monotonic() - began), 1),
             }
-            logger.info(json.dumps(line))
+            logger.info("request", extra={"fields": line})
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body, or None if it is too long."""

@@ -10,17 +10,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from sqlalchemy import func, or_, select
+from sqlalchemy import event, func, or_, select
 from sqlalchemy.orm import Session
 
 from agile.errors import AgileError
 from agile.memory.encoders import Encoder
+from agile.serve.agreement import normalised
 from agile.serve.database import Database
 from agile.serve.models import MemoryChange, MemoryEntry, Setting, User
-from agile.serve.requests import normalised
 from agile.types import MemoryItem, MemoryKind, Retrieved, Scope
 
 _DECIMALS = 6  # as in `agile.memory.store`: beyond that, ties would hang on noise
+LOOK_S = 0.2  # how often the database is asked whether another process has written
 EDITABLE = ("key", "text", "answer")
 REVIEW = "review"  # origin of what a person said of the agent's own answer
 
@@ -52,9 +53,11 @@ class DeskMemory:
         self._database, self._encoder = database, encoder
         self._lock = threading.Lock()
         self._seen = (-1, -1)  # number and newest of the changes that are in the lists below
+        self._look_at = 0.0  # when others may have written something
         self._known: dict[int, tuple[MemoryItem, npt.NDArray[np.float32]]] = {}  # what can be found, by id
         self._items: list[MemoryItem] = []
         self._vectors: npt.NDArray[np.float32] = np.zeros((0, 0), np.float32)
+        self._of_scope: dict[Scope, tuple[list[MemoryItem], npt.NDArray[np.float64]]] = {}
         with database.writing() as session:
             known = session.get(Setting, "encoder")
             if known is None:
@@ -101,7 +104,11 @@ class DeskMemory:
         if k < 1:
             return []
         items, similarities = self._compared(query, scope)
-        best = np.argsort(-similarities, kind="stable")[:k]
+        if k < len(items):  # sort no more than the best ones, and what is as good as the last of them
+            near = np.flatnonzero(similarities >= np.partition(similarities, -k)[-k])
+        else:
+            near = np.arange(len(items))
+        best = near[np.argsort(-similarities[near], kind="stable")][:k]
         return [Retrieved(items[i], float(similarities[i])) for i in best]
 
     def count_similar(self, query: str, threshold: float, scope: Scope) -> int:
@@ -110,7 +117,8 @@ class DeskMemory:
         return int(np.count_nonzero(similarities >= threshold))
 
     def __len__(self) -> int:
-        return len(self._current()[0])
+        with self._lock:
+            return len(self._current()[0])
 
     def _insert(self, session: Session, items: Sequence[MemoryItem], vectors: npt.NDArray[np.float32]) -> list[int]:
         rows = [
@@ -131,6 +139,7 @@ class DeskMemory:
         session.add_all(rows)
         session.flush()
         session.add_all([_change(row.id, None, "written", None, _state(row)) for row in rows])
+        event.listen(session, "after_commit", self._look)
         return [row.id for row in rows]
 
     def _storable(self, text: str) -> str:
@@ -139,36 +148,56 @@ class DeskMemory:
         return text if self._database.is_sqlite else text.replace("\0", "?")
 
     def _compared(self, query: str, scope: Scope) -> tuple[list[MemoryItem], npt.NDArray[np.float64]]:
-        items, vectors = self._current()
-        rows = [n for n, item in enumerate(items) if scope.covers(item)]
-        if not rows:
+        items, vectors = self._covered(scope)
+        if not items:
             return [], np.zeros(0)
         vector = np.asarray(self._encoder.encode([query]), np.float32)[0].astype(np.float64)
-        similarities: npt.NDArray[np.float64] = (vectors[rows].astype(np.float64) @ vector).round(_DECIMALS)
-        return [items[n] for n in rows], similarities.clip(-1.0, 1.0)
+        similarities: npt.NDArray[np.float64] = (vectors @ vector).round(_DECIMALS)
+        return items, similarities.clip(-1.0, 1.0)
+
+    def _covered(self, scope: Scope) -> tuple[list[MemoryItem], npt.NDArray[np.float64]]:
+        """What is remembered now of a scope."""
+        with self._lock:
+            items, vectors = self._current()
+            found = self._of_scope.get(scope)
+            if found is None:
+                rows = [n for n, item in enumerate(items) if scope.covers(item)]
+                found = self._of_scope[scope] = [items[n] for n in rows], vectors[rows].astype(np.float64)
+            return found
 
     def _current(self) -> tuple[list[MemoryItem], npt.NDArray[np.float32]]:
-        """What is remembered now, by whomever it was written; of what changed since the last look only that is read."""
-        with self._lock, self._database.reading() as session:
+        """What is remembered now; of what changed since the last look only that is read.
+
+        What this process wrote is seen at once, what others wrote within `LOOK_S`.
+        """
+        now = time.monotonic()
+        if now < self._look_at:
+            return self._items, self._vectors
+        self._look_at = now + LOOK_S  # before looking: what is written meanwhile takes it back
+        with self._database.reading() as session:
             number, last = session.execute(select(func.count(), func.max(MemoryChange.id))).one()
             newest = (number, last or 0)
             if newest != self._seen:
-                later = select(MemoryChange.entry_id).where(MemoryChange.id > self._seen[1])
-                changed = session.scalars(later).all()
-                entries = select(MemoryEntry)
-                if self._seen[0] + len(changed) == number:
-                    entries = entries.where(MemoryEntry.id.in_(later))
-                else:  # of concurrent writers the later was visible first: what came before is not among the changes
-                    self._known.clear()
-                for row in session.scalars(entries):
-                    self._known.pop(row.id, None)
-                    if not row.retired:
-                        self._known[row.id] = _item(row), np.frombuffer(row.vector, "<f4")
-                known = [self._known[i] for i in sorted(self._known)]
-                self._items = [item for item, _ in known]
-                self._vectors = np.stack([v for _, v in known]) if known else np.zeros((0, 0), np.float32)
-                self._seen = newest
-            return self._items, self._vectors
+                self._read(session, newest)
+        return self._items, self._vectors
+
+    def _read(self, session: Session, newest: tuple[int, int]) -> None:
+        later = select(MemoryChange.entry_id).where(MemoryChange.id > self._seen[1])
+        changed = session.scalars(later).all()
+        entries = select(MemoryEntry)
+        if self._seen[0] + len(changed) == newest[0]:
+            entries = entries.where(MemoryEntry.id.in_(later))
+        else:  # of concurrent writers the later was visible first: what came before is not among the changes
+            self._known.clear()
+        for row in session.scalars(entries):
+            self._known.pop(row.id, None)
+            if not row.retired:
+                self._known[row.id] = _item(row), np.frombuffer(row.vector, "<f4")
+        known = [self._known[i] for i in sorted(self._known)]
+        self._items = [item for item, _ in known]
+        self._vectors = np.stack([v for _, v in known]) if known else np.zeros((0, 0), np.float32)
+        self._of_scope.clear()
+        self._seen = newest
 
     # ---------------------------------------------------------------------------------------------------------------
     # What people do with it
@@ -259,7 +288,12 @@ class DeskMemory:
             setattr(row, name, state[name])
         row.retired = state["retired"] == "yes"
         session.add(_change(row.id, user_id, action, before, state))
+        event.listen(session, "after_commit", self._look)
         return True
+
+    def _look(self, session: Session) -> None:
+        """That what is known is old."""
+        self._look_at = 0.0
 
 
 def _change(

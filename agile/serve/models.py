@@ -50,6 +50,7 @@ class Question(Base):
         confidence: The probability that the agent gave to the tokens of its own answer; None where that is not known.
         deployment: Which agent it was asked of, and which therefore ends it.
         price: At which advice is offered in it; None for that of the config.
+        context: JSON of what is known of this question alone: `turns` before it, `options` to choose from.
     """
 
     __tablename__ = "questions"
@@ -66,6 +67,7 @@ class Question(Base):
     confidence: Mapped[float | None]
     deployment: Mapped[int | None]
     price: Mapped[float | None]
+    context: Mapped[str] = mapped_column(default="{}", server_default="{}")
     created_at: Mapped[float]
     finished_at: Mapped[float | None]
 
@@ -149,6 +151,7 @@ class Request(Base):
         detail: JSON of what else an expert should see.
         status: `open`, `claimed`, `answered`, `unknown` (no expert knows) or `withdrawn` (nobody waits any more).
         answer_key: Names the answer, so that sending it twice is answering once.
+        agree: How many experts must give the same answer.
     """
 
     __tablename__ = "requests"
@@ -168,6 +171,7 @@ class Request(Base):
     answered_by: Mapped[int | None] = mapped_column(ForeignKey("users.id"))
     answered_at: Mapped[float | None]
     answer_key: Mapped[str | None]
+    agree: Mapped[int] = mapped_column(default=1, server_default="1")
     created_at: Mapped[float]
     __table_args__ = (Index("ix_requests_matched", "scope", "group", "product", "matched"),)
 
@@ -199,6 +203,18 @@ class Claim(Base):
     request_id: Mapped[str] = mapped_column(ForeignKey("requests.id"), index=True)
     user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
     outcome: Mapped[str]
+    at: Mapped[float]
+
+
+class Opinion(Base):
+    """An expert's answer to a request to which several must give the same."""
+
+    __tablename__ = "opinions"
+    request_id: Mapped[str] = mapped_column(ForeignKey("requests.id"), primary_key=True)
+    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"), primary_key=True)
+    answer: Mapped[str]
+    explanation: Mapped[str]
+    key: Mapped[str]
     at: Mapped[float]
 
 

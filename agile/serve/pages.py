@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import json
 import secrets
 from collections.abc import AsyncIterator
 from functools import lru_cache
@@ -13,9 +14,10 @@ from fastapi import APIRouter, Depends, Form, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
+from agile.conversation import TURNS
 from agile.serve import accounts, questions, requests, reviews, webhooks
 from agile.serve.access import COOKIE, LOGIN_COOKIE, Login, Needs, NeedsForm
-from agile.serve.accounts import EXPERT, USER
+from agile.serve.accounts import ADMINISTRATOR, EXPERT, USER
 from agile.serve.database import new_id
 from agile.serve.desk import desk_of, page, to
 from agile.serve.requests import Said
@@ -29,8 +31,10 @@ Line = Annotated[str, Form(max_length=2000)]
 Text = Annotated[str, Form(max_length=8000)]
 STATIC = {"desk.css": "text/css; charset=utf-8", "desk.js": "text/javascript; charset=utf-8"}
 SHOWN = 50  # questions of the queue on a page
+NO_ENTRY = "There is no such entry."
 MESSAGES = {
     "taken": "Thank you. Your answer is on its way.",
+    "noted": "Thank you. Another expert is asked too, for several must say the same.",
     "again": "Your answer was here already.",
     "late": "Who asked had stopped waiting. The agent remembers your answer.",
     "lost": "This question is no longer yours: somebody else has it, or nobody needs it any more.",
@@ -140,7 +144,8 @@ def _queue(request: Request, login: Login, template: str, said: str) -> Response
         mine=[w for w in waiting if w.mine],
         free=free[:SHOWN],
         more=max(0, len(free) - SHOWN),
-        number=sum(not w.claimed_by for w in free),
+        number=sum(not w.claimed_by and w.passed != "answered" for w in free),
+        decides=login.may(ADMINISTRATOR),
         new_key=new_id,
         said=MESSAGES.get(said, ""),
     )
@@ -212,9 +217,9 @@ def memory(request: Request, login: Expert, q: str = "") -> Response:
 @router.get("/desk/memory/{entry_id}")
 def memory_entry(request: Request, entry_id: int, login: Expert, said: str = "") -> Response:
     desk = desk_of(request)
-    found = desk.memory.entry(entry_id) if abs(entry_id) < 2**62 else None
+    found = desk.memory.entry(_number(entry_id))
     if found is None:
-        raise HTTPException(404, "There is no such entry.")
+        raise HTTPException(404, NO_ENTRY)
     entry, retired, changes = found
     session = questions.id_of(desk.database, entry.session_id)
     reads, accuracy = reviews.use_of(desk.database, entry_id)
@@ -237,17 +242,24 @@ def edit(request: Request, entry_id: int, login: ExpertForm, key: Line, text: Te
     if not key.strip() or not text.strip() or "\0" in key + text + answer:
         raise HTTPException(422, "An entry needs what it is found by, and a text.")
     texts = {"key": key.strip(), "text": text.strip(), "answer": answer.strip()}
-    return _changed(entry_id, desk_of(request).memory.edit(entry_id, login.user.id, **texts))
+    return _changed(entry_id, desk_of(request).memory.edit(_number(entry_id), login.user.id, **texts))
 
 
 @router.post("/desk/memory/{entry_id}/retire")
 def retire(request: Request, entry_id: int, login: ExpertForm) -> Response:
-    return _changed(entry_id, desk_of(request).memory.retire(entry_id, login.user.id))
+    return _changed(entry_id, desk_of(request).memory.retire(_number(entry_id), login.user.id))
 
 
 @router.post("/desk/memory/{entry_id}/undo")
 def undo(request: Request, entry_id: int, login: ExpertForm) -> Response:
-    return _changed(entry_id, desk_of(request).memory.undo(entry_id, login.user.id))
+    return _changed(entry_id, desk_of(request).memory.undo(_number(entry_id), login.user.id))
+
+
+def _number(entry_id: int) -> int:
+    """Raises HTTPException for a number that no database counts up to."""
+    if abs(entry_id) >= 2**62:
+        raise HTTPException(404, NO_ENTRY)
+    return entry_id
 
 
 def _changed(entry_id: int, done: bool) -> Response:
@@ -279,9 +291,10 @@ def session(request: Request, question_id: str, login: Expert) -> Response:
         raise HTTPException(404, "There is no such session.")
     played = questions.session_of(desk.database, question.number)
     view = None if played is None else describe(played, desk.runner.served.executor.codec)
+    turns = json.loads(question.context).get(TURNS, ())
     told = webhooks.of(desk.database, [question.number])
     words = reviews.history(desk.database, [question.number]).get(question.number, [])
-    return page(desk, "desk_session", login, question=question, view=view, words=words, told=told)
+    return page(desk, "desk_session", login, question=question, view=view, words=words, told=told, turns=turns)
 
 
 @router.post("/desk/webhooks/{webhook_id}/again")

@@ -6,27 +6,30 @@ Every function is one transaction, and what it returns is on disk. `status` in a
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import CursorResult, Select, func, or_, select, text, update
+from sqlalchemy import CursorResult, Select, case, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
-from agile.serve.accounts import EXPERT
+from agile.serve.agreement import Given, agreed, normalised, opinions, somebody_left
 from agile.serve.database import Database, new_id
-from agile.serve.models import Asker, Claim, MemoryChange, MemoryEntry, Question, Request, User
+from agile.serve.models import Asker, Claim, MemoryChange, MemoryEntry, Opinion, Question, Request, User
 from agile.serve.terms import WAITING, committed
 
 # Which of the waiting questions means the same as this one, if any does.
 Similar = Callable[[str, Sequence[str]], int | None]
 
 
-class BudgetSpent(Exception):
-    """What may be spent in a day is; nobody was asked."""
+class NobodyAsked(Exception):
+    """Nobody is there to be asked; it says why."""
+
+
+class BudgetSpent(NobodyAsked):
+    """What may be spent in a day is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,9 @@ class Waiting:
         asked: The question in the words of each session that waits, the first one's first.
         claimed_by: Name of the expert who has it; empty if it is free.
         mine: Whether that is who looks.
-        passed: What who looks said of it before: `unknown`, `skipped` or nothing.
+        passed: What who looks said of it before: `unknown`, `skipped`, `answered` (and others must too) or nothing.
+        agree: How many experts must give the same answer.
+        given: What they answered so far, where that is more than one.
     """
 
     id: str
@@ -61,24 +66,18 @@ class Waiting:
     claimed_by: str
     mine: bool
     passed: str
+    agree: int = 1
+    given: tuple[Given, ...] = ()
 
 
 class Said(StrEnum):
     """What became of an expert's answer."""
 
     TAKEN = "taken"
+    NOTED = "noted"  # kept, but another expert must say the same
     AGAIN = "again"  # the same answer was here before
     LATE = "late"  # taken, but who asked had given up
     LOST = "lost"  # the request is not this expert's
-
-
-def normalised(question: str) -> str:
-    """The words of a question.
-
-    >>> normalised("Is it  OVEN-safe?")
-    'is it oven safe'
-    """
-    return " ".join(re.findall(r"\w+", question.casefold()))
 
 
 def post(
@@ -93,8 +92,11 @@ def post(
     detail: Mapping[str, Any],
     price: float,
     reuse: bool,
+    matched: str | None = None,
     similar: Similar | None = None,
     budget: float | None = None,
+    agree: int = 1,
+    closed: bool = False,
 ) -> int:
     """Put a question to the experts, or wait with others for its answer.
 
@@ -103,16 +105,19 @@ def post(
 
     Args:
         session_key: One that posted before is the same asker; None makes a new one each time.
+        matched: What must be the same in questions that are answered together; None for the words of the question.
         reuse: Whether an answer that an identical question had before is taken at once.
         budget: What answers of this scope may cost in a day, those that are waited for included; None for any sum.
+        agree: How many experts must give the same answer.
+        closed: Whether no expert is there: only what was asked before is waited for.
 
     Returns:
         The number of the asker, whose outcome `outcomes` tells.
 
     Raises:
-        BudgetSpent: Another question would exceed the budget.
+        NobodyAsked: The desk is closed, or (`BudgetSpent`) another question would exceed the budget.
     """
-    now, words = time.time(), normalised(question)
+    now, words = time.time(), normalised(question if matched is None else matched)
     with database.writing() as session:
         if not database.is_sqlite:  # two who ask the same at once must find each other
             session.execute(text("SELECT pg_advisory_xact_lock(1095189318)"))
@@ -125,12 +130,14 @@ def post(
         if reuse:
             found = select(Request).where(*about, Request.matched == words, Request.status == "answered")
             answered = session.scalars(found.order_by(Request.answered_at.desc()).limit(1)).first()
-        joined = answered or _same(session, about, question, words, similar)
+        joined = answered or (None if closed else _same(session, about, words, similar))
         if joined is None and not reuse:
             same = select(Request).where(*about, Request.matched == words, Request.status == "answered")
             joined = answered = _unread(session, same, session_id)
+        if joined is None and closed:
+            raise NobodyAsked("no expert is there at this time")
         if joined is None and budget is not None and committed(session, scope) + price > budget + 1e-9:
-            raise BudgetSpent
+            raise BudgetSpent("the budget of the day is spent")
         if joined is None:
             joined = Request(
                 id=new_id(),
@@ -142,6 +149,7 @@ def post(
                 detail=json.dumps(detail),
                 price=price,
                 status="open",
+                agree=agree,
                 created_at=now,
             )
             session.add(joined)
@@ -159,14 +167,14 @@ def post(
         return asker.id
 
 
-def _same(session: Session, about: Sequence[Any], question: str, words: str, similar: Similar | None) -> Request | None:
+def _same(session: Session, about: Sequence[Any], words: str, similar: Similar | None) -> Request | None:
     """The waiting request that asks the same, locked until this transaction ends."""
     waiting = select(Request).where(*about, Request.status.in_(WAITING)).order_by(Request.created_at).with_for_update()
     found = session.scalars(waiting).all()
     for request in found:
         if request.matched == words:
             return request
-    index = similar(question, [request.question for request in found]) if similar and found else None
+    index = similar(words, [request.matched for request in found]) if similar and found else None
     return None if index is None else found[index]
 
 
@@ -231,6 +239,7 @@ def queue(database: Database, user_id: int) -> list[Waiting]:
         mine = select(Claim.request_id, Claim.outcome).where(Claim.request_id.in_(ids), Claim.user_id == user_id)
         passed = {i: outcome for i, outcome in session.execute(mine.order_by(Claim.id)) if outcome != "claimed"}
         names = {user.id: user.name for user in session.scalars(select(User))}
+        given = opinions(session, [request.id for request in requests if request.agree > 1])
     found = [
         Waiting(
             id=r.id,
@@ -245,6 +254,8 @@ def queue(database: Database, user_id: int) -> list[Waiting]:
             claimed_by=names.get(r.claimed_by, "") if r.claimed_by is not None else "",
             mine=r.claimed_by == user_id,
             passed=passed.get(r.id, ""),
+            agree=r.agree,
+            given=tuple(given.get(r.id, ())),
         )
         for r in requests
     ]
@@ -252,7 +263,7 @@ def queue(database: Database, user_id: int) -> list[Waiting]:
 
 
 def claim(database: Database, request_id: str, user_id: int, *, claim_s: float) -> bool:
-    """Take a request, so that nobody else answers it; False if somebody else has it, or nobody needs it any more.
+    """Take a request, so that nobody else answers it; False if somebody else has it, or this user is not needed.
 
     Args:
         claim_s: Seconds after which a claim of somebody who did not answer no longer holds.
@@ -262,11 +273,12 @@ def claim(database: Database, request_id: str, user_id: int, *, claim_s: float) 
         Request.status == "open",
         (Request.status == "claimed") & ((Request.claimed_by == user_id) | (Request.claimed_at < now - claim_s)),
     )
+    answered = select(Opinion).where(Opinion.request_id == Request.id, Opinion.user_id == user_id).exists()
     with database.writing() as session:
         taken = _changed(
             session,
             update(Request)
-            .where(Request.id == request_id, free)
+            .where(Request.id == request_id, free, ~answered)
             .values(status="claimed", claimed_by=user_id, claimed_at=now),
         )
         if taken:
@@ -275,9 +287,20 @@ def claim(database: Database, request_id: str, user_id: int, *, claim_s: float) 
 
 
 def answer(database: Database, request_id: str, user_id: int, answer: str, explanation: str, key: str) -> Said:
-    """Answer a request that this user has claimed; the same `key` again changes nothing."""
+    """Answer a request that this user has claimed; the same `key` again changes nothing.
+
+    Where several must agree, a further expert is asked until they do, or nobody is left (see `somebody_left`).
+    """
     now = time.time()
     with database.writing() as session:
+        held = select(Request).where(Request.id == request_id, Request.claimed_by == user_id, Request.agree > 1)
+        if (several := session.scalars(held.where(Request.status == "claimed").with_for_update()).first()) is not None:
+            why = agreed(session, several, user_id, answer, explanation, key)
+            if why is None:
+                _release(session, request_id, user_id, "answered")
+                _pass_on(session, request_id)
+                return Said.NOTED
+            explanation = why
         taken = _changed(
             session,
             update(Request)
@@ -292,9 +315,9 @@ def answer(database: Database, request_id: str, user_id: int, answer: str, expla
             ),
         )
         if not taken:
-            request = session.get(Request, request_id)
+            request, opinion = session.get(Request, request_id), session.get(Opinion, (request_id, user_id))
             again = request is not None and request.answered_by == user_id and request.answer_key == key
-            return Said.AGAIN if again else Said.LOST
+            return Said.AGAIN if again or (opinion is not None and opinion.key == key) else Said.LOST
         session.add(Claim(request_id=request_id, user_id=user_id, outcome="answered", at=now))
         return Said.TAKEN if _tell(session, request_id) else Said.LATE
 
@@ -304,11 +327,7 @@ def unknown(database: Database, request_id: str, user_id: int) -> bool:
     with database.writing() as session:
         if not _release(session, request_id, user_id, "unknown"):
             return False
-        gave_up = select(Claim.user_id).where(Claim.request_id == request_id, Claim.outcome == "unknown")
-        left = select(func.count()).where(User.role == EXPERT, ~User.disabled, User.id.not_in(gave_up))
-        if session.scalar(left) == 0:
-            session.execute(update(Request).where(Request.id == request_id).values(status="unknown"))
-            _tell(session, request_id)
+        _pass_on(session, request_id)
         return True
 
 
@@ -376,9 +395,19 @@ def _tell(session: Session, request_id: str) -> bool:
     return _changed(session, waiting.values(status="told"))
 
 
+def _pass_on(session: Session, request_id: str) -> None:
+    """Leave a request that was given back to whoever is left, or tell that nobody knows."""
+    if not somebody_left(session, request_id):
+        still = update(Request).where(Request.id == request_id, Request.status == "open")
+        session.execute(still.values(status="unknown"))
+        _tell(session, request_id)
+
+
 def _release(session: Session, request_id: str, user_id: int, outcome: str) -> bool:
     held = update(Request).where(Request.id == request_id, Request.status == "claimed", Request.claimed_by == user_id)
-    if not _changed(session, held.values(status="open", claimed_by=None, claimed_at=None)):
+    waited_for = select(Asker).where(Asker.request_id == Request.id, Asker.status == "waiting").exists()
+    status = case((waited_for, "open"), else_="withdrawn")
+    if not _changed(session, held.values(status=status, claimed_by=None, claimed_at=None)):
         return False
     session.add(Claim(request_id=request_id, user_id=user_id, outcome=outcome, at=time.time()))
     session.flush()

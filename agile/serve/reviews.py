@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import Select, func, select
 
+from agile.conversation import TURNS, Turn
 from agile.serve.database import Database
 from agile.serve.memory import DeskMemory
 from agile.serve.models import MemoryRead, Question, Review, User
@@ -39,6 +40,7 @@ class Reviewed:
         confidence: The probability that it gave to the tokens of its answer; None where that is not known.
         retrieved: `(id, text, similarity)` of every entry of memory that it was shown.
         words: Its reviews, the newest first.
+        turns: What was said before the question.
     """
 
     id: str
@@ -50,6 +52,7 @@ class Reviewed:
     created_at: float
     retrieved: tuple[tuple[int, str, float], ...]
     words: tuple[Word, ...]
+    turns: Sequence[Turn] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ def own_answers(database: Database, order: str, *, limit: int = 20) -> list[Revi
             q.created_at,
             _retrieved(json.loads(q.session or "{}")),
             tuple(words.get(q.number, ())),
+            json.loads(q.context).get(TURNS, ()),
         )
         for q in questions
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agile.config.hours import HoursConfig
 from agile.errors import AgileError
 from agile.executor import Executor
 from agile.own_answers import confidence
@@ -26,11 +28,13 @@ from agile.serve.metrics import Metrics
 from agile.serve.models import Question
 from agile.serve.requests import Similar
 from agile.serve.session import STREAM, patiently, play
-from agile.session_log import JsonLines, append_sessions, read_lines
-from agile.types import Advice, AdviceRequest, Item, Session
+from agile.session_log import JsonLines, append_sessions, parts, read_lines
+from agile.subjects import question_about
+from agile.types import Advice, AdviceRequest, Item, Session, Source
 
 logger = logging.getLogger(__name__)
 LOG = "sessions-served.jsonl"
+LOG_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,8 +67,10 @@ class Served:
             logger.warning("%s", error)
 
     def item(self, question: Question) -> Item:
-        like = self.products[question.product]
-        return Item(f"{STREAM}/{question.number}", question.text, "", STREAM, like.group, like.product, like.context)
+        known = json.loads(question.context)
+        return question_about(
+            self.products[question.product], f"{STREAM}/{question.number}", question.text, STREAM, known
+        )
 
 
 @dataclass(slots=True)
@@ -73,10 +79,13 @@ class Progress:
 
     Attributes:
         asking: Whether an expert is being asked.
-        done: Resolves when the answer, or that there is none, is in the database.
+        read, written: Tokens of the session, once it has ended: what the agent was given, and what it wrote.
+        done: Resolves when the answer, or that there is none, is in the database and in the question.
     """
 
     asking: bool = False
+    read: int = 0
+    written: int = 0
     done: Future[None] = field(default_factory=Future)
 
 
@@ -88,7 +97,7 @@ class Runner:
     Args:
         served: Who answers from now on, see `swap`.
         folder: Where the log of sessions is, for `agile show`; what a crash kept from it is added.
-        advice_timeout_s, fallback, similar: See `DeskAdvisor`.
+        advice_timeout_s, fallback, hours, agree, similar: See `DeskAdvisor`.
         load: Gives the agent of a deployment that is served no more, for sessions that it began.
     """
 
@@ -102,17 +111,27 @@ class Runner:
         *,
         advice_timeout_s: float | None = None,
         fallback: Advisor | None = None,
+        hours: HoursConfig | None = None,
+        agree: int = 1,
         similar: Similar | None = None,
         load: Callable[[int], Served] | None = None,
     ) -> None:
         self.database, self.served, self.memory, self.metrics = database, served, memory, metrics
         self._desk = DeskAdvisor(
-            database, STREAM, lasting=True, timeout_s=advice_timeout_s, fallback=fallback, similar=similar
+            database,
+            STREAM,
+            lasting=True,
+            timeout_s=advice_timeout_s,
+            fallback=fallback,
+            hours=hours,
+            agree=agree,
+            similar=similar,
         )
         self._load = load
         self._lock = threading.Lock()
         self._busy: Counter[Served] = Counter()  # sessions under way of each agent
         self._progress: dict[str, Progress] = {}
+        self._unlogged: list[str] = []
         self._log = _whole_log(folder / LOG, database, served.checkpoint)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="agile-agent")
@@ -126,7 +145,7 @@ class Runner:
         for question in left:
             if question.deployment not in agents:
                 agents[question.deployment] = self._earlier(question.deployment)
-            self._begin(question, self._take(agents[question.deployment]))
+            self._begin(question, self._take(agents[question.deployment]), fresh=False)
         return len(left)
 
     def _earlier(self, deployment: int | None) -> Served:
@@ -183,22 +202,33 @@ class Runner:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._log_sessions()
 
         asyncio.run_coroutine_threadsafe(cancel(), self._loop).result(timeout=30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=30)
         self._log.close()
 
-    def ask(self, user_id: int, text: str, product: str, webhook: str = "") -> tuple[Question, Progress]:
-        """Keep a question and begin to answer it. Raises DatabaseAway."""
+    def ask(
+        self, user_id: int, text: str, product: str, webhook: str = "", known: Mapping[str, Any] | None = None
+    ) -> Future[tuple[Question, Progress]]:
+        """Keep a question and begin to answer it. What it gives raises DatabaseAway."""
         served = self._take()
-        try:
-            question = questions.ask(self.database, user_id, text, product, served.deployment, webhook)
-        except BaseException:
-            self._give_back(served)
-            raise
-        self.metrics.questions.inc()
-        return question, self._begin(question, served)
+        kept = questions.ask(self.database, user_id, text, product, served.deployment, webhook, known)
+        begun: Future[tuple[Question, Progress]] = Future()
+
+        def begin(kept: Future[Question]) -> None:  # also where nobody waits for it any more
+            try:
+                question = kept.result()
+            except BaseException as error:
+                self._give_back(served)
+                begun.set_exception(error)
+            else:
+                self.metrics.questions.inc()
+                begun.set_result((question, self._begin(question, served, fresh=True)))
+
+        kept.add_done_callback(begin)
+        return begun
 
     def learn(self, request_id: str) -> None:
         """Remember an answer that came when nobody waited any more, and tell it to those who gave an address."""
@@ -209,7 +239,7 @@ class Runner:
         like = self.served.products.get(request.product)
         if like is None or said.answer is None:
             return
-        item = Item(request_id, request.question, "", STREAM, like.group, like.product, like.context)
+        item = question_about(like, request_id, request.question, STREAM, json.loads(request.detail))
         advice = Advice(said.answer, said.explanation, said.expert, request.price)
         self.memory.write(self.served.executor.agent.remember(item, f"late/{request_id}", advice, ""))
         webhooks.tell_late(self.database, request_id, said.answer)
@@ -218,9 +248,9 @@ class Runner:
         """Of a question that is not answered yet."""
         return self._progress.get(question_id)
 
-    def _begin(self, question: Question, served: Served) -> Progress:
+    def _begin(self, question: Question, served: Served, *, fresh: bool) -> Progress:
         progress = self._progress[question.id] = Progress(asking=question.status == "waiting")
-        self._loop.call_soon_threadsafe(self._start, self._run(question, progress, served))
+        self._loop.call_soon_threadsafe(self._start, self._run(question, progress, served, fresh))
         return progress
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
@@ -228,26 +258,32 @@ class Runner:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, question: Question, progress: Progress, served: Served) -> None:
+    async def _run(self, question: Question, progress: Progress, served: Served, fresh: bool) -> None:
+        async def played() -> Session:
+            nonlocal fresh
+            first, fresh = fresh, False
+            return await self._play(question, progress, served, first)
+
         try:
             try:
-                session = await patiently(lambda: self._play(question, progress, served))
+                session = await patiently(played)
             except Exception as error:
                 logger.exception("question %d", question.number)
-                await self._finish(question, None, f"{type(error).__name__}: {error}", served)
+                await self._finish(question, progress, None, f"{type(error).__name__}: {error}", served)
             else:
                 why = f"{session.status}: {session.error}".removesuffix(": ")
-                await self._finish(question, session, why if session.answer is None or session.failed else "", served)
+                failed = session.answer is None or session.failed
+                await self._finish(question, progress, session, why if failed else "", served)
         finally:
             self._give_back(served)
             self._progress.pop(question.id, None)
             if not progress.done.done():
                 progress.done.set_result(None)
 
-    async def _play(self, question: Question, progress: Progress, served: Served) -> Session:
-        async def on_asking() -> None:
+    async def _play(self, question: Question, progress: Progress, served: Served, fresh: bool) -> Session:
+        def on_asking() -> None:
+            question.status = "waiting"
             progress.asking = True
-            questions.set_waiting(self.database, question.number)
 
         return await play(
             served.executor,
@@ -257,6 +293,7 @@ class Runner:
             served.item(question),
             question.number,
             derive_seed(served.seed, STREAM, question.number),
+            fresh=fresh,
             price=question.price,
             advise=self._advise,
             on_asking=on_asking,
@@ -272,25 +309,36 @@ class Runner:
             self.metrics.waited.observe(time.monotonic() - began)
         return advice
 
-    async def _finish(self, question: Question, session: Session | None, error: str, served: Served) -> None:
+    async def _finish(
+        self, question: Question, progress: Progress, session: Session | None, error: str, served: Served
+    ) -> None:
         sure = None if session is None or session.advised else confidence(session, served.executor.codec)
+        answer = None if session is None or error else session.answer
+        text = None if session is None else json.dumps(session, separators=(",", ":"), default=parts)
 
         async def keep() -> None:
-            questions.finish(
-                self.database,
-                question.number,
-                answer=None if session is None or error else session.answer,
-                error=error,
-                played=session,
-                confidence=sure,
+            ended = questions.finish(
+                self.database, question.number, answer=answer, error=error, played=session, text=text, confidence=sure
             )
+            await asyncio.wrap_future(ended)
 
         await patiently(keep)
+        question.answer, question.error, question.status = answer, error, "failed" if error else "answered"
         self.metrics.seconds.observe(time.time() - question.created_at)
         self.metrics.failed.inc(bool(error))
         if session is not None:
-            self.metrics.tokens.inc(sum(len(s.token_ids) for s in session.segments))
-            append_sessions(self._log, [session], agent=served.checkpoint)
+            spans = [span for segment in session.segments for span in segment.spans]
+            progress.written = sum(len(span.token_ids) for span in spans if span.source is Source.LLM)
+            progress.read = sum(len(span.token_ids) for span in spans) - progress.written
+            self.metrics.tokens.inc(progress.read + progress.written)
+            if not self._unlogged:
+                self._loop.call_later(LOG_S, self._log_sessions)
+            self._unlogged.append(f'{{"agent":{json.dumps(served.checkpoint)},"session":{text}}}')
+
+    def _log_sessions(self) -> None:
+        """What has ended meanwhile; the database holds it already."""
+        self._log.append_json(self._unlogged)
+        self._unlogged = []
 
 
 def _whole_log(path: Path, database: Database, checkpoint: str) -> JsonLines:
@@ -299,7 +347,7 @@ def _whole_log(path: Path, database: Database, checkpoint: str) -> JsonLines:
     if path.exists():
         with path.open("r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-    log = JsonLines(path)
+    log = JsonLines(path, synced=False)  # the database holds the same
     known = {record["session"]["id"] for record in read_lines(path)}
     for number in questions.finished(database):
         if f"{STREAM}/{number}" not in known and (session := questions.session_of(database, number)) is not None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +17,9 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from agile.build import Setup
-from agile.chat import about
 from agile.config import RunConfig, load_config
 from agile.errors import AgileError
+from agile.loaded import agent_of, ready
 from agile.memory.encoders import Encoder
 from agile.protocols import Advisor
 from agile.run_folder import writing
@@ -29,14 +28,13 @@ from agile.serve.access import Access, secret_of
 from agile.serve.app import accuracy, create_app, queue_length
 from agile.serve.database import Database, database_url
 from agile.serve.deployments import BY_CONFIG
+from agile.serve.logs import log_as_json
 from agile.serve.memory import DeskMemory
 from agile.serve.metrics import Metrics
 from agile.serve.models import Deployment
 from agile.serve.requests import Similar
 from agile.serve.runner import Runner, Served
-from agile.types import Reward
-
-AGENTS = ("dpo", "ppo", "sft")
+from agile.subjects import subjects
 
 
 def served_config(path: Path, overrides: Sequence[str], swapped: Path | None = None) -> RunConfig:
@@ -73,30 +71,14 @@ def _over(below: dict[str, object], above: dict[str, object]) -> dict[str, objec
     return result
 
 
-def agent_of(run: Path, chosen: str | None = None) -> str:
-    """The name of the agent of a run that is served: the chosen one, else the one that was trained last.
-
-    Raises:
-        AgileError: There is none.
-    """
-    trained = [name for name in AGENTS if (run / name / "config.json").exists()]
-    if not trained or not (run / "config.yaml").exists():
-        raise AgileError(
-            f"There is no trained agent in {run}. Train one first: agile demo, or agile train CONFIG out={run}."
-        )
-    if chosen is not None and chosen not in trained:
-        raise AgileError(f"{run} has no agent {chosen}, only {', '.join(trained)}.")
-    return chosen or trained[0]
-
-
 def load_served(config: RunConfig, run: Path, deployed: Deployment | None = None) -> tuple[Setup, Served]:
-    """The agent of a run, ready to answer about the shop of the first test stream.
+    """The agent of a run, ready to answer about its subjects (see `agile.subjects`).
 
     Args:
         run: Whose shop it is, and whose agent but for `deployed`.
 
     Raises:
-        AgileError: There is no such agent, or its questions are about nothing that a client could name.
+        AgileError: There is no such agent, or its questions come with more than a client could say.
     """
     folder = run / agent_of(run, config.serve.agent)
     if deployed is not None:
@@ -107,18 +89,8 @@ def load_served(config: RunConfig, run: Path, deployed: Deployment | None = None
             "others. Stop the server and start it with serve.run."
         )
     setup = Setup(config, run)
-    stream = setup.task.streams("test")[0]
-    if "metadata" not in stream.items[0].context:
-        raise AgileError(
-            f"{run} learned {config.task.name}, whose questions are about nothing that a client could name. Serve an "
-            "agent of products, such as the demo's."
-        )
-    tokenizer = setup.tokenizer(folder)
-    executor = setup.executor(tokenizer)
-    executor.score = lambda item, session: Reward({})
-    executor.limits = replace(executor.limits, max_stage_s=None)  # people think as long as they like
-    products = {item.product: about(item) for item in stream.items}
-    policy = setup.greedy(tokenizer, folder)
+    products = subjects(setup.task, config.task.name)
+    executor, policy = ready(setup, folder)
     number = None if deployed is None else deployed.id
     return setup, Served(config.serve.model, folder.name, executor, policy, products, config.seed, number)
 
@@ -165,6 +137,8 @@ def make_app(
         out,
         advice_timeout_s=serve.advice_timeout_s,
         fallback=fallback,
+        hours=serve.hours,
+        agree=serve.agree,
         similar=similar_by(encoder, serve.join_similarity),
         load=load,
     )
@@ -249,16 +223,25 @@ def run_server(
         agent = Path(first.run) / first.agent
         console.print(f"The agent {agent} answers at {address}/v1, its desk is {address}/desk/queue", soft_wrap=True)
         console.print(f"Accounts: agile serve-user add NAME --role expert {path} out={out}", soft_wrap=True)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-        uvicorn.run(
-            app,
-            host=host,
-            port=port,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=behind_proxy,
-            timeout_graceful_shutdown=3,
-            ssl_certfile=str(tls[0]) if tls else None,
-            ssl_keyfile=str(tls[1]) if tls else None,
-        )
+        listen(app, host=host, port=port, proxy_headers=behind_proxy, tls=tls)
+
+
+def listen(
+    app: FastAPI, *, host: str, port: int, proxy_headers: bool = False, tls: tuple[Path, Path] | None = None
+) -> None:
+    """Answer requests until interrupted, and log them."""
+    log_as_json()
+    gc.collect()
+    gc.freeze()  # models and modules stay: to walk through them again and again would hold everybody up
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=proxy_headers,
+        timeout_graceful_shutdown=3,
+        ssl_certfile=str(tls[0]) if tls else None,
+        ssl_keyfile=str(tls[1]) if tls else None,
+    )

@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from sqlalchemy.orm import Session as Transaction
+
 from agile.advice import AdviceDesk
 from agile.executor import Executor
 from agile.protocols import Policy, Tool
@@ -33,7 +35,6 @@ from agile.types import (
     Session,
     ToolResult,
     Usage,
-    to_json,
 )
 from agile.watchdog import StageTimeout, within
 
@@ -52,14 +53,16 @@ async def play(
     number: int,
     seed: int,
     *,
+    fresh: bool = False,
     price: float | None = None,
     advise: Callable[[AdviceRequest, Mapping[str, Any]], Awaitable[Advice]],
-    on_asking: Callable[[], Awaitable[None]],
+    on_asking: Callable[[], None],
 ) -> Session:
     """Play question `number`, from where its journal ends.
 
     Args:
         executor: Its agent, codec, tools, limits, price and score are used.
+        fresh: Whether it was never played before.
         price: Of advice; None for the executor's.
         advise: Asks the expert, who is also shown what was retrieved and what the agent would answer.
         on_asking: Called when an expert is about to be asked, before anybody can see the question.
@@ -67,12 +70,9 @@ async def play(
     Raises:
         AgileError: The journal is another agent's, or what only a user can mend happened.
     """
-    journal = Journal(database, number)
+    journal = Journal(database, number, fresh=fresh)
     sampled = _Policy(policy, journal)
-    remembered = _Memory(memory, journal, database)
-
-    async def journal_saved() -> None:
-        journal.save()
+    remembered = _Memory(memory, journal)
 
     async def ask(request: AdviceRequest) -> Advice:
         found = journal.given("advice")
@@ -80,11 +80,11 @@ async def play(
             return Advice(**{**found, "status": AdviceStatus(found["status"])})
         own = await own_answer(executor, policy, sampled.prompt, seed)
         shown = [(e.item.text, round(e.similarity, 2)) for e in remembered.shown]
-        await patiently(journal_saved)
-        await patiently(on_asking)
+        await patiently(lambda: journal.save(waiting=True))
+        on_asking()
         detail = {"retrieved": shown, "own_answer": own}
         advice = await patiently(lambda: advise(request, detail))
-        journal.add("advice", to_json(advice))
+        journal.add("advice", advice)
         return advice
 
     player = Executor(
@@ -164,7 +164,7 @@ class _Policy:
             ids, logprobs = tuple(found["token_ids"]), tuple(found["logprobs"])
             return Completion(ids, logprobs, found["finish_reason"], found["policy_version"], Usage(**found["usage"]))
         completion = await self.policy.complete(prompt_ids, max_tokens=max_tokens, stop=stop, seed=seed)
-        self.journal.add("completion", to_json(completion))
+        self.journal.add("completion", completion)
         return completion
 
 
@@ -172,24 +172,24 @@ class _Policy:
 class _Memory:
     memory: DeskMemory
     journal: Journal
-    database: Database
     shown: list[Retrieved] = field(default_factory=list)
 
     def write(self, items: Sequence[MemoryItem]) -> list[int]:
         if (found := self.journal.given("write")) is not None:
             return [int(i) for i in found]
-        with self.database.writing() as session:  # an entry without its journal would be written again
+
+        def keep(session: Transaction) -> list[int]:
             mended = items and requests.is_mended(session, items[0].session_id)
-            ids = [] if mended else self.memory.write_new(items, session)
-            self.journal.add("write", ids)
-            self.journal.save(session)
+            return [] if mended else self.memory.write_new(items, session)
+
+        ids: list[int] = self.journal.save_with("write", keep)  # an entry without its journal would be written again
         return ids
 
     def retrieve(self, query: str, k: int, scope: Scope) -> list[Retrieved]:
         found = self.journal.given("retrieved")
         if found is None:
             entries = self.memory.retrieve(query, k, scope)
-            self.journal.add("retrieved", to_json(entries))
+            self.journal.add("retrieved", entries)
         else:
             entries = [Retrieved(_memory_item(e["item"]), e["similarity"]) for e in found]
         self.shown += entries
@@ -234,6 +234,6 @@ class _Tool:
             result = await self.tool(argument, item, earlier)
         except Exception as error:  # in the words of the executor
             result = ToolResult(f"error : {type(error).__name__}: {error}", ok=False)
-        self.journal.add("result", to_json(result))
-        self.journal.save()
+        self.journal.add("result", result)
+        await patiently(self.journal.save)
         return result

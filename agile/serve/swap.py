@@ -9,10 +9,10 @@ from pathlib import Path
 from rich.console import Console
 
 from agile.errors import AgileError
+from agile.loaded import agent_of
 from agile.serve import deployments
 from agile.serve.database import Database
 from agile.serve.deployments import FAILED, SERVED
-from agile.serve.server import agent_of
 
 LOOK_S = 0.5
 

@@ -13,7 +13,7 @@ import pytest
 
 from agile.batching import session_rows
 from agile.errors import AgileError
-from agile.gateway import Gateway
+from agile.gateway import Gateway, OpenTrajectory
 from agile.learner import Learner
 from agile.types import SegmentEnd, SessionStatus, Source
 from tests.gateway.agents import LOOK, TEMPLATE, Told, Watched, call, gateway, said, sampled, tell
@@ -430,3 +430,57 @@ def test_another_temperature_is_corrected_and_said_so(learner: Learner) -> None:
     g = gateway(learner)
     asyncio.run(play(g))
     assert g.counts["corrected"] == 1
+
+
+def test_a_call_in_this_process_is_recorded_as_one_by_http(learner: Learner) -> None:
+    question: list[Any] = [{"role": "user", "content": "is it washable ?"}]
+
+    async def by_http(t: OpenTrajectory) -> str:
+        return await use_tools(t.client, question[0]["content"])
+
+    async def in_process(t: OpenTrajectory) -> str:
+        messages = list(question)
+        while True:
+            messages.append(await t.chat(messages, tools=[LOOK]))
+            if "tool_calls" not in messages[-1]:
+                return str(messages[-1]["content"])
+            for tool_call in messages[-1]["tool_calls"]:
+                query = tool_call["function"]["arguments"]["of"]
+                messages.append({"role": "tool", "content": f"{query} is steel"})
+
+    async def play(g: Gateway) -> list[str]:
+        answers = []
+        async with g:
+            for agent in (by_http, in_process):
+                tell(learner, call("look", of="pan"), "hm " + call("look", of="pot"), "yes")
+                async with g.trajectory() as t:
+                    answers.append(await agent(t))
+                    t.reward = 1.0
+            with pytest.raises(AgileError, match="trajectory-000001 has ended; open another"):
+                await t.chat(question)
+        return answers
+
+    g = gateway(learner)
+    assert asyncio.run(play(g)) == ["yes", "yes"]
+    http, ours = g.ended
+    assert ours.segments == http.segments
+    assert ours.usage == http.usage
+
+
+def test_a_discarded_trajectory_leaves_nothing(learner: Learner) -> None:
+    tell(learner, "yes", "no")
+
+    async def play(g: Gateway) -> None:
+        async with g:
+            kept, test = g.open(), g.open()
+            for t in (kept, test):
+                await t.chat([{"role": "user", "content": "is it washable ?"}])
+            g.discard(test)
+            with pytest.raises(AgileError, match="has ended before"):
+                g.end(test, 1.0)
+            g.end(kept, 1.0)
+
+    g = gateway(learner)
+    asyncio.run(play(g))
+    (session,) = g.ended
+    assert session.stream_id == "trajectory-000000"

@@ -148,10 +148,10 @@ class Person:
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[Running]:
-    """The app on a port of this machine, in a thread."""
+def running(app: FastAPI, port: int = 0) -> Iterator[Running]:
+    """The app on a port of this machine, by default a free one, in a thread."""
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+        uvicorn.Config(app, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -164,7 +164,7 @@ def running(app: FastAPI) -> Iterator[Running]:
         thread.join(timeout=10)
 
 
-def until(look: Callable[[], Any], seconds: float = 20.0) -> Any:
+def until(look: Callable[[], Any], seconds: float = 60.0) -> Any:
     """What `look` finds, as soon as it is not None."""
     deadline = time.monotonic() + seconds
     while (seen := look()) is None:

@@ -64,7 +64,7 @@ def test_figures_of_each_day(database: Database) -> None:
     noon = terms.midnight() - 12 * 3600
     numbers = []
     for n, advised in enumerate((False, False, False, True)):
-        question = questions.ask(database, 1, f"q {n}", "p1")
+        question = questions.ask(database, 1, f"q {n}", "p1").result()
         numbers.append(question.number)
         with database.writing() as session:
             session.execute(
@@ -72,7 +72,7 @@ def test_figures_of_each_day(database: Database) -> None:
                 .where(Question.number == question.number)
                 .values(created_at=noon, finished_at=noon, status="failed" if n == 2 else "answered", advised=advised)
             )
-    question = questions.ask(database, 1, "unfinished", "p1")
+    question = questions.ask(database, 1, "unfinished", "p1").result()
     for n, (verdict, sampled) in enumerate((("right", True), ("wrong", False))):
         (asked,) = [q for q in questions.newest(database) if q.number == numbers[n]]
         found = questions.by_id(database, asked.id)

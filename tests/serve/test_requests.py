@@ -87,7 +87,7 @@ def test_who_could_not_have_read_an_answer_takes_it_and_who_could_asks_anew(data
     memory = DeskMemory(database, ENCODER)
 
     def asked() -> str:
-        return f"served/{questions.ask(database, CUST, 'is it warm ?', 'p1').number}"
+        return f"served/{questions.ask(database, CUST, 'is it warm ?', 'p1').result().number}"
 
     def told(session: str) -> bool:
         asker = post(database, session)
@@ -103,7 +103,7 @@ def test_who_could_not_have_read_an_answer_takes_it_and_who_could_asks_anew(data
     same = MemoryItem(MemoryKind.HISTORY, "is it warm ?", "is it warm ? -> yes", "yes", "g", "p1", first, "advice")
     (entry,) = memory.write([same])
     assert told(asked()), "its session has not ended: nobody knows whether this one has read it"
-    questions.finish(database, requests.number_of(first), answer="yes", error="", played=None)
+    questions.finish(database, requests.number_of(first), answer="yes", error="", played=None).result()
     assert told(later) and not told(asked()), "memory told the last one, and it asked all the same"
     requests.claim(database, only(database), ANN, claim_s=60)
     requests.answer(database, only(database), ANN, "yes", "", "k2")
@@ -116,7 +116,7 @@ def test_who_could_not_have_read_an_answer_takes_it_and_who_could_asks_anew(data
 
 def test_an_answer_that_a_person_mended_is_not_taken(database: Database) -> None:
     memory = DeskMemory(database, ENCODER)
-    numbers = [questions.ask(database, CUST, "is it warm ?", "p1").number for _ in range(2)]
+    numbers = [questions.ask(database, CUST, "is it warm ?", "p1").result().number for _ in range(2)]
     post(database, f"served/{numbers[0]}")
     request = only(database)
     requests.claim(database, request, ANN, claim_s=60)

@@ -26,7 +26,8 @@ if (document.body.dataset.page === "queue") {
     if (loading) { again = true; return; }
     loading = true;
     try {
-      const answer = await fetch("/desk/queue/list", { redirect: "error" });
+      const answer = await fetch("/desk/queue/list", { redirect: "manual" });
+      if (answer.type === "opaqueredirect") { out = true; off(); }  // to the login
       if (!answer.ok) throw new Error(String(answer.status));
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
       // what somebody is typing stays as long as the question is theirs
@@ -41,13 +42,24 @@ if (document.body.dataset.page === "queue") {
     loading = false;
     if (again) { again = false; load(); }
   };
-  const off = () => { live.textContent = "Not live: reload the page"; live.className = "off"; };
+  let out = false;
+  const off = () => {
+    live.textContent = out ? "You are logged out: load the page again" : "Not live, trying again";
+    live.className = "off";
+  };
 
-  const events = new EventSource("/desk/events");
-  events.addEventListener("open", () => { live.textContent = "Live"; live.className = ""; load(); });
-  events.addEventListener("queue", load);
-  events.addEventListener("error", off);
-  addEventListener("pagehide", () => events.close());
+  // a browser tries again by itself where nobody listens, but not after an answer of a proxy that says so
+  const listen = () => {
+    const events = new EventSource("/desk/events");
+    events.addEventListener("open", () => { live.textContent = "Live"; live.className = ""; load(); });
+    events.addEventListener("queue", load);
+    events.addEventListener("error", () => {
+      off();
+      if (events.readyState === EventSource.CLOSED && !out) { load(); setTimeout(listen, 3000); }
+    });
+    addEventListener("pagehide", () => events.close());
+  };
+  listen();
   badge();
 
   const cards = "#free > article";
