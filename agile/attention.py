@@ -139,7 +139,7 @@ class _Group:
 
 
 class Runs:
-    """A plan of runs: tokens side by side in the line that see, each causally, keys of which they are the last.
+    """A plan of runs: queries side by side that see, each, the keys of their run up to their own.
 
     On a GPU in half precision a pass over all runs is one call of flash attention with lengths of its own for queries
     and keys: by the package flash-attn, or else by torch where its own takes windows and grouped heads. That branch was
@@ -148,14 +148,24 @@ class Runs:
 
     Args:
         places: For each run, in order, where its keys stand in the line, (K,).
-        counts: How many queries each has, its last keys; side by side they are the line.
+        queries: For each run the numbers of those keys whose tokens are its queries, (Q,), ascending.
         begins: The first run of each group that is padded together, as `arrange` gives them.
         device: Where the model is.
+        part: Whether the queries are but some of the line's tokens, or in another order.
     """
 
-    def __init__(self, places: Sequence[Ints], counts: Ints, begins: Sequence[int], device: torch.device):
-        self.places, self.counts, self.begins, self.device = places, counts, begins, device
-        self.sizes = np.array([len(p) for p in places])
+    def __init__(
+        self,
+        places: Sequence[Ints],
+        queries: Sequence[Ints],
+        begins: Sequence[int],
+        device: torch.device,
+        *,
+        part: bool = False,
+    ):
+        self.places, self.queries, self.begins, self.device = places, queries, begins, device
+        self.counts, self.sizes = (np.array([len(x) for x in of]) for of in (queries, places))
+        self.alone = (self.counts == self.sizes) & (not part)  # whose keys are their queries' tokens
         self._visible: dict[tuple[int, int | None], Tensor | None] = {}
 
     def attend(
@@ -167,10 +177,9 @@ class Runs:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
         varlen = _varlen() if query.is_cuda and query.dtype in HALF and query.shape[-1] <= MAX_HEAD else None
         if varlen is not None:
-            index, cu_q, cu_k = self._lengths
+            index, cu_q, cu_k, longest = self._lengths
             if index is not None:
                 key, value = (x.index_select(0, index) for x in (key, value))
-            longest = int(self.counts.max()), int(self.sizes.max())
             return varlen(query, key, value, cu_q, cu_k, *longest, scale=scale, window=window)[None]
         outputs = [
             group.attend(module, query, key, value, self._seen(i, window), scale)
@@ -179,14 +188,20 @@ class Runs:
         return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
 
     @cached_property
-    def _lengths(self) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Which tokens of the line are the keys of all runs, if not the line itself; and where runs begin in both."""
-        cu_q, cu_k = (
-            torch.from_numpy(np.concatenate([[0], np.cumsum(x)]).astype(np.int32)).to(self.device)
-            for x in (self.counts, self.sizes)
-        )
-        alone = bool((self.counts == self.sizes).all())
-        return None if alone else self._tensor(np.concatenate(self.places)), cu_q, cu_k
+    def _lengths(self) -> tuple[Tensor | None, Tensor, Tensor, tuple[int, int]]:
+        """Which tokens of the line are the keys, if not the line itself; where runs begin in both; and the longest.
+
+        Queries that are not side by side are runs of their own here: each must end with its last key.
+        """
+        counts, keys = [], []
+        for places, queries in zip(self.places, self.queries, strict=True):
+            for side_by_side in np.split(queries, np.flatnonzero(np.diff(queries) > 1) + 1):
+                counts.append(len(side_by_side))
+                keys.append(places[: side_by_side[-1] + 1])
+        sizes = [len(k) for k in keys]
+        cu_q, cu_k = (torch.from_numpy(np.cumsum([0, *x], dtype=np.int32)).to(self.device) for x in (counts, sizes))
+        index = None if self.alone.all() else self._tensor(np.concatenate(keys))
+        return index, cu_q, cu_k, (max(counts), max(sizes))
 
     @cached_property
     def _groups(self) -> list[_Group]:
@@ -200,10 +215,11 @@ class Runs:
             unpad = np.flatnonzero(real)
             pad = np.zeros(lines * width, np.int64)
             pad[unpad] = np.arange(len(unpad))
-            keys = np.zeros((lines, size), np.int64)
+            keys, position = np.zeros((lines, size), np.int64), np.zeros((lines, width), np.int64)
             for line, places in zip(keys, self.places[a:b], strict=True):
                 line[: len(places)] = places
-            alone, equal = bool((counts == sizes).all()), bool(real.all())
+            position[real] = np.concatenate(self.queries[a:b])  # where there is no query, any that sees something
+            alone, equal = bool(self.alone[a:b].all()), bool(real.all())
             groups.append(
                 _Group(
                     slice(first, int(ends[b - 1])),
@@ -211,8 +227,7 @@ class Runs:
                     None if equal else self._tensor(pad),
                     None if equal else self._tensor(unpad),
                     None if alone else self._tensor(keys.ravel()),
-                    # where there is no query, that of the last one: what sees nothing would be NaN
-                    self._tensor(np.minimum((sizes - counts)[:, None] + steps, sizes[:, None] - 1)),
+                    self._tensor(position),
                 )
             )
         return groups
@@ -285,8 +300,61 @@ def _left(window: int | None) -> int:
     return -1 if window is None else window - 1
 
 
-def hidden_states(trunk: nn.Module, input_ids: Tensor, position_ids: Tensor, plan: Plan) -> Tensor:
-    """The last hidden states (T, H) of a line of tokens, ids and positions (T,)."""
+@dataclass(slots=True)
+class Line:
+    """The trainer's plan of a pass over a line of tokens, of which some are read.
+
+    Attributes:
+        runs: How all of them attend.
+        read: (n,) those whose last hidden states are read.
+        reads: How these attend in a last layer that computes nothing else.
+        cut: Whether the last layer was such a one; set by the pass.
+    """
+
+    runs: Runs
+    read: Tensor
+    reads: Runs
+    cut: bool = False
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        return self.runs.attend(module, query, key, value, scale, window)
+
+
+class _Reads:
+    """In the last layer: asked once for all tokens, for the sake of their keys and values; then for those read."""
+
+    def __init__(self, runs: Runs):
+        self.runs = runs
+        self.held: tuple[Tensor, Tensor] | None = None
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        if self.held is None:
+            self.held = key, value
+            return query.transpose(1, 2)  # any of this shape
+        key, value = self.held
+        return self.runs.attend(module, query, key, value, scale, window)
+
+
+def _only_reads(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Before a last layer: it is given the tokens that are read, and of all others their keys and values."""
+    plan = kwargs.get("attention_plan")
+    if not isinstance(plan, Line):
+        return None
+    plan.cut = True
+    (hidden,) = args
+    kwargs = {**kwargs, "attention_plan": _Reads(plan.reads)}
+    layer.self_attn(hidden_states=layer.input_layernorm(hidden), **kwargs)
+    cos, sin = (x.index_select(1, plan.read) for x in kwargs["position_embeddings"])
+    kwargs |= {"position_embeddings": (cos, sin), "position_ids": kwargs["position_ids"].index_select(1, plan.read)}
+    return (hidden.index_select(1, plan.read),), kwargs
+
+
+def hidden_states(trunk: nn.Module, input_ids: Tensor, position_ids: Tensor, plan: Line) -> Tensor:
+    """The last hidden states (n, H) of the tokens that are read in a line of tokens, ids and positions (T,)."""
     output = trunk(
         input_ids=input_ids[None],
         position_ids=position_ids[None],
@@ -295,7 +363,7 @@ def hidden_states(trunk: nn.Module, input_ids: Tensor, position_ids: Tensor, pla
         attention_plan=plan,
     )
     hidden: Tensor = output.last_hidden_state[0]
-    return hidden
+    return hidden if plan.cut else hidden.index_select(0, plan.read)
 
 
 def check_layers(model: PreTrainedModel, remedy: str) -> None:
@@ -312,32 +380,50 @@ def check_layers(model: PreTrainedModel, remedy: str) -> None:
         )
 
 
-def check_runs(model: PreTrainedModel) -> None:
-    """Compare two short rows with a common beginning, in one line, to plain forward passes of each.
+def prepare_runs(model: PreTrainedModel) -> None:
+    """Let the last layer leave out what nobody reads, where it can; and see that runs are what rows are on their own.
 
     Raises:
-        AgileError: They differ, or the model fails.
+        AgileError: They are not, or the model fails.
     """
-    places = [np.array([0, 1, 2, 3]), np.array([0, 1, 4, 5])]
-    runs = Runs(places, np.array([4, 2]), [0, 1], model.device)
-    ids, positions = torch.tensor([[0, 1, 2, 3, 3, 2], [0, 1, 2, 3, 2, 3]], device=model.device)
-    problem: Exception | str
     check_layers(model, REMEDY)
+    layers = getattr(model.base_model, "layers", None)
+    if layers is not None and all(hasattr(layers[-1], name) for name in ("self_attn", "input_layernorm")):
+        hook = layers[-1].register_forward_pre_hook(_only_reads, with_kwargs=True)
+        if _run_problem(model) is None:
+            return
+        hook.remove()
+    if problem := _run_problem(model):
+        raise AgileError(
+            f"{type(model).__name__} cannot read sequences that lie in one line without padding ({problem}): its "
+            f"attention is not the usual one of transformers. {REMEDY}"
+        )
+
+
+def _run_problem(model: PreTrainedModel) -> str | None:
+    """What is wrong with two short rows with a common beginning, in one line, beside plain forward passes of each."""
+    places = [np.array([0, 1, 2, 3]), np.array([0, 1, 4, 5])]
+    queries, read = [np.arange(4), np.array([2, 3])], [np.array([1, 3]), np.array([2])]
+    ids, positions = torch.tensor([[0, 1, 2, 3, 3, 2], [0, 1, 2, 3, 2, 3]], device=model.device)
+    plan = Line(
+        Runs(places, queries, [0, 1], model.device),
+        torch.tensor([1, 3, 4], device=model.device),
+        Runs(places, read, [0], model.device, part=True),
+    )
     try:
         with torch.no_grad(), evaluation(model):
-            own = [model.base_model(input_ids=ids[None, p]).last_hidden_state[0] for p in places]
+            own = [
+                model.base_model(input_ids=ids[None, p]).last_hidden_state[0, r]
+                for p, r in zip(places, read, strict=True)
+            ]
             before = attend_by_plans(model)
             try:
-                line = hidden_states(model.base_model, ids, positions, runs)
+                found = hidden_states(model.base_model, ids, positions, plan)
             finally:
                 model.config.get_text_config()._attn_implementation = before
-        found, expected = torch.cat([line[p] for p in places]), torch.cat(own)
-        problem = f"hidden states differ by up to {float((found - expected).abs().max()):.2g}"
+        expected = torch.cat(own)
         if torch.allclose(found, expected, rtol=0.0, atol=0.05 * float(expected.std()) + 1e-6):
-            return
+            return None
+        return f"hidden states differ by up to {float((found - expected).abs().max()):.2g}"
     except Exception as error:
-        problem = error
-    raise AgileError(
-        f"{type(model).__name__} cannot read sequences that lie in one line without padding ({problem}): its attention "
-        f"is not the usual one of transformers. {REMEDY}"
-    )
+        return str(error)

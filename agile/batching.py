@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agile.attention import Runs, arrange
+from agile.attention import Ints, Line, Runs, arrange
 from agile.types import SegmentEnd, Session
 
 MIN_SHARED_TOKENS = 16  # fewer are cheaper to compute again than to look up
@@ -69,15 +69,16 @@ class Batch:
 
     Attributes:
         input_ids, position_ids: (T,).
-        runs: How the tokens of the line attend.
-        before: (N,), where in the line the token before each action token stands; rows that share it name it twice.
-        last: (B,), where each row's last token stands.
+        plan: How the tokens of the line attend, and which of them are read: those before action tokens, and the last
+            ones of rows.
+        before: (N,), which of those that are read stands before each action token; rows that share it name it twice.
+        last: (B,), which of them is each row's last token.
         action_ids: (N,).
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    runs: Runs
+    plan: Line
     before: Tensor
     last: Tensor
     action_ids: Tensor
@@ -100,26 +101,48 @@ def make_batch(rows: Sequence[Row], device: torch.device, *, share_prefixes: boo
     line, groups = arrange(lengths - shared, lengths)
     starts = np.zeros(len(rows), np.int64)
     starts[line] = np.cumsum((lengths - shared)[line]) - (lengths - shared)[line]
-    places: list[NDArray[np.int64]] = []  # (len,) of each sorted row: where in the line its tokens stand
+    places: list[Ints] = []  # (len,) of each sorted row: where in the line its tokens stand
     for i, (length, common) in enumerate(zip(lengths, shared, strict=True)):
         own = starts[i] + np.arange(length - common)
         places.append(np.concatenate([places[-1][:common], own]) if common else own)
     where = [places[i] for i in np.argsort(order)]  # as the rows are given
     own_tokens = [rows[order[i]].token_ids[shared[i] :] for i in line]
     positions = [np.arange(shared[i], lengths[i]) for i in line]
-    before = [w[np.flatnonzero(row.action_mask) - 1] for w, row in zip(where, rows, strict=True)]
+    before = np.concatenate([w[np.flatnonzero(row.action_mask) - 1] for w, row in zip(where, rows, strict=True)])
+    last = np.array([w[-1] for w in where])
+    read, reads = _reads([places[i] for i in line], positions, np.concatenate([before, last]), device)
+    number = np.zeros(int((lengths - shared).sum()), np.int64)
+    number[read] = np.arange(len(read))
 
-    def tensor(array: NDArray[np.int64]) -> Tensor:
+    def tensor(array: Ints) -> Tensor:
         return torch.from_numpy(array).to(device)
 
     return Batch(
         tensor(np.concatenate(own_tokens)),
         tensor(np.concatenate(positions)),
-        Runs([places[i] for i in line], (lengths - shared)[line], groups, device),
-        tensor(np.concatenate(before)),
-        tensor(np.array([w[-1] for w in where])),
+        Line(Runs([places[i] for i in line], positions, groups, device), tensor(read), reads),
+        tensor(number[before]),
+        tensor(number[last]),
         tensor(np.concatenate([row.action_ids for row in rows])),
     )
+
+
+def _reads(places: Sequence[Ints], positions: Sequence[Ints], wanted: Ints, device: torch.device) -> tuple[Ints, Runs]:
+    """The tokens of the line that are wanted, each once, as they stand together in attention; and how they attend.
+
+    Args:
+        places, positions: Of the line's runs: where their keys stand, and which of those are their own tokens.
+        wanted: Where these tokens stand.
+    """
+    is_wanted = np.zeros(sum(map(len, positions)), bool)
+    is_wanted[wanted] = True
+    queries = [own[is_wanted[keys[own]]] for keys, own in zip(places, positions, strict=True)]
+    keys = [p[: q[-1] + 1] if len(q) else p[:0] for p, q in zip(places, queries, strict=True)]
+    counts, sizes = (np.array([len(x) for x in of]) for of in (queries, keys))
+    order, groups = arrange(counts, sizes)
+    read = np.concatenate([keys[i][queries[i]] for i in order])
+    runs = Runs([keys[i] for i in order], [queries[i] for i in order], groups, device, part=True)
+    return read, runs
 
 
 def minibatches(rows: Sequence[Row], batch_size: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:

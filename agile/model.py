@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from agile.attention import attend_by_plans, check_runs, hidden_states
+from agile.attention import attend_by_plans, hidden_states, prepare_runs
 from agile.batching import Batch
 from agile.errors import AgileError
 
@@ -49,7 +49,6 @@ class ActorCritic(nn.Module):
     def __init__(self, lm: PreTrainedModel, critic: str = "shared"):
         super().__init__()
         self.lm = lm.eval()  # dropout would make the ratio to the old policy differ from 1 before any update
-        self.critic_trunk = deepcopy(self.lm.base_model) if critic == "separate" else None
         size = lm.config.get_text_config().hidden_size
         hidden, value = _WideLinear(size, size), _WideLinear(size, 1)
         nn.init.zeros_(value.weight)
@@ -66,7 +65,8 @@ class ActorCritic(nn.Module):
                 f"{type(lm).__name__} does more to its last hidden state than its output embedding does (a cap or a "
                 "scale on logits); such models cannot be trained here. Choose one like Llama, Qwen or Mistral."
             )
-        check_runs(lm)
+        prepare_runs(lm)
+        self.critic_trunk = deepcopy(self.lm.base_model) if critic == "separate" else None
         for trunk in (lm, self.critic_trunk):
             if trunk is not None:
                 attend_by_plans(trunk)
@@ -78,8 +78,8 @@ class ActorCritic(nn.Module):
             Logits (N, V) and values (N,) of the states before the batch's N action tokens, row by row; and the values
             (B,) of the states after each row's last token, in float32 or wider.
         """
-        line = batch.input_ids, batch.position_ids, batch.runs
-        hidden = hidden_states(self.lm.base_model, *line)  # (T, H)
+        line = batch.input_ids, batch.position_ids, batch.plan
+        hidden = hidden_states(self.lm.base_model, *line)  # (n, H)
         seen = hidden.detach() if self.critic_trunk is None else hidden_states(self.critic_trunk, *line)
         logits = self.lm.get_output_embeddings()(hidden.index_select(0, batch.before))
         values, last = (self.value_head(seen.index_select(0, i)).squeeze(-1) for i in (batch.before, batch.last))

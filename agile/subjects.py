@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agile.conversation import TURNS, Turn
+from agile.conversation import TURNS, Turn, in_full
 from agile.errors import AgileError
 from agile.protocols import Task
 from agile.tasks.desk import DeskTask
@@ -60,6 +60,16 @@ def _own(task: JsonlTask) -> dict[str, Item]:
         name: Item("", "", "", "", group, name, {**known, "metadata": dict(rows.get(name, {})), OPTIONS: {}})
         for name in dict.fromkeys(["", *rows, *sorted(named)])
     }
+
+
+def meaning(question: str, known: Mapping[str, Any]) -> str:
+    """The words that must be the same where two questions are to have one answer: a letter means its option alone.
+
+    >>> meaning("Which ?", {"options": {"A": "iron", "B": "zinc"}})
+    'Which ? A iron B zinc'
+    """
+    options: Mapping[str, str] = known.get(OPTIONS) or {}
+    return " ".join([in_full(question, known), *(f"{letter} {text}" for letter, text in options.items())])
 
 
 def question_about(

@@ -2,13 +2,17 @@
 
     python -m benchmarks.rft runs/rft --seeds 0 1 2
 
-Notes about invoices are turned into JSON. The model is first trained by imitation of a weak player on other notes: it
-always finds the days, but takes the buyer for the seller, and the net amount for the total, three times of five. So it
-starts with habits that are wrong, and with something to explore. What each word means it learns from the grader alone.
+Notes are turned into JSON. The model is first trained by imitation of a weak player on other notes, who takes the
+buyer for the seller, and the net amount for the total: of invoices each now and then, of bills nearly always. So it
+starts with a habit that is wrong, and with something to explore; that bills are to be read as invoices are it learns
+from the grader alone.
 
 Each seed also has a control from the same start: every answer has the reward of another one (demo.shuffle_rewards).
+Half of the notes of each file are bills, and the player is as rarely right about them as it is wrong about invoices.
+So the start's sampled and greedy answers are worth about the same, neither kind is near a tie, and noise spoils one
+as it mends the other.
 
-Whatever is done stands in the folder: started again, it goes on. A seed takes about 15 minutes of a core of its own.
+Whatever is done stands in the folder: started again, it goes on. A seed takes 2.3 minutes of processor time.
 """
 
 from __future__ import annotations
@@ -39,13 +43,11 @@ SETTINGS = ("compute_multiplier=0.25", "eval_interval=5", "threads=1")
 EPOCHS = {"train": 200, "shuffled": 50}
 LIMITS = ("rollout.max_action_tokens=32", "rollout.max_context_tokens=96")
 IMITATION = ("sft.num_steps=300", "sft.lr=4e-3", "sft.batch_size=64", "sft.checkpoint_every=300")
-KINDS = ("invoice", "bill", "bill")
 WRONG = {"invoice": 0.15, "bill": 0.85}  # how often the player is wrong about each field
 
 
-def note(rng: random.Random) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def note(rng: random.Random, kind: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """A note, what it says, and what the weak player takes it for."""
-    kind = rng.choice(KINDS)
     seller, buyer = rng.sample(NAMES, 2)
     net, total = rng.sample(AMOUNTS, 2)
     parts = [[f"from {seller}", f"to {buyer}"], [f"net {net}", f"total {total}"]]
@@ -71,8 +73,8 @@ def write_files(folder: Path, seed: int, *, num_rows: int = 50, num_imitated: in
     rng = random.Random(seed)
     notes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     while len(notes) < num_imitated + 2 * num_rows:
-        text, right, said = note(rng)
-        notes[text] = right, said
+        text, right, said = note(rng, list(WRONG)[len(notes) % 2])
+        notes.setdefault(text, (right, said))
     told = list(notes.items())
     imitated, train, validation = (
         told[:num_imitated],
@@ -127,7 +129,7 @@ def one(out: Path, seed: int, overrides: Sequence[str]) -> list[dict[str, Any]]:
                 "start": report["before"]["reward"],
                 "best": report["after"]["reward"],
                 "last": course[-1],
-                "mean_of_last_20": sum(course[-20:]) / len(course[-20:]),
+                "mean_of_last_5": sum(course[-5:]) / 5,
                 "lowest_after_best": min(course[course.index(max(course)) :]),
                 "train_start": sampled[0],
                 "train_end": sum(sampled[-5:]) / len(sampled[-5:]),

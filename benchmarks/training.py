@@ -18,7 +18,8 @@ compute the old logprobs once and pass over the sequences as often; neither has 
 The share of the peak is floating-point operations over time over what `torch.mm` reaches in the same run. A step does
 6 N T + 6 L d S + 6 d V A of them: N weights of the trunk, T tokens, L layers of width d, S the sum of the squares of
 the lengths (causal attention), A action tokens, whose logits alone are computed, V tokens in the vocabulary; 2 of 6 of
-each where only the forward pass is computed.
+each where only the forward pass is computed. The count is the same for all: what AGILE leaves out of its last layer or
+computes once for several rows counts as done, and what TRL computes beyond it (padding, other logits) does not count.
 """
 
 from __future__ import annotations

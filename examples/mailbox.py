@@ -1,4 +1,4 @@
-"""A mailbox agent: it learns to search with the words that count, and to stop when it knows.
+"""A mailbox agent, to learn to search with the words that count and to stop; not yet seen to, see README.md.
 
     pip install -c constraints.txt -e ".[serve]"
     python -m examples.mailbox runs/mailbox --seed 0

@@ -154,7 +154,7 @@ def test_one_line_equals_row_by_row(family: str, critic: str, share_prefixes: bo
     batch = make_batch(rows, CPU, share_prefixes=share_prefixes)
     assert (len(batch.input_ids) < 0.5 * sum(map(len, rows))) == share_prefixes
     if share_prefixes:
-        first = [places.min() for places in batch.runs.places]
+        first = [places.min() for places in batch.plan.runs.places]
         assert len(set(batch.before.tolist())) < len(batch.before), "actions stand in shared prefixes"
         assert len(first) < len(rows), "equal rows have no token of their own"
     assert_same(actor, together(actor, rows, share_prefixes=share_prefixes), alone(actor, rows))
@@ -174,6 +174,23 @@ def test_order_and_cut_change_nothing(share_prefixes: bool) -> None:
             outputs |= {int(i): list(part) for i, part in zip(micro, parts, strict=True)}
         logprobs, values, last = (torch.cat(x) for x in zip(*(outputs[i] for i in range(len(rows))), strict=True))
         assert_same(actor, (logprobs, values, last), together(actor, rows, share_prefixes=share_prefixes))
+
+
+@pytest.mark.parametrize("share_prefixes", [False, True], ids=["packed", "shared"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_computes_what_is_read_alone(family: str, share_prefixes: bool) -> None:
+    actor = model(family)
+    batch, lengths = make_batch(tree(), CPU, share_prefixes=share_prefixes), []
+    layers = getattr(actor.lm.base_model, "layers", None) or actor.lm.base_model.h
+    handles = [
+        layer.mlp.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1])) for layer in layers
+    ]
+    with torch.no_grad():
+        actor(batch)
+    for handle in handles:
+        handle.remove()
+    tokens, read = len(batch.input_ids), len(batch.plan.read)
+    assert read < 0.8 * tokens and lengths == [tokens, tokens if "gpt2" in family else read]
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

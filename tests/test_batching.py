@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch import Tensor
 
 from agile.batching import Batch, Row, make_batch, micro_batches, minibatches, session_rows
 from agile.types import Segment, SegmentEnd
@@ -53,8 +54,13 @@ def row(ids: Sequence[int], *actions: int) -> Row:
     return Row(np.array(ids, np.int64), mask, np.zeros(int(mask.sum()), np.float32), TERMINATED)
 
 
+def stand(batch: Batch, of: Tensor) -> list[int]:
+    """Where in the line tokens stand that are read."""
+    return batch.plan.read[of].tolist()
+
+
 def keys(batch: Batch) -> list[list[int]]:
-    return [places.tolist() for places in batch.runs.places]
+    return [places.tolist() for places in batch.plan.runs.places]
 
 
 def test_batch_by_hand() -> None:
@@ -62,9 +68,13 @@ def test_batch_by_hand() -> None:
     assert batch.input_ids.tolist() == [9, 10, 11, 12, 13, 5, 6, 7, 8], "the shortest first"
     assert batch.position_ids.tolist() == [0, 1, 0, 1, 2, 0, 1, 2, 3]
     assert keys(batch) == [[0, 1], [2, 3, 4], [5, 6, 7, 8]]
-    assert batch.before.tolist() == [5, 7, 2, 3], "row by row as they were given"
-    assert batch.last.tolist() == [8, 1, 4]
+    assert stand(batch, batch.before) == [5, 7, 2, 3], "row by row as they were given"
+    assert stand(batch, batch.last) == [8, 1, 4]
     assert batch.action_ids.tolist() == [6, 8, 12, 13]
+    reads = batch.plan.reads
+    assert batch.plan.read.tolist() == [2, 3, 4, 1, 5, 7, 8], "9 and 7 are read by nobody"
+    assert [p.tolist() for p in reads.places] == [[2, 3, 4], [0, 1], [5, 6, 7, 8]]
+    assert [q.tolist() for q in reads.queries] == [[0, 1, 2], [1], [0, 2, 3]]
 
 
 def test_shared_batch_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,8 +85,8 @@ def test_shared_batch_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert batch.input_ids.tolist() == [1, 9, 1, 2, 3, 6, 4, 5]
     assert batch.position_ids.tolist() == [0, 1, 0, 1, 2, 3, 3, 4]
     assert keys(batch) == [[0, 1], [2, 3, 4], [2, 3, 4, 5], [2, 3, 4, 6, 7]]
-    assert batch.before.tolist() == [2, 6, 4, 0, 6]
-    assert batch.last.tolist() == [7, 5, 1, 4, 7]
+    assert stand(batch, batch.before) == [2, 6, 4, 0, 6]
+    assert stand(batch, batch.last) == [7, 5, 1, 4, 7]
     assert batch.action_ids.tolist() == [2, 5, 6, 9, 5]
 
 

@@ -97,9 +97,9 @@ def test_a_model_from_scratch_needs_something_to_imitate(files: Files, tmp_path:
 
 def test_what_does_not_fit_the_model_is_named_before_it_trains(files: Files, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = agile("rft", *options(files), *TINY, "rollout.max_context_tokens=24", f"out={out}")
+    result = agile("rft", *options(files), *TINY, "rollout.max_context_tokens=12", f"out={out}")
     assert result.exit_code == 2
-    assert "more than rollout.max_context_tokens=24. Raise it" in result.output
+    assert "more than rollout.max_context_tokens=12. Raise it" in result.output
     assert not out.exists()
 
 

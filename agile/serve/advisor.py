@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from agile.config.hours import HoursConfig
-from agile.conversation import TURNS, in_full
+from agile.conversation import TURNS
 from agile.protocols import Advisor
 from agile.serve import requests
 from agile.serve.database import Database, DatabaseAway
 from agile.serve.requests import NobodyAsked, Outcome, Similar
+from agile.subjects import OPTIONS, meaning
 from agile.types import Advice, AdviceRequest, AdviceStatus
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class DeskAdvisor:
             budget: What may be spent in a day; nobody is asked whose answer would exceed it. None for any sum.
         """
         item = request.item
-        follows = bool(item.context.get(TURNS))  # and means something else to who did not hear the rest
+        special = bool(item.context.get(TURNS) or item.context.get(OPTIONS))  # its words alone do not say what it means
         try:
             asker = await asyncio.to_thread(
                 requests.post,
@@ -80,11 +81,11 @@ class DeskAdvisor:
                 question=item.question,
                 group=item.group,
                 product=item.product,
-                matched=in_full(item.question, item.context) if follows else None,
+                matched=meaning(item.question, item.context) if special else None,
                 detail={**about(request), **(detail or {})},
                 price=request.price,
                 reuse=not self.lasting,
-                similar=None if follows else self.similar,
+                similar=None if special else self.similar,
                 budget=budget,
                 agree=self.agree,
                 closed=self.hours is not None and not self.hours.are(time.time()),

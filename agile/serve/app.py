@@ -14,6 +14,7 @@ import jinja2
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from sqlalchemy.exc import DataError
 from starlette.exceptions import HTTPException
 
 from agile import __version__
@@ -74,6 +75,7 @@ def create_app(
     app.add_api_route("/metrics", prometheus, methods=["GET"], include_in_schema=False, response_model=None)
     app.add_exception_handler(ApiError, _api_error)  # type: ignore[arg-type]
     app.add_exception_handler(DatabaseAway, _away)
+    app.add_exception_handler(DataError, _unfit)
     app.add_exception_handler(Exception, _broken)
     app.add_exception_handler(RequestValidationError, _malformed)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
@@ -156,6 +158,15 @@ async def _away(request: Request, error: Exception) -> Response:
     if _is_api(request):
         return JSONResponse(ApiError(503, message, type="server_error", code="database_away").body, 503)
     return PlainTextResponse(message, 503)
+
+
+async def _unfit(request: Request, error: Exception) -> Response:
+    """What no database can look for, such as a NUL in PostgreSQL."""
+    logger.warning("a request held what the database cannot read: %s", type(error.__cause__).__name__)
+    message = "The request holds characters or numbers that cannot be read."
+    if _is_api(request):
+        return JSONResponse(ApiError(400, message).body, 400)
+    return _page(request, 400, message)
 
 
 async def _broken(request: Request, error: Exception) -> Response:

@@ -14,7 +14,6 @@ from sqlalchemy import select
 
 from agile.config import RunConfig, load_config
 from agile.config.task import DeskConfig
-from agile.conversation import in_full
 from agile.errors import AgileError
 from agile.protocols import Task
 from agile.run_folder import write_atomically, writing
@@ -23,7 +22,7 @@ from agile.serve.agreement import normalised
 from agile.serve.database import Database, database_url
 from agile.serve.models import Asker, Question, Request, Review, User
 from agile.serve.reviews import CORRECTED, RIGHT
-from agile.subjects import question_about, subjects
+from agile.subjects import meaning, question_about, subjects
 from agile.types import Item
 
 # of a served run's config, what a run from the desk takes over; what it does itself it says itself
@@ -122,7 +121,7 @@ def _rows(
     found = []
     with database.reading() as session:
         for question in session.scalars(asked):
-            word = known.get(about(question.product, in_full(question.text, json.loads(question.context))))
+            word = known.get(about(question.product, meaning(question.text, json.loads(question.context))))
             if word is None:
                 continue
             try:
@@ -162,7 +161,7 @@ def words(database: Database) -> dict[About, list[Word]]:
             word = Word(
                 review.at, answer or "", review.verdict in (RIGHT, CORRECTED), "review", name, review.explanation
             )
-            text = in_full(question.text, json.loads(question.context))
+            text = meaning(question.text, json.loads(question.context))
             found.setdefault(about(question.product, text), []).append(word)
         answers = session.execute(
             select(Request, Asker.question, User.name)
@@ -172,7 +171,7 @@ def words(database: Database) -> dict[About, list[Word]]:
         )
         for request, text, name in answers:
             word = Word(request.answered_at or 0.0, request.answer or "", True, "expert", name, request.explanation)
-            text = in_full(text, json.loads(request.detail))
+            text = meaning(text, json.loads(request.detail))
             found.setdefault(about(request.product, text), []).append(word)
     return found
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from argon2 import PasswordHasher
+from httpx2._config import DEFAULT_TIMEOUT_CONFIG
 
 from agile.serve import accounts
 from tests.serve.desk import Counted, Running, an_app, asks_once, open_desk, running
@@ -19,6 +20,18 @@ def cheap_passwords() -> Iterator[None]:
     accounts._NOBODY = accounts._hasher.hash("nobody")
     yield
     accounts._hasher, accounts._NOBODY = kept
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patient_clients() -> Iterator[None]:
+    """A machine with much to do may take longer than the five seconds after which clients give up."""
+    names = ("connect", "read", "write", "pool")
+    kept = {name: getattr(DEFAULT_TIMEOUT_CONFIG, name) for name in names}
+    for name in names:
+        setattr(DEFAULT_TIMEOUT_CONFIG, name, 60.0)
+    yield
+    for name in names:
+        setattr(DEFAULT_TIMEOUT_CONFIG, name, kept[name])
 
 
 @pytest.fixture

@@ -111,6 +111,8 @@ def test_an_agent_that_chooses_is_given_options(tmp_path: Path) -> None:
         ann = server.person("ann")
         until(lambda: ann.waiting() or None)
         assert "<dt>B</dt><dd>Vitamin C</dd>" in ann.client.get("/desk/queue").text
+        httpx2.post(url, json={**body, "metadata": {"A": "Vitamin C", "B": "Vitamin K"}}, headers=headers)
+        until(lambda: len(ann.waiting()) == 2 or None)  # the same words, but B is another
         ann.answers("B")
         assert "Vitamin A" in answered(server, asked)
         question = questions.by_id(server.database, asked)

@@ -54,7 +54,8 @@ def log_in(browser: Browser, url: str, name: str, width: int = 1280) -> None:
 
 
 def shows(browser: Browser, text: str) -> Any:
-    return text in str(browser.value("document.body?.innerText ?? ''")) or None
+    """Whether a page that is there whole, with its script, holds the text."""
+    return text in str(browser.value("document.readyState === 'complete' ? document.body.innerText : ''")) or None
 
 
 def picture(browser: Browser, name: str) -> None:
