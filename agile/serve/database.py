@@ -103,6 +103,7 @@ class Database:
             work: Called with what was given to it by all who want the same work done, it returns a result for each.
         """
         found: Future[T] = Future()
+        found.set_running_or_notify_cancel()  # who waits no more cannot take the work back
         with self._lock:
             if self._writer is None:
                 self._writer = threading.Thread(target=self._write, daemon=True, name="agile-writer")

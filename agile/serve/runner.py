@@ -216,6 +216,7 @@ class Runner:
         served = self._take()
         kept = questions.ask(self.database, user_id, text, product, served.deployment, webhook, known)
         begun: Future[tuple[Question, Progress]] = Future()
+        begun.set_running_or_notify_cancel()
 
         def begin(kept: Future[Question]) -> None:  # also where nobody waits for it any more
             try:

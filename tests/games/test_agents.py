@@ -10,8 +10,11 @@ import pytest
 from agile.chat_format import ChatFormat, for_template
 from agile.model import load_tokenizer
 from agile.tasks.games import clues
+from agile.tasks.games.game_2048 import possible
 from agile.tasks.games.mailbox import tool_call
+from agile.tasks.games.tictactoe import free
 from examples import clues as clues_agent
+from examples import game_2048, tictactoe
 from examples import mailbox as mailbox_agent
 from examples.harness import Example, make_model
 
@@ -32,7 +35,10 @@ def text(content: str) -> dict[str, Any]:
     return {"role": "assistant", "content": content}
 
 
-@pytest.mark.parametrize("example", [clues_agent.EXAMPLE, mailbox_agent.EXAMPLE], ids=["clues", "mailbox"])
+AGENTS = {"clues": clues_agent, "mailbox": mailbox_agent, "tictactoe": tictactoe, "2048": game_2048}
+
+
+@pytest.mark.parametrize("example", [agent.EXAMPLE for agent in AGENTS.values()], ids=AGENTS)
 def test_demonstrations_are_read_as_they_were_written(example: Example, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(make_model(tmp_path / "model", example, 0)))
     assert max(tokenizer.get_vocab().values()) < len(tokenizer), "a word stands twice in the vocabulary"
@@ -91,3 +97,34 @@ def test_the_mail_that_was_found_and_read_holds_the_answer() -> None:
     asyncio.run(mailbox_agent.answer(t, "b"))
     shown = [m["content"] for m in says.shown if m["role"] == "tool"]
     assert str(question.mail) in shown[0].split() and question.answer in shown[1].split()
+
+
+@pytest.mark.parametrize(
+    ("said", "reward"),
+    [(["x"], -0.5), (["1", "1"], -0.5), (["1", ""], -0.5), (["1", "2", "3"], 1.0), (["1", "2", "4"], 0.0)],
+)
+def test_a_game_is_worth_how_it_ends_and_a_move_that_is_none_loses_it(said: list[str], reward: float) -> None:
+    def answers(board: str, who: str, rng: Random) -> int:
+        """The highest free cell but one that the agent wants."""
+        return max(cell for cell in free(board) if str(cell + 1) not in said)
+
+    says: Any = Says(*map(text, said))
+    assert asyncio.run(tictactoe.game(says, answers, Random(0))) == reward
+    assert not says.messages
+
+
+def test_2048_is_worth_its_score_and_shows_each_board_alone() -> None:
+    rng, moves = Random(0), 0
+
+    class Plays(Says):
+        async def chat(self, messages: list[Any], **_: Any) -> dict[str, Any]:
+            nonlocal moves
+            moves += 1
+            (board,) = messages
+            (*tiles,) = map(int, board["content"].split()[:16])
+            assert board["content"].split()[16:] == possible(tuple(tiles))
+            return text("left" if moves % 2 else "nothing")
+
+    plays: Any = Plays()
+    score = asyncio.run(game_2048.game(plays, rng))
+    assert moves > 40 and score > 0 and score % 4 == 0

@@ -8,12 +8,13 @@ import pytest
 from agile.tasks.games.tictactoe import EMPTY, LINES, free, over, perfect_move, put, random_move, value, won
 
 
-def reachable(board: str = EMPTY, who: str = "x") -> set[str]:
+def reachable() -> set[str]:
     """Every position of every game."""
-    found = {board}
-    if not over(board):
-        for cell in free(board):
-            found |= reachable(put(board, cell, who), "o" if who == "x" else "x")
+    found, new, who = {EMPTY}, {EMPTY}, "x"
+    while new:
+        new = {put(board, cell, who) for board in new if not over(board) for cell in free(board)}
+        found |= new
+        who = "o" if who == "x" else "x"
     return found
 
 

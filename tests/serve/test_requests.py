@@ -209,3 +209,11 @@ def test_accounts(database: Database) -> None:
     accounts.disable_user(database, "ann")
     assert accounts.by_password(database, "ann", "correct horse") is None
     assert accounts.revoke_keys(database, "cust") == 1 and accounts.by_key(database, key) is None
+
+
+def test_who_waits_no_more_does_not_hold_up_the_others(database: Database) -> None:
+    async def leave() -> None:
+        asyncio.wrap_future(questions.ask(database, CUST, "is it red ?", "p1")).cancel()
+
+    asyncio.run(leave())
+    assert questions.ask(database, CUST, "is it warm ?", "p1").result(60).number == 2
