@@ -5,6 +5,8 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest -q
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Packages are installed without bytecode; each module's is written when it is first imported, or every start would pay again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-vllm browser lint clean
