@@ -12,7 +12,7 @@ from random import Random
 
 from agile.gateway import OpenTrajectory
 from agile.tasks.games import clues
-from examples.harness import Conversation, Example, main
+from examples.harness import GRPO, Conversation, Example, main
 
 CARE = 0.5
 
@@ -52,17 +52,7 @@ EXAMPLE = Example(
         "sampled/all": "all three parts right, %, sampled",
         "sampled/parts": "parts right, %, sampled",
     },
-    learner={
-        "ppo": {
-            "estimator": "group",
-            "value_coef": 0,
-            "value_warmup_epochs": 0,
-            "kl_coef": 0,
-            "lr": 1e-3,
-            "num_epochs": 2,
-            "checkpoint_every": 1000,
-        }
-    },
+    learner={"ppo": GRPO},
     num_steps=40,
     groups=16,
     size=8,

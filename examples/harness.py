@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +28,15 @@ from agile.model import small_llama
 TEMPLATE = """\
 {% for m in messages %}{{- '<|im_start|> ' + m.role + ' ' + m.content + ' <|im_end|> ' }}{% endfor %}\
 {% if add_generation_prompt %}{{- '<|im_start|> assistant ' }}{% endif %}"""
+GRPO: Mapping[str, Any] = {  # settings of PPO: plays of one group are compared, there is no critic
+    "estimator": "group",
+    "value_coef": 0,
+    "value_warmup_epochs": 0,
+    "kl_coef": 0,
+    "lr": 1e-3,
+    "num_epochs": 2,
+    "checkpoint_every": 1000,
+}
 SPECIAL = ("<|im_end|>", "<|im_start|>", "<pad>")
 Conversation = list[dict[str, Any]]
 
@@ -176,6 +186,7 @@ def main(example: Example) -> None:
     parser.add_argument("--steps", type=int, default=example.num_steps)
     parser.add_argument("--shuffle", action="store_true", help="control: each play has the reward of another one")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # more only get in each other's way on models so small
     folder = args.out / f"{'control' if args.shuffle else 'seed'}-{args.seed}"
     folder.mkdir(parents=True)
     model = make_model(folder / "untrained", example, args.seed)

@@ -14,7 +14,7 @@ from random import Random
 from agile.gateway import OpenTrajectory
 from agile.tasks.games import mailbox as game
 from agile.tools.mailbox import Mailbox
-from examples.harness import Conversation, Example, main
+from examples.harness import GRPO, Conversation, Example, main
 
 MAX_CALLS, MAX_HITS = 4, 2
 SEARCH_PRICE = 0.1
@@ -91,18 +91,7 @@ EXAMPLE = Example(
         "greedy/right": "right answers, %, greedy",
         "greedy/searches": "searches per question, greedy",
     },
-    learner={
-        "ppo": {
-            "estimator": "group",
-            "value_coef": 0,
-            "value_warmup_epochs": 0,
-            "kl_coef": 0,
-            "lr": 1e-3,
-            "num_epochs": 2,
-            "batch_size": 32,
-            "checkpoint_every": 1000,
-        }
-    },
+    learner={"ppo": {**GRPO, "batch_size": 32}},
     num_steps=30,
     groups=8,
     size=8,

@@ -16,7 +16,7 @@ from random import Random
 
 from agile.gateway import OpenTrajectory
 from agile.tasks.games.tictactoe import EMPTY, free, over, perfect_move, put, random_move, won
-from examples.harness import Conversation, Example, main
+from examples.harness import GRPO, Conversation, Example, main
 
 WIN, DRAW, LOSS, ILLEGAL = 1.0, 0.5, 0.0, -0.5
 Player = Callable[[str, str, Random], int]
@@ -80,17 +80,7 @@ EXAMPLE = Example(
         "greedy/not_lost_perfect": "drawn with a perfect player, greedy, %",
         "sampled/not_lost_perfect": "the same, sampled",
     },
-    learner={
-        "ppo": {
-            "estimator": "group",
-            "value_coef": 0,
-            "value_warmup_epochs": 0,
-            "kl_coef": 0,
-            "lr": 1e-3,
-            "num_epochs": 2,
-            "checkpoint_every": 1000,
-        }
-    },
+    learner={"ppo": GRPO},
     num_steps=100,
     groups=12,
     size=8,
