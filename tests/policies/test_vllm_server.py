@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,6 +17,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from agile.errors import AgileError
@@ -159,19 +161,23 @@ def test_a_reload_that_does_not_reload_is_noticed(
     older = policy._pushed.folder if policy._pushed else None
     ask = policy._ask
 
+    copying = threading.Lock()  # both servers are told at once
+
+    def spoilt(told: Path) -> Path:
+        if fault == "nothing":
+            return older or told
+        bad = told.with_name(f"bad-{fault}")
+        with copying:
+            if not bad.exists():
+                shutil.copytree(told, bad)
+                (file,) = bad.glob("*.safetensors")
+                save_file({n: t for n, t in load_file(file).items() if n != stale}, file, metadata={"format": "pt"})
+        return bad
+
     def faulty(server: Any, path: str, body: Any = None, timeout_s: float = 60.0) -> Any:
         if path == "/collective_rpc":
             told = Path(body["kwargs"]["weights_path"])
-            bad = told.with_name(f"bad-{fault}")
-            if fault == "nothing":
-                bad = older or told
-            elif not bad.exists():
-                shutil.copytree(told, bad)
-                from safetensors.torch import load_file, save_file
-
-                (file,) = bad.glob("*.safetensors")
-                save_file({n: t for n, t in load_file(file).items() if n != stale}, file, metadata={"format": "pt"})
-            body = {**body, "kwargs": {"weights_path": str(bad)}}
+            body = {**body, "kwargs": {"weights_path": str(spoilt(told))}}
         return ask(server, path, body, timeout_s)
 
     version = policy.version + 1
