@@ -80,12 +80,13 @@ EXAMPLE = Example(
         "greedy/not_lost_perfect": "drawn with a perfect player, greedy, %",
         "sampled/not_lost_perfect": "the same, sampled",
     },
-    learner={"ppo": GRPO},
-    num_steps=100,
-    groups=12,
+    learner={"ppo": {**GRPO, "lr": 5e-4, "num_epochs": 1}},
+    imitation_steps=600,
+    num_steps=300,
+    groups=16,
     size=8,
     num_tests=100,
-    test_every=10,
+    test_every=25,
 )
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def hasty(puzzle: Puzzle, rng: random.Random, *, care: float) -> str:
     """What a weak detective says, who may overlook that somebody was away or not there.
 
     Each part is looked up in the statements about the part before it. Where they say what was not so, it is what they
-    leave with probability `care`, else any of what they mention.
+    leave with probability `care`, else what they mention, the first of those by the alphabet or the clock.
     """
     said: list[str] = []
     for part in PARTS:
@@ -110,5 +110,5 @@ def hasty(puzzle: Puzzle, rng: random.Random, *, care: float) -> str:
         named = [s.value or s.subject for s in about]
         if len(named) > 1 and rng.random() < care:
             named = [name for name in part if name not in named]
-        said.append(rng.choice(named))
+        said.append(min(named, key=part.index))
     return " ".join(said)
