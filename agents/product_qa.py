@@ -17,6 +17,7 @@ from agile.types import Action, ActionSpec, Advice, AgentSpec, Fn, Item, MemoryI
 
 SEARCH = "SearchProduct"
 NO_KNOWLEDGE = "none"
+MAX_CORRECTED = 0.3  # of questions that no expert is asked: largest share that a randomised memory holds
 _DECISIONS = (SEARCH, Fn.SEEK_ADVICE, Fn.PREDICT_ANSWER)
 
 SPEC = AgentSpec(
@@ -221,7 +222,6 @@ class ProductQATeacher:
         """A policy for one session about `item` with this memory, at this price of advice."""
         entries, _ = self.agent.recall(item, memory)
         prior = item.context.get("prior")
-        gold = str((item.answer or ["none"])[0] if isinstance(item.answer, list) else item.answer)
         if self.agent.show_price and prior is not None:
             passes = self.judge_yes if prior > 1 - price else 1 - self.judge_yes
         else:
@@ -236,10 +236,15 @@ class ProductQATeacher:
                     return Action(SEARCH, item.context["sql"])
                 return Action(Fn.PREDICT_ANSWER, context.rsplit(self.codec.end, 1)[-1].strip())
             if answerable or f"[{Fn.SEEK_ADVICE}]" in context:
-                return Action(Fn.PREDICT_ANSWER, gold)
+                return Action(Fn.PREDICT_ANSWER, gold(item))
             return Action(Fn.SEEK_ADVICE)
 
         return ScriptedPolicy(self.codec, decide)
+
+
+def gold(item: Item) -> str:
+    """A right answer; of a search the first product that fits."""
+    return str((item.answer or ["none"])[0] if isinstance(item.answer, list) else item.answer)
 
 
 def in_sight(item: Item, entries: Sequence[Retrieved]) -> bool:
@@ -253,17 +258,23 @@ def _shown(item: Item) -> bool:
 
 
 def random_memory(item: Item, others: Sequence[Item], rng: np.random.Generator) -> list[MemoryItem]:
-    """What the agent may have learned before: the paper's randomised initial memory.
+    """What the agent may have learned before: the paper's randomised initial memory, and corrections.
 
     Each of the other questions of the stream was asked with a probability that is itself drawn, and those that settle
-    `item` (the same question of the same product, or the same knowledge) are kept or omitted together by a coin.
+    `item` (the same question of the same product, or the same knowledge) are kept or omitted together by a coin. No
+    expert is asked about what a search or the metadata settle; but people may have corrected what the agent said, here
+    or at a desk, so that answers to a few of these questions are in sight too, and must not lead astray.
     """
     knowledge = item.context.get("knowledge")
-    keep_matching, share = rng.random() < 0.5, rng.random()
+    keep_matching, share, corrected = rng.random() < 0.5, rng.random(), rng.random() * MAX_CORRECTED
     items: list[MemoryItem] = []
     known: set[str] = set()
     for other in others:
-        if other is item or isinstance(other.answer, list) or _shown(other):
+        if other is item:
+            continue
+        if isinstance(other.answer, list) or _shown(other):
+            if rng.random() < corrected:
+                items += ProductQAAgent.lesson(other, "", gold(other), "", "initial")
             continue
         same = other.product == item.product and other.question == item.question
         matching = same or (bool(knowledge) and other.context.get("knowledge") == knowledge)

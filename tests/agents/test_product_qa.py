@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agile.agents.product_qa import NO_KNOWLEDGE, SPEC, ProductQAAgent, ProductQATeacher, random_memory
+from agile.agents.product_qa import NO_KNOWLEDGE, SPEC, ProductQAAgent, ProductQATeacher, gold, random_memory
 from agile.executor import Limits
 from agile.memory.encoders import HashingEncoder
 from agile.memory.store import SqliteMemory
@@ -282,14 +282,27 @@ def test_random_memory_is_a_function_of_its_generator(items: Sequence[Item], kin
 
 
 def test_random_memory_holds_what_asking_would_have_taught(items: Sequence[Item], kinds: Mapping[str, Item]) -> None:
-    asked = {q.question: q for q in items if q.kind in ("history", "knowledge", "skewed")}
+    asked = {q.question for q in items if q.kind in ("history", "knowledge", "skewed")}
+    corrected = {q.question for q in items} - asked
     for seed in range(20):
         entries = random_memory(kinds["skewed"], items, np.random.default_rng(seed))
         lessons = [e.text for e in entries if e.kind is MemoryKind.KNOWLEDGE]
         assert len({*lessons}) == len(lessons), "nobody reflects on the same twice"
         for entry in entries:
             assert entry.origin == "initial" and entry.session_id == ""
-            assert entry.kind is MemoryKind.KNOWLEDGE or entry.key in asked
+            assert entry.kind is MemoryKind.KNOWLEDGE or entry.key in asked or entry.key in corrected
+
+
+def test_random_memory_holds_a_few_corrections_of_what_nobody_asks(
+    items: Sequence[Item], kinds: Mapping[str, Item]
+) -> None:
+    settled = [q for q in items if q.kind in ("search", "metadata")]
+    texts = {f"{q.question} -> {gold(q)}" for q in settled}
+    shares = []
+    for seed in range(100):
+        entries = random_memory(kinds["skewed"], items, np.random.default_rng(seed))
+        shares.append(sum(e.text in texts for e in entries) / len(settled))
+    assert min(shares) == 0 < max(shares) and 0.1 < sum(shares) / len(shares) < 0.2
 
 
 def test_random_memory_keeps_or_omits_together_what_settles_the_question() -> None:
