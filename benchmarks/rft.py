@@ -2,15 +2,13 @@
 
     python -m benchmarks.rft runs/rft --seeds 0 1 2
 
-Notes are turned into JSON. The model is first trained by imitation of a weak player on other notes, who takes the
-buyer for the seller, and the net amount for the total: of invoices each now and then, of bills nearly always. So it
-starts with a habit that is wrong, and with something to explore; that bills are to be read as invoices are it learns
-from the grader alone.
+Notes are turned into JSON. The model is first trained by imitation of a weak player on other notes, who nearly always
+takes the net amount for the total, and the buyer for the seller now and then. So it starts with a habit that is wrong
+and one that is right, and with something to explore; which is which it learns from the grader alone.
 
 Each seed also has a control from the same start: every answer has the reward of another one (demo.shuffle_rewards).
-Half of the notes of each file are bills, and the player is as rarely right about them as it is wrong about invoices.
-So the start's sampled and greedy answers are worth about the same, neither kind is near a tie, and noise spoils one
-as it mends the other.
+The player is as rarely right about totals as it is wrong about sellers: the start's sampled and greedy answers are
+worth about the same, neither field is near a tie, and noise spoils one as it mends the other.
 
 Whatever is done stands in the folder: started again, it goes on. A seed takes 2.3 minutes of processor time.
 """
@@ -43,10 +41,10 @@ SETTINGS = ("compute_multiplier=0.25", "eval_interval=5", "threads=1")
 EPOCHS = {"train": 200, "shuffled": 50}
 LIMITS = ("rollout.max_action_tokens=32", "rollout.max_context_tokens=96")
 IMITATION = ("sft.num_steps=300", "sft.lr=4e-3", "sft.batch_size=64", "sft.checkpoint_every=300")
-WRONG = {"invoice": 0.15, "bill": 0.85}  # how often the player is wrong about each field
+WRONG = {"seller": 0.15, "total": 0.85}  # how often the player is
 
 
-def note(rng: random.Random, kind: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def note(rng: random.Random) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """A note, what it says, and what the weak player takes it for."""
     seller, buyer = rng.sample(NAMES, 2)
     net, total = rng.sample(AMOUNTS, 2)
@@ -54,8 +52,8 @@ def note(rng: random.Random, kind: str) -> tuple[str, dict[str, Any], dict[str, 
     for part in parts:
         rng.shuffle(part)
     right, wrong = {"seller": seller, "total": total}, {"seller": buyer, "total": net}
-    said = {k: (wrong if rng.random() < WRONG[kind] else right)[k] for k in right}
-    return f"{kind} {' '.join(parts[0])} {' '.join(parts[1])}", right, said
+    said = {k: (wrong if rng.random() < WRONG[k] else right)[k] for k in right}
+    return f"invoice {' '.join(parts[0])} {' '.join(parts[1])}", right, said
 
 
 def messages(text: str, answer: dict[str, Any] | None = None) -> list[dict[str, str]]:
@@ -73,7 +71,7 @@ def write_files(folder: Path, seed: int, *, num_rows: int = 50, num_imitated: in
     rng = random.Random(seed)
     notes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     while len(notes) < num_imitated + 2 * num_rows:
-        text, right, said = note(rng, list(WRONG)[len(notes) % 2])
+        text, right, said = note(rng)
         notes.setdefault(text, (right, said))
     told = list(notes.items())
     imitated, train, validation = (

@@ -1,7 +1,8 @@
 """What the example agents share: a small model from scratch, imitation, many plays at once, tests, a control, a curve.
 
 An example is an `Example` and `main(EXAMPLE)`. Each run has a folder `OUT/seed-N` (or `OUT/control-N`) with its
-`course.json`; the curve and the table are drawn from all runs that are in OUT.
+`course.json`, and both of a seed start from `OUT/imitation-N`; the curve and the table are drawn from all runs that are
+in OUT.
 """
 
 from __future__ import annotations
@@ -189,17 +190,19 @@ def main(example: Example) -> None:
     torch.set_num_threads(1)  # more only get in each other's way on models so small
     folder = args.out / f"{'control' if args.shuffle else 'seed'}-{args.seed}"
     folder.mkdir(parents=True)
-    model = make_model(folder / "untrained", example, args.seed)
-    shown = example.demonstrate(example.num_demonstrations, Random(args.seed))
-    start = imitate(
-        model,
-        folder / "imitation",
-        shown,
-        num_steps=example.imitation_steps,
-        lr=3e-3,
-        tools=example.tools,
-        seed=args.seed,
-    )
+    if not (start := args.out / f"imitation-{args.seed}").exists():  # the control begins where the run does
+        model = make_model(folder / "untrained", example, args.seed)
+        shown = example.demonstrate(example.num_demonstrations, Random(args.seed))
+        trained = imitate(
+            model,
+            folder / "imitation",
+            shown,
+            num_steps=example.imitation_steps,
+            lr=3e-3,
+            tools=example.tools,
+            seed=args.seed,
+        )
+        trained.rename(start)
     settings = {"threads": 1, "max_batch_size": example.groups * example.size, **example.learner}
     with agile.Learner(folder / "run", model=str(start), seed=args.seed, **settings) as learner:
         asyncio.run(train(learner, example, args, folder / "course.json"))

@@ -100,8 +100,8 @@ def tool_call(name: str, value: str) -> dict[str, Any]:
 def clumsy(mailbox: Mailbox, question: Question, rng: random.Random, *, max_calls: int) -> list[dict[str, Any]]:
     """The conversation of a weak searcher.
 
-    It searches for one or two words of the question, whichever they are, searches again though it has hits, reads any
-    of them, and goes on though it has an answer.
+    It searches for one or two of sender, topic and event, whichever they are, searches again though it has hits, reads
+    any of them, and goes on though it has an answer.
     """
     messages: list[dict[str, Any]] = [{"role": "user", "content": question.text}]
     hits: list[str] = []
@@ -111,7 +111,7 @@ def clumsy(mailbox: Mailbox, question: Question, rng: random.Random, *, max_call
         if hits and rng.random() < 0.5:
             name, value = READ, rng.choice(hits)
         else:
-            words = [word for word in question.text.split() if word.isalpha()]
+            words = [word for word in question.text.split() if word in (*PEOPLE, *TOPICS, *EVENTS)]
             name, value = SEARCH, " ".join(rng.sample(words, rng.choice((1, 2))))
         shown = respond(mailbox, name, {ARGUMENTS[name]: value})
         messages += [tool_call(name, value), {"role": "tool", "content": shown}]
