@@ -4,8 +4,8 @@
     python -m examples.game_2048 runs/2048 --seed 0
 
 A Llama of 0.1 million parameters first imitates a player who has a plan and does not keep to it: the first possible
-move of down, left, right, up, but one move in four at random. Then it learns by PPO. Every move is a
-call of its own that shows the board and the possible moves, and nothing of what was before: a game is a trajectory of a
+move of down, left, right, up, but one move in four at random. Then it learns by PPO. Every move is a call of its own
+that shows the score, the board and the possible moves, and nothing of what was before: a game is a trajectory of a
 hundred segments and more, with one reward, its score in thousands, at the end of the last. The critic carries it to
 each move. In place of a move that is not possible chance makes one that is. Each test plays the same 40 new games.
 """
