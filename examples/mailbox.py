@@ -4,7 +4,7 @@
     python -m examples.mailbox runs/mailbox --seed 0
 
 The agent has two tools, a full-text search and one that shows a mail. A Llama of 0.1 million parameters first imitates
-a clumsy searcher, who searches for some of the words that mails hold and goes on when it has the answer. Then it learns,
+a clumsy searcher, who searches for any words that mails hold and goes on when it has the answer. Then it learns,
 GRPO over groups of the same question; every question has a mailbox of its own, in training and in tests. A right answer
 is worth 1, less 0.1 for every search; a wrong one is worth nothing.
 """
