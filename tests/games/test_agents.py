@@ -114,17 +114,19 @@ def test_a_game_is_worth_how_it_ends_and_a_move_that_is_none_loses_it(said: list
 
 
 def test_2048_is_worth_its_score_and_shows_each_board_alone() -> None:
-    rng, moves = Random(0), 0
+    rng, moves, hundreds = Random(0), 0, [0]
 
     class Plays(Says):
         async def chat(self, messages: list[Any], **_: Any) -> dict[str, Any]:
             nonlocal moves
             moves += 1
             (board,) = messages
-            (*tiles,) = map(int, board["content"].split()[:16])
-            assert board["content"].split()[16:] == possible(tuple(tiles))
+            so_far, *words = board["content"].split()
+            assert int(so_far.removeprefix("score-")) >= hundreds[-1], "it never falls"
+            hundreds.append(int(so_far.removeprefix("score-")))
+            assert words[16:] == possible(tuple(map(int, words[:16])))
             return text("left" if moves % 2 else "nothing")
 
     plays: Any = Plays()
     score = asyncio.run(game_2048.game(plays, rng))
-    assert moves > 40 and score > 0 and score % 4 == 0
+    assert moves > 40 and score > 0 and score % 4 == 0 and score // 100 - hundreds[-1] in (0, 1)
