@@ -161,9 +161,8 @@ class CachedEncoder:
             missing = self._load([t for t in dict.fromkeys(texts) if t not in self._ram])
             missing.sort(key=lambda t: (len(t), t))  # little padding, and batches do not depend on the order of calls
             batches = [missing[i : i + _BATCH] for i in range(0, len(missing), _BATCH)]
-            for batch in track(
-                batches, f"Embedding {len(missing):,} texts", console=Console(stderr=True), disable=len(batches) < 2
-            ):
+            shown = track(batches, f"Embedding {len(missing):,} texts", console=Console(stderr=True))
+            for batch in shown if len(batches) > 1 else batches:  # even a bar that does not show has a thread
                 self._embed(batch)
 
     def _load(self, texts: list[str]) -> list[str]:
