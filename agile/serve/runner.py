@@ -273,7 +273,7 @@ class Runner:
                 await self._finish(question, progress, None, f"{type(error).__name__}: {error}", served)
             else:
                 why = f"{session.status}: {session.error}".removesuffix(": ")
-                failed = session.answer is None or session.failed
+                failed = (session.answer is None or session.failed) and not session.advised
                 await self._finish(question, progress, session, why if failed else "", served)
         finally:
             self._give_back(served)
@@ -314,7 +314,11 @@ class Runner:
         self, question: Question, progress: Progress, session: Session | None, error: str, served: Served
     ) -> None:
         sure = None if session is None or session.advised else confidence(session, served.executor.codec)
-        answer = None if session is None or error else session.answer
+        answer = None
+        if session is not None and not error:
+            answer = None if session.failed else session.answer
+            if answer is None and session.advice is not None:  # it failed after it had asked
+                answer = session.advice.answer
         text = None if session is None else json.dumps(session, separators=(",", ":"), default=parts)
 
         async def keep() -> None:

@@ -95,9 +95,12 @@ async def play(
         executor.score,
         executor.limits,
     )
-    return await player.run(
+    session = await player.run(
         sampled, item, remembered, stream_id=STREAM, index=number, progress=0.0, seed=seed, price=price
     )
+    if session.failed and session.advised and not session.written:  # what an expert said is not lost with it
+        remembered.write(executor.agent.remember(item, session.id, session.advice, ""))
+    return session
 
 
 async def patiently(do: Callable[[], Awaitable[T]]) -> T:

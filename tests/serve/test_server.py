@@ -213,6 +213,21 @@ def test_a_session_that_fails_is_told_as_it_is(tmp_path: Path) -> None:
         assert json.loads(httpx2.get(f"{server.url}/healthz").text) == {"status": "ok"}
 
 
+def test_what_an_expert_said_outlives_the_session_that_fails_on_it(tmp_path: Path) -> None:
+    def breaks(context: str) -> Action:
+        if "answer:" in context and "history 1.00 same" not in context:
+            raise RuntimeError("no weights")
+        return asks_once(context)
+
+    with running(an_app(tmp_path, open_desk(tmp_path), Counted(breaks), wait_s=0)) as server:
+        first = ask(server).json()["agile"]["answer_id"]
+        server.person("ann").answers("yes")
+        assert until(lambda: answer(server, first)["answer"] or None) == "yes"
+        again = ask(server).json()["agile"]["answer_id"]
+        assert until(lambda: answer(server, again)["answer"] or None) == "yes"
+        assert len(server.app.state.desk.memory) == 1 and requests.num_waiting(server.database) == 0
+
+
 def test_metrics_and_limits(tmp_path: Path) -> None:
     with running(an_app(tmp_path, open_desk(tmp_path), Counted(asks_once), requests_per_minute=2, wait_s=0)) as server:
         assert [ask(server).status_code for _ in range(3)] == [200, 200, 429]
