@@ -31,7 +31,7 @@ class Watch:
     """Tells browsers that the queue has changed, whoever changed it: runs share the database."""
 
     database: Database
-    _seen: list[tuple[str, str, int | None, int]] | None = None
+    _seen: list[tuple[Any, ...]] | None = None
     _version: int = 0
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
     _watchers: int = 0

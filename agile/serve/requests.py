@@ -376,17 +376,19 @@ def num_waiting(database: Database) -> int:
         return session.scalar(select(func.count()).where(Request.status.in_(WAITING))) or 0
 
 
-def snapshot(database: Database) -> list[tuple[str, str, int | None, int]]:
-    """The queue in short, which differs when anything in it has changed: id, status, claimer and number of askers."""
+def snapshot(database: Database) -> list[tuple[Any, ...]]:
+    """The queue in short, which differs when anything in it has changed: id, status, claimer, how many ask, and what
+    experts did with it."""
+    done = select(func.count()).where(Claim.request_id == Request.id).scalar_subquery()
     with database.reading() as session:
         found = session.execute(
-            select(Request.id, Request.status, Request.claimed_by, func.count(Asker.id))
+            select(Request.id, Request.status, Request.claimed_by, func.count(Asker.id), done)
             .join(Asker, Asker.request_id == Request.id)
             .where(Request.status.in_(WAITING))
             .group_by(Request.id, Request.status, Request.claimed_by)
             .order_by(Request.id)
         )
-        return [(i, status, claimer, askers) for i, status, claimer, askers in found]
+        return [tuple(row) for row in found]
 
 
 def _tell(session: Session, request_id: str) -> bool:

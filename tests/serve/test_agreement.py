@@ -53,7 +53,9 @@ def says(database: Database, request: str, user: int, answer: str, why: str = ""
 
 def test_two_who_say_the_same_answer_it(database: Database) -> None:
     asker, request = post(database)
+    before = requests.snapshot(database)
     assert says(database, request, ANN, "Yes.", "it glows") is Said.NOTED
+    assert requests.snapshot(database) != before, "who watches the queue sees that somebody answered"
     assert requests.answer(database, request, ANN, "Yes.", "it glows", "k") is Said.AGAIN, "sent twice"
     assert not requests.claim(database, request, ANN, claim_s=60), "nobody agrees with themselves"
     assert requests.outcomes(database, [asker]) == {}
