@@ -3,11 +3,12 @@
     pip install -c constraints.txt -e ".[serve]"
     python -m examples.game_2048 runs/2048 --seed 0
 
-A Llama of 0.1 million parameters first imitates a player who has a plan and does not keep to it: the first possible
-move of down, left, right, up, but one move in four at random. Then it learns by PPO. Every move is a call of its own
-that shows the score, the board and the possible moves, and nothing of what was before: a game is a trajectory of a
-hundred segments and more, with one reward, its score in thousands, at the end of the last. The critic carries it to
-each move. In place of a move that is not possible chance makes one that is. Each test plays the same 40 new games.
+A Llama of 0.1 million parameters first imitates a player who has a plan and mostly loses his head: his move is the first
+possible one of down, left, right and up, but where at most two cells are free, seven times in ten the first of up,
+right, left and down. Then it learns by PPO. Every move is a call of its own that shows the score, the board and the
+possible moves, and nothing of what was before: a game is a trajectory of a hundred segments and more, with one reward,
+its score in thousands, at the end of the last. The critic carries it to each move. In place of a move that is not
+possible chance makes one that is. Each test plays the same 40 new games.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from examples.harness import Conversation, Example, main
 
 PLAN = ("down", "left", "right", "up")
 MAX_SCORE = 99  # in hundreds, that can be told
-DISTRACTED = 0.25  # share of the imitated player's moves that are made at random
+FULL, PANIC = 2, 0.7  # free cells at which the imitated player loses his head, and how often
 
 
 def shown(board: Board, score: int) -> dict[str, str]:
@@ -48,12 +49,13 @@ async def measure(t: OpenTrajectory, name: str) -> dict[str, float]:
 
 
 def demonstrate(num: int, rng: Random) -> list[Conversation]:
-    """Moves, a conversation each, of a player who keeps to a plan three times in four."""
+    """Moves, a conversation each, of a player who forgets his plan where the board is nearly full."""
     found: list[Conversation] = []
     while len(found) < num:
         board, score = opening(rng), 0
         while moves := possible(board):
-            move = rng.choice(moves) if rng.random() < DISTRACTED else next(m for m in PLAN if m in moves)
+            lost = board.count(0) <= FULL and rng.random() < PANIC
+            move = next(m for m in (reversed(PLAN) if lost else PLAN) if m in moves)
             found.append([shown(board, score), {"role": "assistant", "content": move}])
             board, gained = slide(board, move)
             board, score = with_new_tile(board, rng), score + gained
@@ -76,7 +78,7 @@ EXAMPLE = Example(
             "lr": 5e-4,
             "value_lr": 2e-3,
             "value_warmup_epochs": 10,
-            "lam": 0.98,
+            "lam": 0.95,
             "num_epochs": 1,
             "batch_size": 256,
             "micro_batch_tokens": 16384,
@@ -88,8 +90,8 @@ EXAMPLE = Example(
     size=1,
     num_tests=40,
     test_every=10,
-    num_demonstrations=8000,
-    imitation_steps=150,
+    num_demonstrations=20000,
+    imitation_steps=400,
 )
 
 if __name__ == "__main__":
