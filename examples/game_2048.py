@@ -3,12 +3,12 @@
     pip install -c constraints.txt -e ".[serve]"
     python -m examples.game_2048 runs/2048 --seed 0
 
-A Llama of 0.1 million parameters first imitates a player who has a plan and mostly loses his head: his move is the first
-possible one of down, left, right and up, but where at most two cells are free, seven times in ten the first of up,
-right, left and down. Then it learns by PPO. Every move is a call of its own that shows the score, the board and the
-possible moves, and nothing of what was before: a game is a trajectory of a hundred segments and more, with one reward,
-its score in thousands, at the end of the last. The critic carries it to each move. In place of a move that is not
-possible chance makes one that is. Each test plays the same 40 new games.
+A Llama of 0.1 million parameters first imitates a player who has a plan, the first possible move of down, left, right
+and up, and loses his head where at most two cells are free: there he takes the first of up, right, left and down, seven
+times in ten. Then it learns by PPO. Every move is a call of its own that shows the score, the board and the possible
+moves, and nothing of what was before: a game is a trajectory of a hundred segments and more, with one reward, its score
+in thousands, at the end of the last. The critic carries it to each move. In place of a move that is not possible chance
+makes one that is. Each test plays the same 40 new games.
 """
 
 from __future__ import annotations
