@@ -79,7 +79,7 @@ EXAMPLE = Example(
             "lr": 5e-4,
             "value_lr": 2e-3,
             "value_warmup_epochs": 10,
-            "lam": 0.9,
+            "lam": 0.98,
             "num_epochs": 1,
             "batch_size": 256,
             "micro_batch_tokens": 16384,
