@@ -22,7 +22,7 @@ from agile.serve.memory import DeskMemory
 from agile.serve.metrics import Metrics
 from agile.serve.runner import Runner
 
-LOOK_S = 0.4  # how often the queue is looked at while somebody watches it
+LOOK_S = 0.2  # how often the queue is looked at while somebody watches it
 KEEP_ALIVE_S = 15.0
 
 
