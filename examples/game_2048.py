@@ -86,7 +86,7 @@ EXAMPLE = Example(
             "checkpoint_every": 1000,
         },
     },
-    num_steps=60,
+    num_steps=40,
     groups=16,
     size=1,
     num_tests=40,
