@@ -23,6 +23,7 @@ T = TypeVar("T")
 # Nobody is waited for in vain: who fails ends all. One process may still play for hours longer than another.
 _PATIENCE = timedelta(days=2)
 _LOOK_S = 0.5
+_EXIT_S = 60.0  # takes an instant, but for a machine that is busy or was asleep
 _EXIT_CODE = 2
 
 _groups: dict[str, Any] = {}  # of gloo: of the main thread, and of the one that collects ahead of training
@@ -211,7 +212,7 @@ def _watch() -> None:
 
     def stop() -> None:  # a thread inside the store's C++ must not meet the end of the interpreter
         over.set()
-        thread.join(10 * _LOOK_S)
+        thread.join(_EXIT_S)
 
     atexit.register(stop)
 

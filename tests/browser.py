@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -49,7 +50,7 @@ class Browser:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
 
         def place() -> None:  # the protocol's pipe is the file descriptors 3 and 4
-            high = [os.dup2(commands, 60), os.dup2(answers, 61)]
+            high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 5) for fd in (commands, answers)]  # free ones: neither may be 3 or 4
             os.dup2(high[0], 3)
             os.dup2(high[1], 4)
 
