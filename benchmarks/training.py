@@ -412,6 +412,7 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+    ranks.join()
     console, found = Console(), {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
