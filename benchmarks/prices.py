@@ -6,8 +6,7 @@ The shops hold facts that can be guessed more or less well (85, 75, 65 and 50 %)
 on the price. One agent is trained by imitation of a teacher who leans to what pays at each price; PPO then starts from
 it once with a price drawn for each stream, and once for each price alone. The one plays 2,000 streams in 50 iterations,
 each of the five others 400 in 10: both have played as much at each price. Learning rates fall to 0 in all, and the one
-has a bonus on entropy, for it must not settle before it can tell the prices apart. All are tested on unseen shops, the
-first at every price.
+has a bonus on entropy. All are tested on unseen shops, the first at every price.
 
 Whatever is done stands in the folder: started again, it goes on. Takes about 4 minutes of one core for 10 iterations.
 """
