@@ -6,7 +6,7 @@ import importlib.util
 import re
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -161,8 +161,10 @@ class CachedEncoder:
             missing = self._load([t for t in dict.fromkeys(texts) if t not in self._ram])
             missing.sort(key=lambda t: (len(t), t))  # little padding, and batches do not depend on the order of calls
             batches = [missing[i : i + _BATCH] for i in range(0, len(missing), _BATCH)]
-            shown = track(batches, f"Embedding {len(missing):,} texts", console=Console(stderr=True))
-            for batch in shown if len(batches) > 1 else batches:  # even a bar that does not show has a thread
+            shown: Iterable[list[str]] = batches
+            if len(batches) > 1:  # even a bar that does not show has a thread
+                shown = track(batches, f"Embedding {len(missing):,} texts", console=Console(stderr=True))
+            for batch in shown:
                 self._embed(batch)
 
     def _load(self, texts: list[str]) -> list[str]:
