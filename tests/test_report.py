@@ -20,7 +20,7 @@ from rich.console import Console
 from agile.calibration import Belief, calibration
 from agile.errors import AgileError
 from agile.memory_use import Use, memory_use
-from agile.plots import _apart, draw_all, looks_of
+from agile.plots import apart, draw_all, looks_of
 from agile.report import render_html, render_table, save_plots, write_report
 
 PRICE = 0.3
@@ -472,16 +472,16 @@ def test_plots_follow_from_the_data() -> None:
 
 @settings(max_examples=50)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_labels_stand_apart_in_the_order_of_their_lines(values: list[float]) -> None:
+def test_labels_standapart_in_the_order_of_their_lines(values: list[float]) -> None:
     gap = 0.08
-    placed = _apart(values, gap, 0.02, 0.97)
+    placed = apart(values, gap, 0.02, 0.97)
     assert all(0.02 - 1e-9 <= place <= 0.97 + 1e-9 for place in placed)
     ranked = [place for _, _, place in sorted(zip(values, range(len(values)), placed, strict=True))]
     assert all(high - low >= gap - 1e-9 for low, high in pairwise(ranked))
 
 
 def test_labels_with_room_stay_where_they_are() -> None:
-    assert _apart([0.9, 0.1, 0.5], 0.08, 0, 1) == [0.9, 0.1, 0.5]
+    assert apart([0.9, 0.1, 0.5], 0.08, 0, 1) == [0.9, 0.1, 0.5]
 
 
 def test_table_ranks_by_score_and_dims_what_does_not_learn() -> None:
