@@ -360,7 +360,7 @@ def _label_dots(ax: Axes, labels: Sequence[Label]) -> None:
 
 def _tall(rows: Mapping[str, Mapping[str, Any]]) -> float:
     """Height in inches for `_rows`."""
-    return min(9.0, max(3.1, 0.8 + 0.1 * sum(len(agents) + 1 for agents in rows.values())))
+    return min(12.0, max(3.1, 0.8 + 0.1 * sum(len(agents) + 1 for agents in rows.values())))
 
 
 def _rows(ax: Axes, rows: Mapping[str, Mapping[str, Any]], looks: Mapping[str, Look]) -> None:

@@ -88,6 +88,7 @@ from agile.report_words import (
     show_percent,
     show_score,
     show_signed,
+    show_worth,
     spend_columns,
     spent,
     summary_of,
@@ -272,7 +273,7 @@ def _print_experts(report: Mapping[str, Any], console: Console) -> None:
             "price": f"{expert['price']:g}",
             "score with it": show_score(gains[expert["expert"]].get("score")),
             "gain": show_signed(gains[expert["expert"]].get("gain")),
-            "pays below": show_score(gains[expert["expert"]].get("worth_below")),
+            "pays below": show_worth(gains[expert["expert"]].get("worth_below")),
         }
         for expert in experts
     ]

@@ -46,6 +46,11 @@ def show_p(value: float | None) -> str:
     return "< 0.001" if value is not None and value < 0.001 else show_score(value)
 
 
+def show_worth(price: float | None) -> str:
+    """The price below which asking pays."""
+    return "no price" if price is not None and price <= 0 else show_score(price)
+
+
 def show_interval(
     ci: Sequence[float | None] | None, show: Callable[[float | None], str] = show_score, to: str = DASH
 ) -> str:
@@ -241,18 +246,12 @@ def envelope_of(report: Mapping[str, Any], looks: Mapping[str, Look]) -> str:
         return ""
     by = f"{line['by']}, published" if line.get("published") else str(line["by"]).replace("_", " ")
     best = f"The best of reference lines and published figures at this price is {show_score(line['score'])} ({by})"
-    if missing := report.get("references_missing"):
-        return (
-            f"{best}, but of the reference lines {', '.join(missing).replace('_', ' ')} {_were(missing)} not run: "
-            "whether an agent is better is not told."
-        )
+    if missing := [name.replace("_", " ") for name in report.get("references_missing") or []]:
+        lines = f"line {missing[0]} was" if len(missing) == 1 else f"lines {', '.join(missing)} were"
+        return f"{best}. As the reference {lines} not run, no agent is called better."
     over = [looks[name].label for name, agent in report["agents"].items() if agent.get("clears_envelope")]
     who = f"{', '.join(over)} {'clears' if len(over) == 1 else 'clear'} it" if over else "No agent clears it"
     return f"{best}; an agent is better if the lower end of its interval is above that. {who}."
-
-
-def _were(names: Sequence[str]) -> str:
-    return "was" if len(names) == 1 else "were"
 
 
 def questions_of(row: Mapping[str, Any]) -> str:
