@@ -188,6 +188,11 @@ def test_a_restored_engine_goes_on_bit_for_bit(layout: dict[str, Any], tmp_path:
         assert all(torch.equal(weight, learned[name]) for name, weight in restored.weights(""))
 
 
+def test_zero_warns_of_nothing_at_every_step(recwarn: pytest.WarningsRecorder) -> None:
+    train(Engine(net(), lr=0.1, zero_stage=3), range(2))
+    assert not [found for found in recwarn if found.category is FutureWarning]
+
+
 @pytest.mark.parametrize("layout", [{}, {"zero_stage": 3}], ids=["plain", "zero-3"])
 def test_gradient_checkpointing_computes_layers_twice_and_learns_the_same(layout: dict[str, Any]) -> None:
     batch = make_batch(random_rows(4), torch.device("cpu"))

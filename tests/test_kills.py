@@ -26,8 +26,8 @@ SETTINGS = (
     *("ppo.num_iterations=4", "ppo.checkpoint_every=2", "ppo.lr=0.003", "ppo.kl_target=0.01"),
     "checkpoints.every_minutes=0.01",  # also between those of the schedule
     *("validation.every=2", "validation.num_streams=1", "validation.select_best=true"),
-    *("guard.action=rollback", "guard.max_kl=0.01", "guard.max_rollbacks=9"),
 )
+ROLLBACK = ("guard.action=rollback", "guard.max_kl=0.01", "guard.max_rollbacks=9")
 
 
 def note(counts: Any) -> None:
@@ -131,9 +131,9 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("num", "words", "num_kills"),
     [
-        (1, (), 20),
+        (1, ROLLBACK, 20),
         (1, ("rollout.lag=1",), 6),
-        (2, ("engine.zero_stage=2",), 6),
+        (2, ("engine.zero_stage=2", *ROLLBACK), 6),
     ],
     ids=["one", "ahead", "two"],
 )
@@ -143,8 +143,9 @@ def test_a_run_killed_at_random_moments_is_the_same_run(
     words = (f"model.path={agent}", *SETTINGS, *words)
     whole, out = tmp_path / "whole", tmp_path / "run-0"
     seconds = whole_run(whole, words, num)
-    assert metrics(whole, "guard"), "it goes back to earlier weights"
-    assert len({line["score"] for line in metrics(whole, "ppo")}) > 1, "there is something to learn"
+    assert any(metrics(whole, "guard")) == (ROLLBACK[0] in words), "it goes back to earlier weights"
+    scores = {line["score"] for line in metrics(whole, "ppo")}
+    assert len(scores) > 1 and max(scores) > 0.2, "there is something to learn"
     killer = Killer(words, num, seconds)
     done = num_runs = 0
     while done < num_kills or (done < 3 * num_kills and not all(killer.fell[w] for w in (*DOINGS, "saving"))):
