@@ -140,10 +140,12 @@ class RunConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _guard_sees_what_it_limits(self) -> RunConfig:
-        guard = self.guard
+        guard, of_score = self.guard, ("min_score", "max_score_drop")
         watches = {
             "validation.every": self.validation.every > 0,
-            **{f"guard.{n}": getattr(guard, n) is not None for n in ("max_kl", "min_entropy", "max_score_drop")},
+            **{
+                f"guard.{n}": getattr(guard, n) is not None for n in ("max_kl", "min_entropy", "max_entropy", *of_score)
+            },
             "guard.action": guard.action == "rollback",
         }
         if "ppo" not in self.stages and (set_keys := [key for key, is_set in watches.items() if is_set]):
@@ -152,8 +154,9 @@ class RunConfig(TrainingConfig):
             )
         if guard.max_kl is not None and self.ppo.kl_coef == 0:
             raise ValueError("guard.max_kl is set, but ppo.kl_coef is 0, so that no reference is kept; set it above 0")
-        if guard.max_score_drop is not None and not self.validation.every:
-            raise ValueError("guard.max_score_drop is set, but nothing is validated; set validation.every=1")
+        for name in of_score:
+            if getattr(guard, name) is not None and not self.validation.every:
+                raise ValueError(f"guard.{name} is set, but nothing is validated; set validation.every=1")
         if guard.action == "finish" and not self.validation.select_best:
             raise ValueError(
                 "guard.action is finish, which keeps the agent that scored best, but validation.select_best is false; "
