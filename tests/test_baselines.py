@@ -20,6 +20,7 @@ from agile.baselines import (
 from agile.errors import AgileError
 from agile.evaluate import by_stream, rates
 from agile.memory.encoders import Vectors, make_encoder
+from agile.tasks.medmcqa import MedMCQA
 from agile.tasks.productqa import ProductQA
 from agile.types import Item, Stream
 
@@ -113,6 +114,24 @@ def test_recall_in_closed_form() -> None:
     assert best["score"] == max(row["score"] for row in rows.values())
     assert rates(run.outcomes, 0.3)["score"] == pytest.approx(best["score"])
     assert [o.item_id for o in run.outcomes] == [q.id for q in questions]
+
+
+def choice(degrees: str, answer: str, *words: str) -> Item:
+    return item(degrees, answer, "choice", options=dict(zip("ABC", words, strict=False)))
+
+
+def test_recall_repeats_the_words_of_an_option_not_its_letter() -> None:
+    questions = [
+        choice("0", "A", "iron", "zinc"),
+        choice("1", "B", "zinc", "iron"),  # the words again, under another letter
+        choice("2", "A", "lead", "tin"),  # iron is no option here, so this is asked about
+        choice("3", "B", "Iron", "TIN", "lead"),  # the nearest whose answer is an option said lead
+    ]
+    task = MedMCQA(Path())
+    swept = sweep_recall([stream(*questions)], Angles(), task)
+    outcomes = swept["group", 0.5]
+    assert [o.advised for o in outcomes] == [True, False, True, False]
+    assert [o.correct for o in outcomes] == [True, True, True, False]
 
 
 def test_recall_picks_by_price_and_repeats_only_answers_it_paid_for() -> None:
