@@ -36,7 +36,7 @@ ALL = "every"
 
 def reinforce(out: Path, seed: int, name: str, overrides: Sequence[str]) -> None:
     """PPO for one price, or for every price."""
-    more = "ppo.num_iterations=50", "ppo.entropy_coef=0.01"
+    more = f"ppo.rollouts_per_stream={len(PRICES)}", f"ppo.batch_size={64 * len(PRICES)}"
     prices = [DRAWN, *more] if name == ALL else [f"task.advice_price={name}"]
     tests = [f"evaluate.prices={list(PRICES)}"] if name == ALL else []
     folder = out / f"price-{name}-{seed}"
