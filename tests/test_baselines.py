@@ -23,6 +23,7 @@ from agile.memory.encoders import Vectors, make_encoder
 from agile.tasks.medmcqa import MedMCQA
 from agile.tasks.productqa import ProductQA
 from agile.types import Item, Stream
+from benchmarks.executor import measure
 
 
 class Sums:
@@ -229,6 +230,12 @@ def test_real_groups_give_the_known_reference_points(data: Path) -> None:
     assert scores == pytest.approx({"always_ask": 0.7, "never_ask": 0.717, "router": 0.793}, abs=0.01)
     groups = {name: rates(group, 0.3)["accuracy"] for name, group in by_stream(runs["router"].outcomes).items()}
     assert set(groups.values()) == {1.0}
+
+
+def test_a_router_that_is_played_does_what_the_baseline_does(data: Path, tmp_path: Path) -> None:
+    result = measure(data / "productqa", tmp_path, ["task.max_items=25", "memory.encoder=hashing"])
+    assert result["as_the_baseline"] and result["all"]["n"] == 100
+    assert 0 < result["all"]["advice_rate"] < 1
 
 
 @pytest.mark.slow
