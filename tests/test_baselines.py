@@ -227,7 +227,7 @@ def test_real_groups_give_the_known_reference_points(data: Path) -> None:
     names = ["always_ask", "never_ask", "router"]
     runs = run_baselines(names, train, task.streams("test"), [0.3], make_encoder("hashing"), task)[0.3]
     scores = {name: rates(run.outcomes, 0.3, macro=True)["score"] for name, run in runs.items()}
-    assert scores == pytest.approx({"always_ask": 0.7, "never_ask": 0.717, "router": 0.793}, abs=0.01)
+    assert scores == pytest.approx({"always_ask": 0.7, "never_ask": 0.7203, "router": 0.7936}, abs=5e-5)
     groups = {name: rates(group, 0.3)["accuracy"] for name, group in by_stream(runs["router"].outcomes).items()}
     assert set(groups.values()) == {1.0}
 
