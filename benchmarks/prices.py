@@ -8,8 +8,8 @@ it once for every price, and once for each price alone. All are trained alike, b
 each stream five times, at prices drawn each time, and learns from batches five times as large: at each price it has
 played as much as the policy for that price alone. All are tested on unseen shops, the first at every price.
 
-Whatever is done stands in the folder: started again, it goes on. Takes about an hour of one core: a quarter imitation, a
-quarter the policy for every price.
+Whatever is done stands in the folder: started again, it goes on. Takes about an hour of one core: a quarter of it is
+imitation, a quarter the policy for every price.
 """
 
 from __future__ import annotations
