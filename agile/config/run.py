@@ -115,9 +115,10 @@ class RunConfig(TrainingConfig):
                     raise ValueError(f"{key} names {name!r}, but experts has {', '.join(known)}; add it to experts")
         if self.sft.stronger_model is not None:
             stronger = self.experts.get(self.sft.stronger_model)
-            if stronger is None or stronger.kind != "recorded":
+            if stronger is None or stronger.kind not in ("recorded", "model"):
                 raise ValueError(
-                    f"sft.stronger_model names {self.sft.stronger_model!r}, expected one of experts that is recorded"
+                    f"sft.stronger_model names {self.sft.stronger_model!r}, expected one of experts that is recorded "
+                    "or a model"
                 )
         return self
 

@@ -69,8 +69,8 @@ class SFTConfig(OptimizerConfig):
     )
     stronger_model: str | None = Field(
         None,
-        description="medmcqa: who of `experts` has recorded answers to the train questions: the teacher answers where "
-        "they are right and asks where they are wrong, in place of judge_yes.",
+        description="medmcqa: who of `experts` has recorded answers to the train questions, or is a model that `agile "
+        "sft-data` asks: the teacher answers where it is right and asks where it is wrong, in place of judge_yes.",
     )
     warmup_steps: int = Field(100, ge=0)
     data: UserPath | None = Field(
