@@ -90,7 +90,7 @@ class Setup:
 
     @cached_property
     def _own_task(self) -> Task:
-        return make_task(self.config, self.folder, self._stronger_model(), lambda texts: self.encoder.encode(texts))
+        return make_task(self.config, self.folder, self._predicted(), lambda texts: self.encoder.encode(texts))
 
     @cached_property
     def train_streams(self) -> Sequence[Stream]:
@@ -192,9 +192,16 @@ class Setup:
             fallback=None if expert.fallback is None else self.advisor(expert.fallback),
         )
 
-    def _stronger_model(self) -> Mapping[str, str | None] | None:
+    def _predicted(self) -> Mapping[str, str | None] | None:
+        """What a stronger model answered to train questions, if that is recorded."""
         name = self.config.sft.stronger_model
-        return None if name is None else self.recorded(self.config.experts[name])
+        return None if name is None or self.asks_stronger_model else self.recorded(self.config.experts[name])
+
+    @property
+    def asks_stronger_model(self) -> bool:
+        """Whether the stronger model is behind an endpoint, so that `agile sft-data` has to ask it."""
+        name = self.config.sft.stronger_model
+        return name is not None and self.config.experts[name].kind == "model"
 
     def recorded(self, expert: ExpertConfig) -> Mapping[str, str | None]:
         """The answers of a recorded expert."""
@@ -420,10 +427,11 @@ class Setup:
                 told = ", ".join(f"{number:,} {how}" for how, number in counts.most_common())
                 get_console().print(f"Sessions to imitate: {len(sessions):,} ({told or 'none was served'})")
             return [row for session in sessions for row in session_rows(session)]
-        if self.config.sft.teacher is not None or self.config.sft.judge is not None:
+        if self.config.sft.teacher or self.config.sft.judge or self.asks_stronger_model:
             raise AgileError(
-                "sft.teacher and sft.judge are models behind an endpoint, with which sessions are built beforehand: "
-                "agile sft-data CONFIG out=DIR, then agile train CONFIG sft.data=DIR."
+                "sft.teacher, sft.judge and a stronger model that is not recorded are models behind an endpoint, with "
+                "which sessions are built beforehand: agile sft-data CONFIG out=DIR, then agile train CONFIG "
+                "sft.data=DIR."
             )
         streams = self.imitated_streams
         sizes = [len(stream.items) for stream in streams]

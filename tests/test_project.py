@@ -203,9 +203,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.expert_worth": (*NOUNS, "agile.evaluate"),
     "agile.baselines": (
         *NOUNS,
-        *("agile.calibrated", "agile.evaluate", "agile.memory.encoders", "agile.tasks.scoring"),
+        *("agile.calibrated", "agile.evaluate", "agile.memory.encoders", "agile.tasks.choices", "agile.tasks.scoring"),
     ),
-    "agile.calibrated": (*NOUNS, "agile.memory.encoders", "agile.tasks.scoring"),
+    "agile.calibrated": (*NOUNS, "agile.memory.encoders", "agile.tasks.choices", "agile.tasks.scoring"),
     "agile.plots": ("agile.evaluate", "agile.published"),
     "agile.show": NOUNS,
     "agile.plots_bench": ("agile.plots",),
