@@ -104,7 +104,9 @@ def test_a_model_is_asked_and_timed(folder: Path) -> None:
 
     with stub_endpoint() as stub:
         stub.reply = reply
-        expert = {"kind": "model", "endpoint": {"base_url": stub.url, "model": "x", "api_key_env": None}}
+        prices = {"input": 10, "output": 30}
+        endpoint = {"base_url": stub.url, "model": "x", "api_key_env": None, "prices": prices}
+        expert = {"kind": "model", "endpoint": endpoint}
         changes = [f"experts.x={json.dumps(expert)}", "evaluate.experts=[x]"]
         report = bench(load_config(folder / "config.yaml", changes), folder / "out")
         assert len(stub.requests) == NUM
@@ -113,6 +115,10 @@ def test_a_model_is_asked_and_timed(folder: Path) -> None:
     (row,) = report["experts"]["experts"]
     assert (row["accuracy"], row["unreadable"], row["price"]) == (1 / 8, 1 / 8, 0.4)  # q0 alone; q4 said nothing
     assert row["latency_s"] > 0
+    asks = report["agents"]["asks x"]
+    assert asks["other_cost"] == {"expert": pytest.approx(NUM * 1300 / 1e6), "judge": 0.0}  # 100 tokens read, 10 written
+    assert asks["seconds"] > 0 < report["agents"]["always_ask"]["seconds"]
+    assert "other_cost" not in again["agents"]["asks x"]
     assert again["experts"]["experts"][0]["accuracy"] == 1 / 8
 
 
