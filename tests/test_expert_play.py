@@ -116,7 +116,10 @@ def test_a_model_is_asked_and_timed(folder: Path) -> None:
     assert (row["accuracy"], row["unreadable"], row["price"]) == (1 / 8, 1 / 8, 0.4)  # q0 alone; q4 said nothing
     assert row["latency_s"] > 0
     asks = report["agents"]["asks x"]
-    assert asks["other_cost"] == {"expert": pytest.approx(NUM * 1300 / 1e6), "judge": 0.0}  # 100 tokens read, 10 written
+    assert asks["other_cost"] == {
+        "expert": pytest.approx(NUM * 1300 / 1e6),
+        "judge": 0.0,
+    }  # 100 tokens read, 10 written
     assert asks["seconds"] > 0 < report["agents"]["always_ask"]["seconds"]
     assert "other_cost" not in again["agents"]["asks x"]
     assert again["experts"]["experts"][0]["accuracy"] == 1 / 8

@@ -75,6 +75,9 @@ def test_published_dots_are_of_the_headline_measure_and_bear_a_name() -> None:
     report["agents"]["router"]["accuracy"] = 0.8
     svg = draw_all(report, looks_of(report["agents"]), {})["frontier"]
     assert "agile-vic13b-ppo" in svg and "judged-one" not in svg and "ablated" not in svg
+    assert "published, not measured" in svg
+    plain = draw_all({**report, "published": []}, looks_of(report["agents"]), {})["frontier"]
+    assert "published" not in plain
 
 
 def test_groups_are_drawn_unless_there_are_too_many() -> None:
