@@ -22,7 +22,7 @@ from agile.advice import AdviceDesk
 from agile.agents.answer import AnswerAgent
 from agile.agents.hotpot_qa import SEARCH, HotPotQAAgent
 from agile.agents.multiple_choice import MultipleChoiceAgent
-from agile.agents.own_qa import own_spec
+from agile.agents.own_qa import OwnQAAgent, own_spec
 from agile.agents.product_qa import ProductQAAgent
 from agile.baselines import BaselineRun, run_baselines
 from agile.batching import Row, session_rows
@@ -150,7 +150,7 @@ class Setup:
             case "jsonl":
                 table = self.config.task.database is not None
                 shown = {**self.config.agent.model_dump(), "show_schema": table}
-                return ProductQAAgent(**shown, spec=own_spec(table=table))
+                return OwnQAAgent(**shown, spec=own_spec(table=table))
             case "rft":
                 return AnswerAgent()
 

@@ -85,7 +85,14 @@ class JsonlTask:
         return read_items(lines(path, FILES), parse, path, max_items=self.max_items, skipped=self._skipped)
 
     def score(self, item: Item, session: Session) -> Reward:
-        return question_reward(session, lambda answer: is_correct(item, answer), self.advice_counts)
+        """See `agile.tasks.scoring`; what cannot be read as one of the options is wrong, and marked."""
+        options = item.context.get("options")
+        return question_reward(
+            session,
+            lambda answer: is_correct(item, answer),
+            self.advice_counts,
+            readable=lambda answer: not options or read_choice(answer, options) is not None,
+        )
 
     @staticmethod
     def is_correct(item: Item, answer: str | None, used_search: bool) -> bool:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from agile.agents.own_qa import OwnQAAgent, own_spec
 from agile.errors import AgileError
 from agile.tasks.jsonl import JsonlTask
 from agile.tools.tables import open_table
+from agile.types import Advice, AdviceStatus, Item, MemoryKind, Session, SessionStatus
 
 CSV = "name,color,price\nMerlot,red,12\nRiesling,white,15.5\nChianti,red,\n"
 ROWS: list[dict[str, Any]] = [
@@ -34,6 +36,14 @@ def table(tmp_path: Path) -> Path:
     path = tmp_path / "wines.csv"
     path.write_text(CSV)
     return path
+
+
+@pytest.fixture
+def choice(tmp_path: Path) -> tuple[JsonlTask, Item]:
+    """A question with the options warm and cool, the gold one."""
+    path = write(tmp_path, ROWS[2:3])
+    task = JsonlTask(path, path)
+    return task, task.streams("test")[0].items[0]
 
 
 def test_items_hold_what_the_files_say(tmp_path: Path, table: Path) -> None:
@@ -93,6 +103,60 @@ def test_an_empty_list_is_answered_by_none(tmp_path: Path) -> None:
     task = JsonlTask(path, path)
     item = task.streams("test")[0].items[0]
     assert [task.is_correct(item, a, False) for a in ("none", "", "Merlot")] == [True, True, False]
+
+
+def done(answer: str | None, advice: str | None = None, status: AdviceStatus = AdviceStatus.ANSWERED) -> Session:
+    told = None if advice is None else Advice(advice, price=0.4, status=status)
+    return Session("s/0", "s", 0, "x", "choice", 0, (), (), (), (), told, answer, SessionStatus.COMPLETED)
+
+
+@pytest.mark.parametrize(
+    ("session", "components"),
+    [
+        (done("B"), {"correct": 1.0}),
+        (done("no idea"), {"correct": 0.0, "unreadable": 0.0}),
+        (done(None), {"correct": 0.0}),
+        (done("A", "cool"), {"correct": 1.0, "advice": -0.4}),
+        (done("A", "who knows"), {"correct": 1.0, "advice": -0.4, "unreadable advice": 0.0}),
+        (done("A", "", AdviceStatus.REFUSED), {"correct": 0.0}),
+    ],
+)
+def test_what_cannot_be_read_as_an_option_is_counted(
+    choice: tuple[JsonlTask, Item], session: Session, components: dict[str, float]
+) -> None:
+    task, item = choice
+    assert task.score(item, session).components == components
+
+
+def test_an_answer_in_words_of_its_own_can_always_be_read(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"question": "Who?", "answer": "The Vintner"}])
+    task = JsonlTask(path, path)
+    assert task.score(task.streams("test")[0].items[0], done("no idea")).components == {"correct": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("advice", "history"),
+    [
+        (Advice("cool"), ["How? -> cool"]),
+        (Advice("(b)", "Cellar cold."), ["How? -> cool"]),  # a letter means another option elsewhere
+        (Advice("who knows"), []),
+        (Advice("", status=AdviceStatus.TIMEOUT), []),
+        (None, []),
+    ],
+)
+def test_what_is_remembered_of_advice_about_options(
+    choice: tuple[JsonlTask, Item], advice: Advice | None, history: list[str]
+) -> None:
+    agent = OwnQAAgent(spec=own_spec(table=False))
+    entries = agent.remember(choice[1], "s/0", advice, "Serve it cold." if history else "")
+    assert [e.text for e in entries if e.kind is MemoryKind.HISTORY] == history
+    assert [e.text for e in entries if e.kind is MemoryKind.KNOWLEDGE] == ["Serve it cold."] * len(history)
+
+
+def test_advice_without_options_is_remembered_as_it_was_said() -> None:
+    agent = OwnQAAgent(spec=own_spec(table=False))
+    (entry,) = agent.remember(Item("1", "Who?", "The Vintner", "text"), "s/0", Advice("the vintner!"), "")
+    assert entry.text == "Who? -> the vintner!"
 
 
 GOOD = {"question": "?", "answer": "yes"}
