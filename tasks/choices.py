@@ -105,7 +105,7 @@ def _read(text: str, options: Mapping[str, str], *, told: bool = False) -> str |
 
 
 def _parted(after: str) -> bool:
-    """Whether what follows a letter leaves it a letter, and the only one: no word goes on, no second one stands there."""
+    """Whether what follows a letter leaves it one, and the only one: no word goes on, no second letter stands there."""
     return not (after[0].isalnum() or after[0] == "-" or _ALTERNATIVE.match(after))
 
 

@@ -201,6 +201,8 @@ def _dataset_rows(data: Path, split: str) -> Iterator[tuple[str, Any]]:
 
     try:
         loaded = datasets.load_from_disk(str(data)) if data.is_dir() else datasets.load_dataset(str(data))
+    except IndexError:  # what `datasets` says where not one row was saved
+        raise AgileError(f"{data}: expected a data set with a row in each split, found an empty one.") from None
     except Exception as error:  # it has many kinds of errors for what is missing or cannot be reached
         raise AgileError(
             f"{data}: cannot be loaded by `datasets` ({type(error).__name__}: {str(error)[:200]}). Give a folder with "

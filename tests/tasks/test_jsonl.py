@@ -197,8 +197,9 @@ def test_bad_lines_are_named_or_left_out_and_listed(tmp_path: Path, table: Path,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "found an empty file"),
-        (b'{"question": "\xff"}\n', "line 1: expected JSON in UTF-8"),
+        (b"", r"found an empty file. Write one question a line, see docs/your-own-data\.md"),
+        (b'{"question": "\xff"}\n', r"line 1, field 'question': expected text in UTF-8, found '\\udcff'"),
+        (b'\xef\xbb\xbf{"question": "?"}\n', "line 1, field 'answer': expected text, found no such field"),
         (b'{"question": "?"\n', "line 1: expected JSON in UTF-8"),
         (None, "no such file; expected a file of JSON lines"),
     ],
@@ -256,7 +257,15 @@ def test_every_kind_of_table_file_gives_the_same_table(tmp_path: Path, table: Pa
         ),
         ("t.csv", b"name,color\n,red\n", "row 1, column 'name': expected the name of the row, found nothing"),
         ("t.csv", b"name,Name\na,b\n", "cannot be made a table .*duplicate column"),
-        ("t.csv", b"name\n\xff\n", "cannot be read as a table"),
+        ("t.csv", b"name,color\na,red\nb,l\xf6ss\n", r"line 3: expected text in UTF-8, found b'b,l\\xf6ss'"),
+        ("t.tsv", b"name\tl\xf6ss\na\tred\n", r"line 1: expected text in UTF-8, found b'name\\tl\\xf6ss'"),
+        ("t.json", b'[{"name": "a"},\n{"name": "\xff"}]', "line 2: expected text in UTF-8, found b"),
+        ("t.jsonl", b'{"name": "a"}\n{"name": "\xff"}\n', "line 2: expected text in UTF-8, found b"),
+        (
+            "t.csv",
+            b"name,color\na,red\nb," + b"x" * 1_000_001 + b"\n",
+            "row 2, column 'color': expected a row of at most 1,000,000 bytes, found 1,000,002, 1,000,001",
+        ),
         ("t.json", b"nope", "cannot be read as a table"),
         ("t.json", b'[{"name": "a", "x": [1]}]', "cannot be made a table"),
         ("t.parquet", b"nope", "cannot be read as a table"),
@@ -272,6 +281,15 @@ def test_bad_tables_are_named(tmp_path: Path, name: str, content: bytes | None, 
     with pytest.raises(AgileError, match=message) as error:
         open_table(path)
     assert str(path) in str(error.value)
+
+
+def test_a_database_with_text_that_is_not_utf8_says_where(tmp_path: Path) -> None:
+    path = tmp_path / "t.sqlite"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE wines (name, color)")
+        connection.execute("INSERT INTO wines VALUES ('a', 'red'), ('b', CAST(x'6cf6' AS TEXT))")
+    with pytest.raises(AgileError, match=r"t.sqlite, row 2, column 'color': expected text in UTF-8, found 'l\\udcf6'"):
+        open_table(path)
 
 
 def test_a_database_of_several_tables_says_which(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def without(name: str) -> dict[str, Any]:
             "line 2, field 'exp': expected a row of at most 1,000,000 bytes, found",
         ),
         (b'"' + b"x" * 1_000_000 + b'"', "line 2: expected a row of at most 1,000,000 bytes, found 1,000,002"),
-        (b'{"question": "\xff\xfe"}', "line 2: expected JSON in UTF-8, found"),
+        (b'{"question": "\xff\xfe"}', "line 2, field 'question': expected text in UTF-8, found"),
         (b'{"question": "', "line 2: expected JSON in UTF-8, found"),
         (b"[1]", r"line 2: expected an object with the field 'question', found \[1\]"),
         ({**MEDQA, "options": {"A": "x"}}, "line 2, field 'options': expected two to five options by the letters"),
@@ -171,6 +171,9 @@ def test_hugging_face_labels_count_from_0(tmp_path: Path) -> None:
         task.streams("train")
     datasets.DatasetDict({"validation": datasets.Dataset.from_list([ROW])}).save_to_disk(tmp_path / "plain")
     assert MedMCQA(tmp_path / "plain").streams("test")[0].items[0].answer == "B"  # whole numbers are the official ones
+    datasets.DatasetDict({"validation": datasets.Dataset.from_dict({"id": []})}).save_to_disk(tmp_path / "empty")
+    with pytest.raises(AgileError, match=r"empty: expected a data set with a row in each split, found an empty one\.$"):
+        MedMCQA(tmp_path / "empty").streams("test")
 
 
 def session(answer: str | None, advice: str | None = None, status: SessionStatus = SessionStatus.COMPLETED) -> Session:
