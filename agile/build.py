@@ -193,12 +193,16 @@ class Setup:
 
     def _stronger_model(self) -> Mapping[str, str | None] | None:
         name = self.config.sft.stronger_model
-        return None if name is None else self.recorded(self.config.experts[name])
+        return None if name is None else self._recorded(self.config.experts[name], {})
 
     def recorded(self, expert: ExpertConfig) -> Mapping[str, str | None]:
-        """The answers of a recorded expert."""
+        """The answers of a recorded expert; those to test questions with options must be one of them."""
+        items = (item for stream in self.task.streams("test") for item in stream.items)
+        return self._recorded(expert, {item.id: item for item in items})
+
+    def _recorded(self, expert: ExpertConfig, questions: Mapping[str, Item]) -> Mapping[str, str | None]:
         task = self.config.task
-        return recorded_answers(expert, task.data, self._bad_answers if task.skip_bad_rows else None)
+        return recorded_answers(expert, task.data, self._bad_answers if task.skip_bad_rows else None, questions)
 
     # ---------------------------------------------------------------------------------------------------------------
 

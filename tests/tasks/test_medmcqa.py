@@ -240,6 +240,20 @@ def test_recorded_answers(tmp_path: Path) -> None:
         assert skipped == [str(error.value)]
 
 
+def test_recorded_choices_are_options_of_the_questions_that_are_known(tmp_path: Path) -> None:
+    questions = {item.id: item for item in read(tmp_path, ROW, SECOND)}
+    rows = [{"id": "q0", "choice": None}, {"id": "q1", "answer": "Z"}, {"id": "other", "choice": "E"}]
+    path = write(tmp_path / "a.jsonl", *rows)
+    assert read_answers(path, questions=questions) == {"q0": None, "q1": "Z", "other": "E"}  # a text may say anything
+    path = write(tmp_path / "a.jsonl", *rows[1:], {"id": "q0", "choice": "Z"}, b'{"id": "q\xff"}')
+    message = "line 3, field 'choice': expected null or one of A, B, C, D, found 'Z'"
+    with pytest.raises(AgileError, match=message):
+        read_answers(path, questions=questions)
+    skipped: list[str] = []
+    assert read_answers(path, skipped=skipped, questions=questions) == {"q1": "Z", "other": "E"}
+    assert message in skipped[0] and "line 4, field 'id': expected text in UTF-8" in skipped[1]
+
+
 def test_real_files(data: Path) -> None:
     folder = data / "medmcqa"
     task = MedMCQA(folder, predicted=None)
