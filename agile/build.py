@@ -63,7 +63,7 @@ class Setup:
     Args:
         config: The checked config.
         folder: The run folder: MiniShop's worlds are written to `minishop` there, embeddings kept beside it.
-        verdicts: What `sft.judge` said of the questions that imitation plays, by id.
+        verdicts: What `sft.judge` said of the questions that imitation plays, by id; searches are none of its business.
     """
 
     config: RunConfig
@@ -400,7 +400,7 @@ class Setup:
             model, close = (writer, policy), policy.endpoint.close
 
         def teach(item: Item, memory: Memory, price: float, rng: np.random.Generator) -> Policy:
-            passes = sft.judge_yes if self.verdicts is None else float(self.verdicts[item.id])
+            passes = sft.judge_yes if self.verdicts is None else float(self.verdicts.get(item.id, False))
             return self.agent.teacher(executor.codec, passes).policy(item, memory, price, rng)
 
         return Imitation(

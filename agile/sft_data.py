@@ -159,10 +159,14 @@ def _resume(path: Path, expected: dict[str, Any]) -> int:
 
 
 def _judge(setup: Setup, streams: Sequence[Stream]) -> dict[str, Any]:
-    """Ask `sft.judge`, if there is one, about every question; what the summary says of that."""
+    """Ask `sft.judge`, if there is one, about every question; what the summary says of that.
+
+    Questions with gold SQL are searched for whatever it says, so it is not paid for them.
+    """
     if setup.config.sft.judge is None:
         return {}
-    shown = {item.id: _shown(setup, item) for stream in streams for item in stream.items}
+    items = [item for stream in streams for item in stream.items if not item.context.get("sql")]
+    shown = {item.id: _shown(setup, item) for item in items}
     setup.verdicts, said = answerable(setup.config.sft.judge, setup.folder, shown)
     return {"judge": said}
 
