@@ -165,7 +165,8 @@ def _report(config: RunConfig, found: Measured, started: float, num_runs: int = 
         report["ablations"] = _ablations(found, price, macro, seed)
     if found.prices:
         report |= _prices(found, seed)
-    set_beside(report, found.groups, whole=config.task.max_items is None, num_runs=num_runs)
+    whole = config.task.max_items is None and not found.skipped_rows
+    set_beside(report, found.groups, whole=whole, num_runs=num_runs)
     report["seconds"] = {**found.seconds, "total": time.monotonic() - started}
     return report
 

@@ -84,7 +84,9 @@ def test_em_and_f1_follow_the_official_rules(gold: str, answer: str, same: bool,
     assert published_f1(gold, answer) == pytest.approx(overlap)
 
 
-# The definitions as published (SQuAD's metrics, and HotPotQA's rule for closed answers), written out step by step.
+# The definitions as published (SQuAD's metrics, and HotPotQA's rule for closed answers), written out step by step. The
+# pairs above were checked against the official script itself too: the answer functions of hotpot_evaluate_v1.py in
+# hotpotqa/hotpot, commit 4c0fa5ea, give the same EM and F1 for all of them.
 
 
 def published_tokens(text: str) -> list[str]:
