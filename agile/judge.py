@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from agile.config import PromptedConfig
 from agile.prompted import open_endpoint, spent
+from agile.protocols import AnswerKey
 from agile.rollout import run_loop
-from agile.types import Item, Session
+from agile.types import AdviceRequest, Item, Session
 
 if TYPE_CHECKING:  # the client takes a second to import, and most runs need none
+    from agile.advice.model import ModelAdvisor
     from agile.policies.endpoint import Endpoint
 
 PROMPT = (
@@ -82,6 +84,7 @@ def _asked(
         "verdicts that could not be read": len(unread),
         **({"said instead": " | ".join(text[:100] for text in unread[:NUM_SHOWN])} if unread else {}),
         "judge asked": spent(endpoint),
+        **({"judge cost": endpoint.spent.cost} if endpoint.spent.cost else {}),
     }
 
 
@@ -131,3 +134,42 @@ def answerable(
     verdicts, told = _asked(config, folder, "sft.judge", prompts)
     found = {question: v.right is True for question, v in zip(questions, verdicts, strict=True)}
     return found, {"judge": config.model, "questions": len(found), "answerable": sum(found.values()), **told}
+
+
+def answered_right(
+    model: ModelAdvisor, questions: Mapping[str, Item], task: AnswerKey
+) -> tuple[dict[str, bool], dict[str, Any]]:
+    """Which questions a stronger model answers right: the paper's rule for MedMCQA, for imitation.
+
+    Args:
+        questions: By id.
+
+    Returns:
+        A verdict for each id, of a question that it did not answer as no; and what a summary says of them.
+
+    Raises:
+        AgileError: See `ask_all`.
+    """
+    from agile.policies.endpoint import Rejected
+
+    async def right(question_id: str, item: Item) -> bool | None:
+        try:
+            advice = await model.advise(AdviceRequest(question_id, item, "", 0.0))
+        except (Rejected, RuntimeError, TimeoutError):
+            return None
+        return task.is_correct(item, advice.answer, False) if advice.answered else None
+
+    async def run() -> list[bool | None]:
+        try:
+            return list(await asyncio.gather(*(right(*question) for question in questions.items())))
+        finally:
+            await model.close()
+
+    found = dict(zip(questions, run_loop(run()), strict=True))
+    return {question: verdict is True for question, verdict in found.items()}, {
+        "stronger model": model.endpoint.model,
+        "questions": len(found),
+        "answered right": sum(verdict is True for verdict in found.values()),
+        "not answered": sum(verdict is None for verdict in found.values()),
+        "model asked": spent(model.endpoint),
+    }

@@ -23,15 +23,15 @@ SHIPPED = Path(__file__).parent / "configs" / "models"
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CUDA_BYTES = 1.5 * GIB  # the driver's context, NCCL's channels, cuBLAS's workspace
 MARGIN = 0.05  # what the caching allocator loses between tensors
-When = Literal["always", "scoring", "learning", "stepping"]
+When = Literal["always", "loading", "scoring", "learning", "stepping"]
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Something that takes memory of each GPU.
+    """Something that takes memory of each GPU, or of the CPU.
 
     Attributes:
-        when: `scoring`, `learning` (forward and backward) and `stepping` follow each other and do not add up.
+        when: `loading`, `scoring`, `learning` (forward and backward), `stepping` follow each other and do not add up.
     """
 
     name: str
@@ -45,17 +45,16 @@ class Plan:
     """What one GPU has to hold.
 
     Attributes:
-        host_bytes: Memory of the CPU for what is offloaded, of all GPUs together.
+        host: Memory of the CPU, for all GPUs together.
     """
 
     items: tuple[Item, ...]
-    host_bytes: float
+    host: tuple[Item, ...]
     gpu_bytes: float
 
     @property
     def total(self) -> float:
-        taken = {when: sum(i.num_bytes for i in self.items if i.when == when) for when in get_args(When)}
-        return taken.pop("always") + max(taken.values())
+        return at_most(self.items)
 
     @property
     def largest(self) -> Item:
@@ -64,6 +63,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.total <= (1 - MARGIN) * self.gpu_bytes
+
+
+def at_most(items: Sequence[Item]) -> float:
+    """The bytes that are taken at a time."""
+    taken = {when: sum(i.num_bytes for i in items if i.when == when) for when in get_args(When)}
+    return taken.pop("always") + max(taken.values())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -193,7 +198,7 @@ def memory(config: RunConfig, num_gpus: int, gpu_gib: float, action_share: float
     shape = architecture(config)
     counts = count(config, shape)
     size = BYTES[engine.dtype]
-    states, host = state_bytes(
+    states, offloaded = state_bytes(
         counts, zero_stage=engine.zero_stage, offload=engine.offload, dtype=engine.dtype, num_gpus=num_gpus
     )
     items = [
@@ -226,7 +231,26 @@ def memory(config: RunConfig, num_gpus: int, gpu_gib: float, action_share: float
         if ppo.kl_coef and config.lora is None:
             items += reference(counts.lm, size, num_gpus, zero_stage=engine.zero_stage, offload=ppo.reference)
         items += rollout(config, shape, counts.lm, gpu_gib)
-    return Plan(tuple(items), host, gpu_gib * GIB)
+    return Plan(tuple(items), tuple(host(config, counts, offloaded, num_gpus)), gpu_gib * GIB)
+
+
+def host(config: RunConfig, counts: Counts, offloaded: float, num_gpus: int) -> Iterator[Item]:
+    """What lies in the memory of the CPU: what is offloaded there, and whole models on their way to the GPUs."""
+    ppo, zero_3 = config.ppo, config.engine.zero_stage == 3
+    size = num_gpus * BYTES[config.engine.dtype]
+    copy, kept = float(size * counts.lm), offloaded
+    loads = [float(size * counts.total)]
+    if offloaded:
+        yield Item("offloaded states", offloaded, f"engine.offload={config.engine.offload}")
+    if config.plays and ppo.kl_coef and config.lora is None:
+        loads.append(kept + copy)
+        if ppo.reference == "offload":
+            reference = copy / num_gpus if zero_3 else copy
+            kept += reference
+            yield Item("reference policy", reference, "offloaded" if zero_3 else "offloaded, a whole one per process")
+    if config.plays and config.rollout.policy == "hf" and (config.rollout.lag or zero_3):
+        loads.append(kept + copy)
+    yield Item("loading", max(loads) - kept, "each process loads whole models, one after the other", "loading")
 
 
 def buckets(counts: Counts, *, zero_stage: int, size: int) -> Iterator[Item]:
@@ -273,9 +297,7 @@ def rollout(config: RunConfig, shape: PretrainedConfig, num_params: int, gpu_gib
         slots = play.max_batch_size
         yield Item("keys and values", slots * context, f"{slots} sessions of {play.max_context_tokens} tokens at most")
     elif vllm.kv_cache_gib is not None:
-        cache = vllm.kv_cache_gib * GIB
-        note = f"weights, vllm.kv_cache_gib ({cache / context:.0f} whole contexts) and 1 GiB to work in"
-        yield Item("vLLM", size * num_params + cache + GIB, note)
+        yield from vllm_items(size * num_params, vllm.kv_cache_gib * GIB, context, "vllm.kv_cache_gib")
     elif play.policy == "vllm-server":
         yield Item("vLLM servers", 0, "on other GPUs; were they on these, vllm.kv_cache_gib would be set")
     else:
@@ -290,8 +312,20 @@ def rollout(config: RunConfig, shape: PretrainedConfig, num_params: int, gpu_gib
                 f"{play.max_context_tokens} ({context / GIB:.2f} GiB) need {least:.2f} of {gpu_gib:g} GiB. Raise it, "
                 "or let servers on other GPUs play (rollout.policy=vllm-server)."
             )
-        note = f"its share: weights, and keys and values of {room / context:.0f} whole contexts"
-        yield Item("vLLM", taken, note)
+        yield from vllm_items(weights, room, context, "what vllm.gpu_memory_utilization leaves")
+
+
+def vllm_items(weights: float, cache: float, context: float, source: str) -> Iterator[Item]:
+    """An engine of its own on the same GPU.
+
+    Args:
+        cache: Bytes of its keys and values.
+        context: Those of the longest context.
+        source: What says how large the cache is.
+    """
+    yield Item("vLLM's weights", weights, "of its own beside the trainer's")
+    yield Item("vLLM's keys and values", cache, f"{source}: {cache / context:.0f} whole contexts")
+    yield Item("vLLM's workspace", GIB, "assumed")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -409,10 +443,11 @@ def run_plan(
         table.add_row(item.name, f"{item.num_bytes / GIB:.2f}", item.when, item.note)
     table.add_section()
     table.add_row("total", f"{plan.total / GIB:.2f}", "at most", f"the largest: {plan.largest.name}")
-    if plan.host_bytes:
-        table.add_row(
-            "memory of the CPU", f"{plan.host_bytes / GIB:.0f}", "", "for all GPUs together, were they on one node"
-        )
+    table.add_section()
+    for item in plan.host:
+        table.add_row(f"on the CPU: {item.name}", f"{item.num_bytes / GIB:.2f}", item.when, item.note)
+    on_cpu = f"{at_most(plan.host) / GIB:.2f}"
+    table.add_row("memory of the CPU", on_cpu, "at most", "for all GPUs together, were they on one node; data apart")
     console.print(table)
     room = (1 - MARGIN) * gpu_gib
     if plan.fits:

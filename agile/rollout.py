@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,9 @@ from agile.errors import AgileError
 from agile.executor import Executor
 from agile.protocols import Memory, Policy
 from agile.seeding import derive_seed
-from agile.types import Item, Session, SessionStatus, Stream, Trajectory
+from agile.types import BLAMELESS, Item, Session, SessionStatus, Stream, Trajectory
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MemoryFor = Callable[[Stream], Memory]
@@ -115,3 +118,18 @@ def status_counts(trajectories: Iterable[Trajectory]) -> dict[str, int]:
     """How many sessions ended with each status that occurred; `completed` always."""
     counts = Counter(session.status for t in trajectories for session in t.sessions)
     return {status.value: counts[status] for status in SessionStatus if counts[status] or status == "completed"}
+
+
+def warn_of_failures(where: str, trajectories: Iterable[Trajectory]) -> None:
+    """Log how many sessions ended by no doing of the policy, if any, and the error that most of them have."""
+    sessions = [s for t in trajectories for s in t.sessions]
+    if errors := Counter(f"{s.status}, {s.error}" for s in sessions if s.status in BLAMELESS):
+        ((error, count),) = errors.most_common(1)
+        logger.warning(
+            "%s: %d of %d sessions failed, not by the policy's doing; %d of them: %s",
+            where,
+            errors.total(),
+            len(sessions),
+            count,
+            error,
+        )

@@ -18,19 +18,20 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
+from agile.advice.model import ModelAdvisor
 from agile.batching import Row, session_rows
 from agile.build import Setup
 from agile.config import RunConfig, flat
 from agile.errors import AgileError
 from agile.imitation import Imitation, Job, jobs
-from agile.judge import answerable
+from agile.judge import answerable, answered_right
 from agile.rollout import run_loop
 from agile.run_folder import claim, write_atomically, writing
 from agile.session_log import JsonLines, read_lines, session_from_json
@@ -159,14 +160,19 @@ def _resume(path: Path, expected: dict[str, Any]) -> int:
 
 
 def _judge(setup: Setup, streams: Sequence[Stream]) -> dict[str, Any]:
-    """Ask `sft.judge`, if there is one, about every question; what the summary says of that.
+    """Ask `sft.judge` or `sft.stronger_model`, if there is one, every question; what the summary says of that.
 
-    Questions with gold SQL are searched for whatever it says, so it is not paid for them.
+    Questions with gold SQL are searched for whatever a judge says, so it is not paid for them.
     """
+    if setup.asks_stronger_model:
+        items = {item.id: item for stream in streams for item in stream.items}
+        model = cast(ModelAdvisor, setup.advisor(setup.config.sft.stronger_model))
+        setup.verdicts, said = answered_right(model, items, setup.task)
+        return {"stronger model": said}
     if setup.config.sft.judge is None:
         return {}
-    items = [item for stream in streams for item in stream.items if not item.context.get("sql")]
-    shown = {item.id: _shown(setup, item) for item in items}
+    asked = [item for stream in streams for item in stream.items if not item.context.get("sql")]
+    shown = {item.id: _shown(setup, item) for item in asked}
     setup.verdicts, said = answerable(setup.config.sft.judge, setup.folder, shown)
     return {"judge": said}
 
@@ -305,5 +311,5 @@ def render_summary(summary: dict[str, Any], console: Console) -> None:
         f"{num_kept:,} of {summary['sessions']:,} sessions kept, {summary['tokens']:,} tokens, of which "
         f"{summary['learned_tokens']:,} are learned."
     )
-    if judge := summary.get("judge"):
+    if judge := summary.get("judge") or summary.get("stronger model"):
         console.print("; ".join(f"{name}: {said}" for name, said in judge.items()), markup=False, soft_wrap=True)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agile.tasks.scoring import fold
+from agile.types import Item
 
 _OPENING = re.compile(
     r"^\W*(?:so|thus|therefore|hence)?[,\s]*"
@@ -64,6 +70,26 @@ def read_choice(text: str, options: Mapping[str, str]) -> str | None:
     if len(claims) == 1 and len(said) != 1:  # the options are gone through, one a line, before the answer
         return claims.pop()
     return _said(whole, options) if not said and not claims else None
+
+
+def in_words(item: Item) -> str:
+    """The gold answer in words: letters mean other options in other questions.
+
+    >>> in_words(Item("1", "Which?", "B", "chemistry", context={"options": {"A": "Zinc", "B": "Iron"}}))
+    'Iron'
+    """
+    options, answer = item.context.get("options") or {}, str(item.answer)
+    return answer if answer in options.values() else options.get(answer, answer)
+
+
+def may_repeat(items: Sequence[Item]) -> NDArray[np.bool_]:
+    """Whether item i can be answered with what item j was answered, (n, n): with options, if it is one of them."""
+    possible = np.ones((len(items), len(items)), np.bool_)
+    words = np.array([fold(in_words(item)) for item in items])
+    for i, item in enumerate(items):
+        if options := item.context.get("options"):
+            possible[i] = np.isin(words, [fold(option) for option in options.values()])
+    return possible
 
 
 def _said(text: str, options: Mapping[str, str]) -> str | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,6 +125,49 @@ def together(actor: ActorCritic, rows: Sequence[Row], *, share_prefixes: bool) -
     return token_logprobs(logits, batch.action_ids), values, last
 
 
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float | None, left: int
+) -> Tensor:
+    """What both packages say that causal flash attention over runs gives, (T, H, D); run by run, in full precision."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and [len(q), len(k)] == [int(cu_q[-1]), int(cu_k[-1])]
+    assert [max_q, max_k] == [int(cu_q.diff().max()), int(cu_k.diff().max())]
+    outputs = []
+    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        queries, keys, values = q[a:b], *(x[c:d].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        behind = torch.arange(b - a)[:, None] + (d - c) - (b - a) - torch.arange(d - c)  # (Q, K), aligned at the end
+        hidden = (behind < 0) if left < 0 else (behind < 0) | (behind > left)
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * (scale or q.shape[-1] ** -0.5)
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, values))
+    return torch.cat(outputs)
+
+
+@pytest.fixture(params=["SDPA", "flash-attn", "torch's own"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Attention as on this machine, or as on a GPU, of either package; gives how many runs each call of it had."""
+    calls: list[int] = []
+
+    def flash_attn_varlen_func(*runs: Any, softmax_scale: float, causal: bool, window_size: tuple[int, int]) -> Tensor:
+        assert causal and window_size[1] == 0
+        calls.append(len(runs[3]) - 1)
+        q, k, v, cu_q, cu_k, max_q, max_k = runs
+        return varlen(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, window_size[0])
+
+    def varlen_attn(*runs: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool) -> Tensor:
+        assert enable_gqa
+        return flash_attn_varlen_func(*runs, softmax_scale=scale, causal=True, window_size=window_size)
+
+    if request.param != "SDPA":
+        package = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+        monkeypatch.setitem(sys.modules, "flash_attn", package if request.param == "flash-attn" else None)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+        monkeypatch.setattr("agile.attention._suits_flash", lambda query: True)
+    _varlen.cache_clear()
+    yield calls
+    _varlen.cache_clear()
+    assert bool(calls) == (request.param != "SDPA")
+
+
 def loss_and_gradients(actor: ActorCritic, outputs: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
     """Of a loss that is another function of each output."""
     actor.zero_grad()
@@ -149,7 +195,7 @@ def assert_same(actor: ActorCritic, found: Outputs, expected: Outputs) -> None:
 @pytest.mark.parametrize(
     ("family", "critic"), [*((family, "shared") for family in FAMILIES), ("llama, grouped heads", "separate")]
 )
-def test_one_line_equals_row_by_row(family: str, critic: str, share_prefixes: bool) -> None:
+def test_one_line_equals_row_by_row(family: str, critic: str, share_prefixes: bool, kernel: list[int]) -> None:
     actor, rows = model(family, critic), tree()
     batch = make_batch(rows, CPU, share_prefixes=share_prefixes)
     assert (len(batch.input_ids) < 0.5 * sum(map(len, rows))) == share_prefixes
@@ -157,7 +203,12 @@ def test_one_line_equals_row_by_row(family: str, critic: str, share_prefixes: bo
         first = [places.min() for places in batch.plan.runs.places]
         assert len(set(batch.before.tolist())) < len(batch.before), "actions stand in shared prefixes"
         assert len(first) < len(rows), "equal rows have no token of their own"
-    assert_same(actor, together(actor, rows, share_prefixes=share_prefixes), alone(actor, rows))
+    found = together(actor, rows, share_prefixes=share_prefixes)
+    if kernel:
+        apart = sum(1 + int((np.diff(queries) > 1).sum()) for queries in batch.plan.reads.queries)
+        last = len(batch.plan.runs.places) if "gpt2" in family else apart
+        assert kernel[0] == len(batch.plan.runs.places) and kernel[-1] == last, "reads that lie apart are runs"
+    assert_same(actor, found, alone(actor, rows))
 
 
 @pytest.mark.parametrize("share_prefixes", [False, True], ids=["packed", "shared"])

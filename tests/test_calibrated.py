@@ -66,6 +66,25 @@ def test_what_comes_later_changes_nothing(trained: CalibratedRecall) -> None:
             assert (a.asks[:, :15] == b.asks[:, :15]).all() and (a.right[:, :15] == b.right[:, :15]).all()
 
 
+def test_letters_of_options_mean_nothing(trained: CalibratedRecall) -> None:
+    """The same questions with options in another order each: what is decided is the same."""
+
+    def lettered(plain: Stream, seed: int) -> Stream:
+        rng = np.random.default_rng(seed)
+        items = []
+        for one in plain.items:
+            words = rng.permutation(["yes", "no", "maybe"]).tolist()
+            options = dict(zip("ABC", words, strict=True))
+            letter = "ABC"[words.index(one.answer)]
+            items.append(replace(one, answer=letter, context={"options": options}))
+        return replace(plain, items=tuple(items))
+
+    plain = streams(2, seed=2)
+    with_options = [lettered(one, seed) for seed, one in enumerate(plain)]
+    for a, b in zip(trained.decide(plain, PRICES), trained.decide(with_options, PRICES), strict=True):
+        assert (a.asks == b.asks).all() and (a.right == b.right).all()
+
+
 def test_it_knows_only_answers_that_it_paid_for(trained: CalibratedRecall) -> None:
     """At next to no price every question is asked, at the highest none, and then memory stays empty."""
     for decisions in trained.decide(streams(2, seed=3, length=100), [1e-9, 1.0]):

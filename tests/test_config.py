@@ -127,7 +127,7 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         ("experts.me.knd=model", ["Unknown key experts.me.knd", "experts.me.kind"]),
         ("experts.me=2", ["experts.me is 2: expected a section of keys"]),
         ("experts.me.price=2", ["experts.me.price is 2", "less than or equal to 1"]),
-        ("sft.stronger_model=gold", ["sft.stronger_model names 'gold'", "that is recorded"]),
+        ("sft.stronger_model=gold", ["sft.stronger_model names 'gold'", "that is recorded or a model"]),
         ("task.name=productqa", ["task: data is missing", "task.data=DIR"]),
         # not an override at all
         ("foo", ["'foo'", "a.b=value"]),

@@ -20,6 +20,13 @@ def test_every_status_is_explained() -> None:
     assert {f"status/{status}" for status in SessionStatus} <= NAMED
 
 
+def test_every_metric_says_what_is_healthy_and_what_to_do() -> None:
+    """But for those that name a line: `stage` and `step`."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in TEXT.splitlines() if line.startswith("| `")]
+    bare = [row[0] for row in rows if len(row) < 5 or not all(row[-3:])]
+    assert bare == ["`stage`", "`step`"], f"docs/metrics.md: no meaning, healthy value or remedy for {bare}"
+
+
 def test_remedies_name_keys_that_exist() -> None:
     from agile.config import RunConfig, flat
 

@@ -18,7 +18,7 @@ from agile.config import load_config
 from agile.engine import Engine
 from agile.errors import AgileError
 from agile.losses import token_logprobs
-from agile.plan import GIB, Counts, architecture, count, memory, state_bytes, step_bytes
+from agile.plan import GIB, Counts, architecture, at_most, count, memory, state_bytes, step_bytes
 from agile.training import check_processes
 from tests.tiny import agile
 
@@ -195,6 +195,42 @@ def test_servers_take_memory_where_they_share_the_gpus() -> None:
     weights = 4 * count(load_config(None, words), shape).lm
     apart, beside = (memory(load_config(None, [*words, *word]), 1, 24, 0.25) for word in ([], ["vllm.kv_cache_gib=2"]))
     assert beside.total - apart.total == weights + 3 * GIB
+    engine = {item.name: item.num_bytes for item in beside.items if item.name.startswith("vLLM")}
+    assert engine == {"vLLM's weights": weights, "vLLM's keys and values": 2 * GIB, "vLLM's workspace": GIB}
+
+
+def test_an_engine_in_process_takes_its_share_of_which_the_cache_is_the_rest() -> None:
+    words = ["model.num_layers=2", "model.hidden_size=256", "rollout.policy=vllm", "vllm.gpu_memory_utilization=0.5"]
+    engine = [i.num_bytes for i in memory(load_config(None, words), 1, 24, 0.25).items if i.name.startswith("vLLM")]
+    assert len(engine) == 3 and sum(engine) == 12 * GIB and engine[1] > 10 * GIB
+
+
+@pytest.mark.parametrize(
+    ("words", "kept", "peak"),
+    [
+        (["ppo.kl_coef=0"], 0, 3),  # each of three processes loads one
+        (["ppo.reference=keep"], 0, 3),
+        (["ppo.reference=offload"], 3, 3),  # and keeps it, a whole one
+        (["ppo.reference=offload", "engine.zero_stage=3"], 1, 4),  # one in shards, and then the copy that plays
+        (["ppo.reference=offload", "rollout.lag=1"], 3, 6),
+        (["stages=[sft]", "ppo.reference=offload"], 0, 3),
+    ],
+)
+def test_the_memory_of_the_cpu_in_copies_of_the_model(words: list[str], kept: int, peak: int) -> None:
+    tiny = ["model.num_layers=2", "model.hidden_size=256", "ppo.kl_coef=0.1", "ppo.streams_per_iteration=3"]
+    config = load_config(None, [*tiny, *words])
+    copy = 4 * count(config, architecture(config)).lm
+    host = memory(config, 3, 24, 0.25).host
+    assert sum(i.num_bytes for i in host if i.when == "always") / copy == pytest.approx(kept, abs=0.02)
+    assert at_most(host) / copy == pytest.approx(peak, abs=0.1), "the critic's head is small"
+
+
+def test_what_the_optimizer_offloads_stays_on_the_cpu() -> None:
+    words = ["model.num_layers=2", "model.hidden_size=256", "engine.zero_stage=2", "engine.offload=optimizer"]
+    config = load_config(None, [*words, "ppo.reference=offload", "ppo.kl_coef=0.1"])
+    counts = count(config, architecture(config))
+    _, states = state_bytes(counts, zero_stage=2, offload="optimizer", dtype="float32", num_gpus=1)
+    assert at_most(memory(config, 1, 24, 0.25).host) == states + 4 * counts.lm > 16 * counts.trained
 
 
 def test_a_reference_takes_turns_with_the_update_when_it_is_offloaded() -> None:

@@ -11,11 +11,13 @@ import pytest
 
 from agile.agents.product_qa import ProductQAAgent
 from agile.config import load_config
+from agile.copies import original_id
 from agile.errors import AgileError
 from agile.evaluate import Outcome, rates
 from agile.prices import priced
 from agile.prompts import instructions
 from agile.rollout import collect, run_loop
+from agile.stages.collection import chosen_streams
 from agile.stages.validation import validate
 from agile.types import Action, Fn, Stream
 from tests.worlds import AGENT, ListMemory, item, make_codec, make_executor, script
@@ -35,6 +37,23 @@ def test_constant_schedule_and_drawn() -> None:
     assert schedule == pytest.approx([0.1, 0.2, 0.3])
     drawn = prices_of(drawn=(0.1, 0.5))
     assert set(drawn) == {0.1, 0.5} and 70 < drawn.count(0.1) < 130
+
+
+def test_rollouts_draw_a_price_each_unless_they_are_compared() -> None:
+    def played(**ppo: Any) -> dict[str, set[float | None]]:
+        task = SimpleNamespace(advice_price=0.3, first_price=None, training_prices=(0.1, 0.5))
+        knobs = SimpleNamespace(streams_per_iteration=4, rollouts_per_stream=8, num_iterations=2, **ppo)
+        setup: Any = SimpleNamespace(config=SimpleNamespace(seed=0, ppo=knobs, task=task), train_streams=STREAMS[:6])
+        found: dict[str, set[float | None]] = {}
+        for stream in chosen_streams(setup, 0):
+            found.setdefault(original_id(stream.id), set()).add(stream.price)
+        return found
+
+    free, compared = played(estimator="gae"), played(estimator="group")
+    assert set(free) == set(compared) and len(free) == 4
+    assert all(prices == {0.1, 0.5} for prices in free.values())
+    assert all(len(prices) == 1 for prices in compared.values())
+    assert set().union(*compared.values()) == {0.1, 0.5}
 
 
 def test_the_price_of_a_stream_is_shown_paid_and_logged() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Collection, Sequence
@@ -14,9 +15,9 @@ from agile.errors import AgileError
 from agile.executor import Executor, Limits
 from agile.policies import HFPolicy, ScriptedPolicy
 from agile.protocols import Memory, Policy
-from agile.rollout import collect, run_loop, status_counts
+from agile.rollout import collect, run_loop, status_counts, warn_of_failures
 from agile.seeding import derive_seed
-from agile.types import Action, AdviceRequest, Completion, Fn, Item, Segment, Session, Stream, Trajectory
+from agile.types import Action, AdviceRequest, Completion, Fn, Item, Reward, Segment, Session, Stream, Trajectory
 from tests.worlds import ListMemory, Replay, item, make_codec, make_executor
 
 STREAMS = [
@@ -232,6 +233,31 @@ def test_statuses_are_counted() -> None:
     run = collect(make_executor(), Replay([]), [stream], lambda s: ListMemory(), seed=0, policy_for=policy_for)
     assert status_counts(asyncio.run(run)) == {"completed": 2, "failed": 1, "invalid_action": 1}
     assert status_counts([]) == {"completed": 0}
+
+
+def test_failures_that_are_not_the_policys_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Of 6 sessions 3 have a reward that is no number, 1 an empty script, 1 a policy that only errs."""
+    codec = make_codec()
+    good = codec.encode_action(Action(Fn.PREDICT_ANSWER, "yes"))
+    scripts: list[list[Sequence[int]]] = [[good], [good], [], [good], [[codec.end_id]] * 9, [good]]
+
+    def policy_for(question: Item, memory: Memory) -> Policy:
+        return Replay(scripts[int(question.id)])
+
+    def score(question: Item, session: Session) -> Reward:
+        return Reward({"correct": math.nan if question.id in "13" else 1.0})
+
+    stream = Stream("s", tuple(replace(item(), id=str(i)) for i in range(6)))
+    executor = make_executor(score=score)
+    run = collect(executor, Replay([]), [stream], lambda s: ListMemory(), seed=0, policy_for=policy_for, max_failed=1.0)
+    played = asyncio.run(run)
+    warn_of_failures("Iteration 3", played)
+    (record,) = caplog.records
+    expected = "Iteration 3: 3 of 6 sessions failed, not by the policy's doing; 2 of them: failed, task: ValueError: "
+    assert record.getMessage() == expected + "the reward is {'correct': nan}, expected finite numbers"
+    caplog.clear()
+    warn_of_failures("Iteration 4", [replace(played[0], sessions=played[0].sessions[4:])])
+    assert not caplog.records, "a policy that errs is looked at in the statuses"
 
 
 def test_no_streams_no_trajectories() -> None:

@@ -212,6 +212,40 @@ def test_a_judge_of_answerability_says_what_needs_no_expert(tmp_path: Path) -> N
         load_config(None, ["sft.judge.model=a", "sft.teacher.model=b"])
 
 
+def test_a_stronger_model_is_asked_once_and_taught_where_it_is_right(tmp_path: Path) -> None:
+    """Of three questions it answers the first right and the second wrong; of the third it knows nothing."""
+    data = tmp_path / "medmcqa"
+    data.mkdir()
+    options = {"opa": "iron", "opb": "zinc", "opc": "lead", "opd": "tin"}
+    rows = [
+        {"id": str(k), "question": f"Metal {k}?", "cop": 1, "exp": "", "subject_name": "s", **options} for k in range(3)
+    ]
+    for name in ("train.json", "dev.json"):
+        (data / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def reply(body: dict[str, Any]) -> Reply:
+        asked = body["messages"][-1]["content"]
+        return said(
+            "It rusts.\nAnswer: A" if "Metal 0" in asked else "Answer: B" if "Metal 1" in asked else "who knows"
+        )
+
+    words = ["task.name=medmcqa", f"task.data={data}", "memory.encoder=hashing", "model.tokenizer=word"]
+    words += ["sft.sessions_per_item=1", "sft.stronger_model=big"]
+    with stub_endpoint() as stub:
+        stub.reply = reply
+        endpoint = f"endpoint: {{base_url: '{stub.url}', model: big, api_key_env: null}}"
+        made = load_config(None, [*words, f"experts.big={{kind: model, {endpoint}}}"])
+        summary = build_sft_data(made, tmp_path / "out", QUIET)
+        build_sft_data(made, tmp_path / "out", QUIET)
+        assert len(stub.requests) == 3, "nothing is paid for twice"
+    assert summary["kept"] == {"s": {"answers": 1, "asks": 2}}
+    counts = {"stronger model": "big", "questions": 3, "answered right": 1, "not answered": 0}
+    assert counts.items() <= summary["stronger model"].items()
+    setup = Setup(made, tmp_path / "out")
+    with pytest.raises(AgileError, match=r"built beforehand: agile sft-data CONFIG"):
+        setup.imitation_rows(setup.executor(setup.tokenizer()))
+
+
 def test_configs_name_their_models() -> None:
     for key in ("sft.teacher", "sft.judge", "task.judge"):
         with pytest.raises(AgileError, match=rf"{key}\.model=NAME"):

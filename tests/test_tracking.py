@@ -91,7 +91,7 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             part = b""
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="the extra wandb is not installed")
+@pytest.mark.frameworks
 def test_wandb_has_every_step_once_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from safetensors.torch import load_file
 
 from agile.engine import Engine
 from agile.errors import AgileError
+from agile.tasks.productqa import ProductQA
 from agile.training import train
+from agile.types import Item, Reward, Session
 from tests.runs import metrics, run_config
 
 VALIDATED = ("validation.every=1", "validation.num_streams=1", "sft.num_steps=10", "ppo.num_iterations=4")
@@ -92,3 +95,24 @@ def test_a_stopped_run_goes_on_with_rollbacks(tmp_path: Path) -> None:
         train(run_config(*config, "guard.max_kl=1e-3"), tmp_path)
     train(run_config(*config, "guard.max_kl=1e-3", "guard.action=rollback"), tmp_path, resume=True)
     assert [line["step"] for line in metrics(tmp_path, "ppo")][-1] == 3
+
+
+def test_rewards_that_are_no_numbers_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half of the sessions have such a one: each iteration and each validation says so, and learns from the others."""
+
+    def score(task: ProductQA, question: Item, session: Session) -> Reward:
+        return Reward({"correct": math.nan if session.index % 2 else 1.0})
+
+    monkeypatch.setattr(ProductQA, "score", score)
+    config = ["sft.num_steps=1", "ppo.num_iterations=1", "ppo.value_warmup_epochs=0", "validation.every=1"]
+    train(run_config(*config), tmp_path)
+    told = [r.getMessage() for r in caplog.records if r.name == "agile.rollout"]
+    reason = "failed, task: ValueError: the reward is {'correct': nan}, expected finite numbers"
+    assert told == [
+        f"Iteration 1: 4 of 8 sessions failed, not by the policy's doing; 4 of them: {reason}",
+        f"Validation after iteration 1: 2 of 4 sessions failed, not by the policy's doing; 2 of them: {reason}",
+    ]
+    (line,) = metrics(tmp_path, "ppo")
+    assert line["status/failed"] == 4 and all(math.isfinite(x) for x in line.values() if isinstance(x, float))

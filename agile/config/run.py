@@ -115,9 +115,10 @@ class RunConfig(TrainingConfig):
                     raise ValueError(f"{key} names {name!r}, but experts has {', '.join(known)}; add it to experts")
         if self.sft.stronger_model is not None:
             stronger = self.experts.get(self.sft.stronger_model)
-            if stronger is None or stronger.kind != "recorded":
+            if stronger is None or stronger.kind not in ("recorded", "model"):
                 raise ValueError(
-                    f"sft.stronger_model names {self.sft.stronger_model!r}, expected one of experts that is recorded"
+                    f"sft.stronger_model names {self.sft.stronger_model!r}, expected one of experts that is recorded "
+                    "or a model"
                 )
         return self
 
@@ -140,10 +141,12 @@ class RunConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _guard_sees_what_it_limits(self) -> RunConfig:
-        guard = self.guard
+        guard, of_score = self.guard, ("min_score", "max_score_drop")
         watches = {
             "validation.every": self.validation.every > 0,
-            **{f"guard.{n}": getattr(guard, n) is not None for n in ("max_kl", "min_entropy", "max_score_drop")},
+            **{
+                f"guard.{n}": getattr(guard, n) is not None for n in ("max_kl", "min_entropy", "max_entropy", *of_score)
+            },
             "guard.action": guard.action == "rollback",
         }
         if "ppo" not in self.stages and (set_keys := [key for key, is_set in watches.items() if is_set]):
@@ -152,8 +155,9 @@ class RunConfig(TrainingConfig):
             )
         if guard.max_kl is not None and self.ppo.kl_coef == 0:
             raise ValueError("guard.max_kl is set, but ppo.kl_coef is 0, so that no reference is kept; set it above 0")
-        if guard.max_score_drop is not None and not self.validation.every:
-            raise ValueError("guard.max_score_drop is set, but nothing is validated; set validation.every=1")
+        for name in of_score:
+            if getattr(guard, name) is not None and not self.validation.every:
+                raise ValueError(f"guard.{name} is set, but nothing is validated; set validation.every=1")
         if guard.action == "finish" and not self.validation.select_best:
             raise ValueError(
                 "guard.action is finish, which keeps the agent that scored best, but validation.select_best is false; "

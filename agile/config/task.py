@@ -83,7 +83,7 @@ class TaskConfig(Section):
     )
     advice_price: Price = Field(0.3, description="What one piece of advice costs, in units of a right answer.")
     training_prices: tuple[Price, ...] = Field(
-        (), description="In training each stream draws its price from these; by default advice_price."
+        (), description="In training each rollout of a stream draws its price from these; by default advice_price."
     )
     first_price: Price | None = Field(
         None,

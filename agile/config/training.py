@@ -69,8 +69,8 @@ class SFTConfig(OptimizerConfig):
     )
     stronger_model: str | None = Field(
         None,
-        description="medmcqa: who of `experts` has recorded answers to the train questions: the teacher answers where "
-        "they are right and asks where they are wrong, in place of judge_yes.",
+        description="medmcqa: who of `experts` has recorded answers to the train questions, or is a model that `agile "
+        "sft-data` asks: the teacher answers where it is right and asks where it is wrong, in place of judge_yes.",
     )
     warmup_steps: int = Field(100, ge=0)
     data: UserPath | None = Field(
@@ -299,6 +299,8 @@ class GuardConfig(Section):
 
     max_kl: float | None = Field(None, gt=0, description="KL to the reference policy, nats per token; null for none.")
     min_entropy: float | None = Field(None, gt=0, description="Entropy of the policy, nats per token; null for none.")
+    max_entropy: float | None = Field(None, gt=0, description="The same from above: a policy that unlearns.")
+    min_score: float | None = Field(None, description="Validation score that must not be fallen below; null for none.")
     max_score_drop: float | None = Field(
         None, gt=0, description="Fall of the validation score below its best so far; null for none."
     )
@@ -314,6 +316,15 @@ class GuardConfig(Section):
     max_skipped_steps: Count = Field(
         5, description="Steps in a row, of a gradient that is not finite or too large, after which the run stops."
     )
+
+    @model_validator(mode="after")
+    def _leaves_a_range(self) -> GuardConfig:
+        if self.min_entropy is not None and self.max_entropy is not None and self.min_entropy >= self.max_entropy:
+            raise ValueError(
+                f"min_entropy {self.min_entropy:g} is not below max_entropy {self.max_entropy:g}, so that no policy "
+                "is within them; set a lower one, or null"
+            )
+        return self
 
 
 class TrackingConfig(Section):

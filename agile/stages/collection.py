@@ -28,15 +28,17 @@ def chosen_streams(setup: Setup, iteration: int) -> list[Stream]:
     ppo, task = config.ppo, config.task
     rng = np.random.default_rng(derive_seed(config.seed, "streams", iteration))
     count = min(ppo.streams_per_iteration, len(streams))
+    chosen = [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))]
+    compared = ppo.estimator == "group"  # rollouts of a stream with each other: at one price
     at_prices = priced(
-        [streams[i] for i in sorted(rng.choice(len(streams), count, replace=False))],
+        chosen if compared else copies(chosen, ppo.rollouts_per_stream),
         task.advice_price,
         first_price=task.first_price,
         drawn_from=task.training_prices,
         progress=iteration / max(1, ppo.num_iterations - 1),
         rng=rng,
     )
-    return copies(at_prices, ppo.rollouts_per_stream)
+    return copies(at_prices, ppo.rollouts_per_stream) if compared else at_prices
 
 
 class Collection:

@@ -30,10 +30,14 @@ def trouble(guard: GuardConfig, metrics: Mapping[str, float], best_score: float 
         fall = f"more than guard.max_score_drop={drop:g} below its best, {best_score:.3f}"
         return f"the validation score is {score:.3f}, {fall}"
     # so compared that NaN is outside
+    if score is not None and guard.min_score is not None and not score >= guard.min_score:
+        return f"the validation score is {score:.3f}, below guard.min_score={guard.min_score:g}"
     if guard.max_kl is not None and not metrics["kl"] <= guard.max_kl:
         return f"kl is {metrics['kl']:.4g}, above guard.max_kl={guard.max_kl:g}"
     if guard.min_entropy is not None and not metrics["entropy"] >= guard.min_entropy:
         return f"entropy is {metrics['entropy']:.4g}, below guard.min_entropy={guard.min_entropy:g}"
+    if guard.max_entropy is not None and not metrics["entropy"] <= guard.max_entropy:
+        return f"entropy is {metrics['entropy']:.4g}, above guard.max_entropy={guard.max_entropy:g}"
     return None
 
 

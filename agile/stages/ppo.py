@@ -28,7 +28,7 @@ from agile.losses import PPOCoefficients
 from agile.model import ActorCritic
 from agile.protocols import TrainablePolicy
 from agile.reference import Reference, adapter_free, frozen
-from agile.rollout import status_counts
+from agile.rollout import status_counts, warn_of_failures
 from agile.run_folder import Place, RunFolder
 from agile.stages.collection import Collection
 from agile.stages.guard import VALIDATION_SCORE, Course, Finished, trouble
@@ -172,6 +172,7 @@ class Aftermath:
     def __call__(self, iteration: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
         config, course = self.setup.config, self.course
         ppo, guard = config.ppo, config.guard
+        warn_of_failures(f"Iteration {iteration}", trajectories)
         figures: dict[str, Any] = {
             **rates(outcomes(trajectories), [s.price for t in trajectories for s in t.sessions]),
             **{f"status/{status}": n for status, n in status_counts(trajectories).items()},

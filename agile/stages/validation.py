@@ -13,7 +13,7 @@ from agile.evaluate import outcomes, rates
 from agile.executor import Executor
 from agile.lag import Collector
 from agile.protocols import TrainablePolicy
-from agile.rollout import collect, lengths
+from agile.rollout import collect, lengths, warn_of_failures
 from agile.seeding import derive_seed
 from agile.types import Trajectory
 
@@ -57,5 +57,6 @@ def validate(
             )
 
     played = ranks.gather_shares(collector.play_now(play, iteration), lengths(streams))
+    warn_of_failures(f"Validation after iteration {iteration}", played)
     found = rates(outcomes(played), [s.price for t in played for s in t.sessions])
     return {f"validation/{name}": float(found[name]) for name in ("score", "accuracy", "advice_rate")}

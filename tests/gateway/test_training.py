@@ -28,6 +28,7 @@ from agile.tokens import ActionCodec
 from agile.types import Action, Fn, Reward, Session, SessionStatus, Source, Trajectory
 from tests.families import ASKS
 from tests.gateway.agents import KEY, call, gateway, make_model, said, sampled, tell
+from tests.test_metrics_doc import NAMED
 from tests.tiny import agile
 from tests.worlds import Add, NoteAgent, Replay, item, make_executor, play
 
@@ -93,6 +94,7 @@ def test_the_executor_and_the_gateway_learn_the_same_from_the_same_tokens(model:
             with pytest.raises(AgileError, match=rf"reward of session {played.id} is nan, expected a finite number"):
                 learner.step([Trajectory("s", (replace(played, reward=Reward({"correct": np.nan})),))])
             metrics.append(learner.step([Trajectory("s", (played,))]))
+    assert metrics[0].keys() <= NAMED, "docs/metrics.md explains what a learner logs"
     for figures in metrics[1:]:
         for key in ("policy", "value", "entropy", "grad_norm", "ratio", "num_action_tokens"):
             assert figures[key] == pytest.approx(metrics[0][key], abs=1e-5), key
