@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -101,6 +102,8 @@ class Engine:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # ZeRO calls torch by names that torch will drop, and torch would say so at every step
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         if not torch.cuda.is_available():
             # compiled at first start, needs a C++ compiler, and only speeds up what several processes say to each other
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -73,6 +73,7 @@ def train(
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    ranks.join()
     check_processes(config, ranks.world_size())
     with RunFolder(out, config, resume=resume) as run:
         setup = Setup(config, out)

@@ -54,7 +54,10 @@ def metrics(run: Path, stage: str | None = None) -> list[dict[str, Any]]:
 
 def assert_same_run(run: Path, expected: Path) -> None:
     assert metrics(run) == metrics(expected)
-    assert (run / "sessions-0.jsonl").read_bytes() == (expected / "sessions-0.jsonl").read_bytes()
+    logs = sorted(f.name for f in expected.glob("sessions-*.jsonl"))
+    assert sorted(f.name for f in run.glob("sessions-*.jsonl")) == logs
+    for log in logs:
+        assert (run / log).read_bytes() == (expected / log).read_bytes(), log
     for name in ("sft", "ppo"):
         exported = sorted(f.name for f in (expected / name).iterdir())
         assert sorted(f.name for f in (run / name).iterdir()) == exported and "model.safetensors" in exported

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import cache
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ from agile.errors import AgileError
 from agile.session_log import logged_sessions
 from agile.training import check_processes, check_streams
 from tests.doors import actor_critic
+from tests.processes import Processes
 from tests.tiny import TINY
+from tests.train_doors import train_doors
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = (
     *TINY,
     "task.num_train_worlds=5",
     "ppo.streams_per_iteration=5",
-    "ppo.num_iterations=4",
+    "ppo.num_iterations=5",
     "ppo.value_warmup_epochs=1",
     "ppo.batch_size=16",
     "ppo.checkpoint_every=2",
@@ -61,6 +63,45 @@ def trained(out: Path, *words: str, num: int = 1) -> Path:
     return out
 
 
+def nodes(launcher: str, out: Path) -> list[list[str]]:
+    """What a user types on each of two machines with one process each; both are this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    if launcher == "torchrun":
+        meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=mine"]
+        return [["torch.distributed.run", *meet, f"--rdzv-endpoint=127.0.0.1:{port}", "-m"]] * 2
+    hosts = out.with_suffix(".hosts")
+    hosts.write_text("node-1 slots=1\nnode-2 slots=1\n")
+    meet = [f"--hostfile={hosts}", "--no_ssh", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    return [["deepspeed.launcher.runner", *meet, f"--node_rank={node}", "--module"] for node in range(2)]
+
+
+def trained_on_two_nodes(launcher: str, out: Path, *words: str) -> Path:
+    _, _, *train = command(out, *words)
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", *node, *train],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for node in nodes(launcher, out)
+    ]
+    try:
+        printed = [process.communicate(timeout=900)[0] for process in running]
+    finally:
+        for process in running:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert [process.returncode for process in running] == [0, 0], "\n".join(text[-3000:] for text in printed)
+    assert sum(text.count("Trained: ") for text in printed) == 1
+    return out
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
@@ -79,7 +120,7 @@ def assert_same(found: Path, expected: Path, tolerance: float) -> None:
         assert line.keys() == other.keys()
         for name, value in line.items():
             if name != "seconds" and isinstance(value, int | float):
-                assert value == pytest.approx(other[name], rel=1e-4, abs=tolerance), (name, line["stage"], line["step"])
+                assert value == pytest.approx(other[name], rel=0, abs=tolerance), (name, line["stage"], line["step"])
     for agent in ("sft", "ppo"):
         mine, theirs = (load_file(path / agent / "model.safetensors") for path in (found, expected))
         assert mine.keys() == theirs.keys()
@@ -89,16 +130,8 @@ def assert_same(found: Path, expected: Path, tolerance: float) -> None:
 
 def doors(out: Path, *, zero_stage: int, num: int) -> dict[str, Any]:
     """What `tests/train_doors.py` learned."""
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num}", "-m"] if num > 1 else []
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "tests.train_doors", str(out), str(zero_stage)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with Processes(train_doors, out, zero_stage, num=num) as processes:
+        processes.finish()
     found: dict[str, Any] = torch.load(out, weights_only=False)
     return found
 
@@ -106,7 +139,7 @@ def doors(out: Path, *, zero_stage: int, num: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def doors_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found = doors(tmp_path_factory.mktemp("doors") / "alone.pt", zero_stage=0, num=1)
-    assert len(found["norms"]) >= 20 and min(found["norms"]) > 1e-3
+    assert found["num_policy_steps"] >= 20 and min(found["norms"]) > 1e-3
     assert {r for _, rewards in found["sampled"] for of_stream in rewards for r in of_stream} == {0.0, 1.0}
     moved = max(float((w.detach() - found["weights"][n]).abs().max()) for n, w in actor_critic().named_parameters())
     assert moved > 1e-2, "far more than the tolerance"
@@ -114,16 +147,21 @@ def doors_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_two_processes_learn_from_rewards_what_one_does(
-    doors_alone: dict[str, Any], tmp_path: Path, zero_stage: int
+@pytest.mark.parametrize(("num", "zero_stage"), [(2, 2), (2, 3), (3, 1)])
+def test_several_processes_learn_from_rewards_what_one_does(
+    doors_alone: dict[str, Any], tmp_path: Path, num: int, zero_stage: int
 ) -> None:
-    """Over more than 20 steps of PPO on sessions with different rewards: the same losses, gradients and weights."""
-    found = doors(tmp_path / "two.pt", zero_stage=zero_stage, num=2)
+    """Over more than 20 steps of PPO on sessions with different rewards: the same losses, gradients and weights.
+
+    The critic starts far off: its explained variance is -27 here, and so the same to five digits.
+    """
+    found = doors(tmp_path / "several.pt", zero_stage=zero_stage, num=num)
     assert found["sampled"] == doors_alone["sampled"]
-    assert found["norms"] == pytest.approx(doors_alone["norms"], rel=1e-4, abs=1e-5)
+    assert found["norms"] == pytest.approx(doors_alone["norms"], rel=0, abs=1e-5)
     for mine, theirs in zip(found["figures"], doors_alone["figures"], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        assert mine.pop("explained_variance") == pytest.approx(theirs["explained_variance"], rel=1e-5, abs=0)
+        assert mine == pytest.approx({name: theirs[name] for name in mine}, rel=0, abs=1e-5)
+        assert theirs.keys() == {*mine, "explained_variance"}
     for name, weight in doors_alone["weights"].items():
         torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-5, msg=name)
 
@@ -133,37 +171,26 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in one process."""
     path = trained(tmp_path_factory.mktemp("alone") / "run")
     last = lines(path)[-1]
-    assert last["stage"] == "ppo" and last["num_rows"] > 32, "20 steps need 3 batches in 2 epochs of 4 iterations"
+    assert last["stage"] == "ppo" and last["num_rows"] > 32, (
+        "more than 20 steps move it: 3 batches, 2 epochs, 4 iterations"
+    )
     return path
 
 
-@pytest.fixture(scope="module")
-def of_two(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The run of two processes with these settings; it is made once."""
-
-    @cache
-    def made(*words: str) -> Path:
-        return trained(tmp_path_factory.mktemp("two") / "run", *words, num=2)
-
-    return made
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_processes_learn_what_one_does(alone: Path, of_two: Callable[..., Path], stage: int) -> None:
-    """Same sessions, losses and weights over 4 iterations of PPO, more than 20 steps of the optimizer."""
-    found = of_two(f"engine.zero_stage={stage}")
+@pytest.mark.parametrize(("launcher", "stage"), [("deepspeed", 2), ("torchrun", 3)])
+def test_two_nodes_learn_what_one_process_does(alone: Path, tmp_path: Path, launcher: str, stage: int) -> None:
+    """Same sessions, losses and weights over more than 20 steps of PPO that move the policy."""
+    found = trained_on_two_nodes(launcher, tmp_path / "run", f"engine.zero_stage={stage}")
     assert {p.name for p in found.glob("sessions-*.jsonl")} == {"sessions-0.jsonl", "sessions-1.jsonl"}
     assert_same(found, alone, 1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("engine.zero_stage=2",), ("engine.zero_stage=3", "rollout.lag=1")])
-def test_killed_and_resumed_it_is_the_same_run(
-    of_two: Callable[..., Path], tmp_path: Path, words: tuple[str, ...]
-) -> None:
-    whole = of_two(*words)
-    killed = tmp_path / "killed"
+def test_killed_and_resumed_it_is_the_same_run(tmp_path: Path) -> None:
+    """Other moments are in test_kills.py."""
+    words = ("engine.zero_stage=3", "rollout.lag=1")
+    whole, killed = trained(tmp_path / "whole", *words, num=2), tmp_path / "killed"
     process = subprocess.Popen(
         command(killed, *words, num=2),
         cwd=ROOT,

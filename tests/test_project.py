@@ -206,7 +206,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("agile.calibrated", "agile.evaluate", "agile.memory.encoders", "agile.tasks.choices", "agile.tasks.scoring"),
     ),
     "agile.calibrated": (*NOUNS, "agile.memory.encoders", "agile.tasks.choices", "agile.tasks.scoring"),
-    "agile.plots": ("agile.evaluate",),
+    "agile.plots": ("agile.evaluate", "agile.published"),
     "agile.show": NOUNS,
     "agile.plots_bench": ("agile.plots",),
     "agile.report_words": ("agile.evaluate", "agile.plots", "agile.plots_bench"),

@@ -187,6 +187,22 @@ def test_last_checkpoints_are_kept_in_the_order_of_the_schedule(path: Path, engi
     resumed.close()
 
 
+def test_a_checkpoint_is_late_by_the_clock(path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_clock(seconds: float) -> None:
+        monkeypatch.setattr("agile.run_folder.time.monotonic", lambda: seconds)
+
+    def is_late(seconds: float) -> bool:
+        set_clock(seconds)
+        return run.is_late()
+
+    set_clock(1000.0)
+    run = opened(path, load_config(None, ["checkpoints.every_minutes=2"]))
+    assert [is_late(s) for s in (1000.0, 1119.0, 1120.0, 1500.0)] == [False, False, True, True]
+    run.save(Place("sft", 1), engine)
+    assert [is_late(s) for s in (1500.0, 1619.0, 1620.0)] == [False, False, True]
+    run.close()
+
+
 def test_draft_of_a_killed_run_is_no_checkpoint(path: Path, engine: Engine) -> None:
     run = opened(path)
     run.save(Place("sft", 1), engine)

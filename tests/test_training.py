@@ -90,6 +90,14 @@ def test_a_run_resumed_where_it_stopped_is_the_same_run(
     assert_same_run(out, whole)
 
 
+def test_checkpoints_by_the_clock_come_between_those_of_the_schedule(tmp_path: Path) -> None:
+    """Here every step takes longer than `every_minutes`, and the schedule has the last ones alone."""
+    few = ("sft.num_steps=3", "sft.checkpoint_every=9", "ppo.checkpoint_every=9", "checkpoints.keep=9")
+    train(run_config(*few, "checkpoints.every_minutes=1e-9"), tmp_path / "run")
+    found = sorted(f.name for f in (tmp_path / "run" / "checkpoints").iterdir())
+    assert found == ["ppo-000001", "ppo-000002", "sft-000001", "sft-000002", "sft-000003"]
+
+
 def test_a_run_that_collects_ahead_is_the_same_run_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was collected with weights that are gone is part of the checkpoint."""
     ahead = run_config("rollout.lag=1", "ppo.num_iterations=4", "sft.num_steps=10")

@@ -1,8 +1,7 @@
-"""PPO in the world of two doors, in as many processes as a launcher starts: `python -m tests.train_doors OUT STAGE`."""
+"""PPO in the world of two doors, in as many processes as there are."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,22 @@ from agile.types import Trajectory
 from tests.doors import actor_critic, llama, make_executor, streams, totals
 from tests.worlds import ListMemory
 
-NUM_ITERATIONS = 4
+NUM_ITERATIONS = 5  # the first trains the critic alone
 
 
 class Noting(Engine):
-    """An engine that keeps the gradient norm of each step."""
+    """An engine that keeps the gradient norm of each step, and counts those that moved the policy."""
 
     norms: list[float]
+    num_policy_steps = 0
 
     def step(self) -> float:
+        self.num_policy_steps += any(p.grad is not None for p in self.module.lm.parameters())
         self.norms.append(super().step())
         return self.norms[-1]
 
 
-def main(out: Path, zero_stage: int) -> None:
+def train_doors(out: Path, zero_stage: int) -> None:
     """Write what was sampled, earned, measured and learned to the file `out`."""
     ranks.join()
     model = actor_critic()
@@ -81,8 +82,5 @@ def main(out: Path, zero_stage: int) -> None:
         for name, weight in engine.weights(prefix)
     }
     if ranks.is_main():
-        torch.save({"sampled": sampled, "figures": figures, "norms": engine.norms, "weights": learned}, out)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+        found = {"sampled": sampled, "figures": figures, "norms": engine.norms, "weights": learned}
+        torch.save({**found, "num_policy_steps": engine.num_policy_steps}, out)
