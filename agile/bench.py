@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -12,7 +14,7 @@ from agile.build import Setup
 from agile.calibration import calibration
 from agile.config import RunConfig, differences
 from agile.errors import AgileError
-from agile.evaluate import Outcome, best_of, by_stream, paired_difference, rates, summarise
+from agile.evaluate import Outcome, best_of, paired_difference, rates, summarise
 from agile.measure import Measured, joined, measure, trained_agents, trained_config
 from agile.memory_use import SIMILAR, memory_use
 from agile.prompted import check_key
@@ -41,6 +43,11 @@ def bench(config: RunConfig, out: Path, checkpoints: Sequence[Path] = ()) -> dic
         check_key(config.evaluate.prompted)
     if config.task.judge is not None:
         check_key(config.task.judge, "task.judge")
+    if config.evaluate.ablations and not checkpoints:
+        raise AgileError(
+            f"evaluate.ablations=[{','.join(config.evaluate.ablations)}] take something from a trained agent, and "
+            "there is none; name its run, evaluate.checkpoint=RUN, or leave them out: evaluate.ablations=[]."
+        )
     if len(checkpoints) < 2:
         run = checkpoints[0] if checkpoints else None
         report = _report(config, _measure(config, out, run), started)
@@ -132,15 +139,17 @@ def _claim(out: Path, config: RunConfig) -> None:
 
 def _report(config: RunConfig, found: Measured, started: float, num_runs: int = 1) -> dict[str, Any]:
     price, macro, seed = config.task.advice_price, found.macro, config.seed
+    cut = config.task.stream_length is not None or config.task.name == "hotpotqa"  # streams are parts of something
     report: dict[str, Any] = {
         "task": config.task.name,
         "advice_price": price,
         "advice_counts": config.task.advice_counts,
-        "agents": {name: summarise(o, price, macro=macro, seed=seed) for name, o in found.results.items()},
+        "macro": macro,
+        "agents": {name: _summary(o, price, macro, seed, cut) for name, o in found.results.items()},
         "comparisons": _comparisons(found.results, price, macro, seed),
         "details": found.details,
         "examples": found.examples,
-        "notes": list(config.evaluate.notes),
+        "notes": [*config.evaluate.notes, *found.notes],
     }
     for name, agent in report["agents"].items():
         agent["expert_calls"] = sum(o.advised for o in found.results[name])
@@ -148,7 +157,9 @@ def _report(config: RunConfig, found: Measured, started: float, num_runs: int = 
             agent["usage"] = to_json(found.usages[name])
         if name in found.seconds_of:
             agent["seconds"] = found.seconds_of[name]
-        if along := _along_stream(found.results[name], price):
+        if name in found.costs:
+            agent["other_cost"] = found.costs[name]
+        if along := _along_stream(found.results[name], price, macro):
             agent["along_stream"] = along
     if found.experts:
         report["experts"] = found.experts
@@ -164,20 +175,60 @@ def _report(config: RunConfig, found: Measured, started: float, num_runs: int = 
     if found.ablations:
         report["ablations"] = _ablations(found, price, macro, seed)
     if found.prices:
-        report |= _prices(found, seed)
+        report["prices"] = {
+            f"{c:g}": {name: _summary(o, c, macro, seed, cut) for name, o in played.items()}
+            for c, (played, _) in found.prices.items()
+        }
+    report["groups"] = _groups(found, price, seed, cut)
     set_beside(report, found.groups, whole=config.task.max_items is None, num_runs=num_runs)
     report["seconds"] = {**found.seconds, "total": time.monotonic() - started}
     return report
 
 
+def _summary(results: Sequence[Outcome], price: float, macro: bool, seed: int, cut: bool) -> dict[str, Any]:
+    """An agent's figures, and where there are several groups, these with every group (macro) or question alike."""
+    summary = summarise(results, price, macro=macro, seed=seed)
+    if len(groups := _by_group(results, cut)) > 1:
+        keys = ("accuracy", "advice_rate", "score")
+        each = [rates(part, price) for part in groups.values()]
+        summary["means"] = {
+            "macro": {key: mean(float(one[key]) for one in each) for key in keys},
+            "micro": {key: rates(results, price)[key] for key in keys},
+        }
+    return summary
+
+
+def _by_group(results: Sequence[Outcome], cut: bool) -> dict[str, list[Outcome]]:
+    """Outcomes by group of questions: by stream, those of one group together where it was `cut` into several."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in results:
+        name = outcome.questions or outcome.stream_id
+        groups.setdefault(re.sub(r"-\d+$", "", name) if cut else name, []).append(outcome)
+    return groups
+
+
+def _groups(found: Measured, own: float, seed: int, cut: bool) -> dict[str, Any]:
+    """Figures of each group at every price, the config's own among them; nothing where there is one group alone."""
+    groups: dict[str, Any] = {}
+    played = {price: results for price, (results, _) in found.prices.items()} | {own: found.results}
+    for price in sorted(played):
+        for name, results in played[price].items():
+            for group, part in _by_group(results, cut).items():
+                summary = summarise(part, price, seed=seed)
+                kept = {k: v for k, v in summary.items() if not k.startswith("by_")}
+                if price == own and (along := _along_stream(part, price)):
+                    kept["along_stream"] = along
+                groups.setdefault(group, {}).setdefault(f"{price:g}", {})[name] = kept
+    return groups if len(groups) > 1 else {}
+
+
 def _comparisons(results: dict[str, list[Outcome]], price: float, macro: bool, seed: int) -> list[dict[str, Any]]:
-    """The agent that the report is about, else the best one, against every other."""
+    """Every pair of agents; first the one that the report is about, else the best one, against every other."""
     usable = [name for name in results if name != "oracle"]
     best = best_of(results) or max(usable, key=lambda name: rates(results[name], price, macro)["score"], default=None)
     return [
-        {"a": best, "b": other, **paired_difference(results[best], results[other], price, macro=macro, seed=seed)}
-        for other in results
-        if best is not None and other != best
+        {"a": a, "b": b, **paired_difference(results[a], results[b], price, macro=macro, seed=seed)}
+        for a, b in combinations(sorted(results, key=lambda name: name != best), 2)
     ]
 
 
@@ -218,26 +269,18 @@ def _verdict(pair: Mapping[str, Any], paper: Mapping[str, Any] | None) -> str:
     return "as in the paper" if (pair["difference"] > 0) == (paper["difference"] > 0) else "against the paper"
 
 
-def _prices(found: Measured, seed: int) -> dict[str, Any]:
-    """Agents and baselines at other prices: in all, and for each group."""
-    prices: dict[str, Any] = {}
-    groups: dict[str, Any] = {}
-    for price, (results, _) in found.prices.items():
-        prices[f"{price:g}"] = {name: summarise(o, price, macro=found.macro, seed=seed) for name, o in results.items()}
-        for name, played in results.items():
-            for group, part in by_stream(played).items():
-                groups.setdefault(group, {}).setdefault(f"{price:g}", {})[name] = summarise(part, price, seed=seed)
-    return {"prices": prices, "groups": groups}
+def _along_stream(results: Sequence[Outcome], price: float, macro: bool = False) -> list[dict[str, Any]]:
+    """Figures of every 200 questions of the streams; nothing where no stream has more than that.
 
-
-def _along_stream(results: Sequence[Outcome], price: float) -> list[dict[str, Any]]:
-    """Figures of every 200 questions of the streams; nothing where no stream has more than that."""
+    Args:
+        macro: Weigh alike every stream that is that long.
+    """
     parts: dict[int, list[Outcome]] = {}
     for outcome in results:
         parts.setdefault(outcome.position // BIN, []).append(outcome)
     if len(parts) < 2:
         return []
-    return [{"from": BIN * k, "to": BIN * (k + 1), **rates(parts[k], price)} for k in sorted(parts)]
+    return [{"from": BIN * k, "to": BIN * (k + 1), **rates(parts[k], price, macro)} for k in sorted(parts)]
 
 
 def _seeds(config: RunConfig, parts: Mapping[str, Measured], seeds: Sequence[int]) -> dict[str, Any]:

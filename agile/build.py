@@ -5,6 +5,7 @@ concrete agents and tasks.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -458,21 +459,31 @@ class Setup:
         return found
 
     @cached_property
-    def _baselines(self) -> dict[float, dict[str, BaselineRun]]:
-        names = self.config.evaluate.baselines
-        return run_baselines(
-            names,
-            self.task.streams("train") if {"never_ask", "calibrated_recall"} & {*names} else (),
-            self.task.streams("test"),
-            list(dict.fromkeys((self.config.task.advice_price, *self.config.evaluate.prices))),
-            self.encoder,
-            self.task,
-            self.config.seed,
-        )
+    def _baselines(self) -> dict[str, tuple[dict[float, dict[str, BaselineRun]], float]]:
+        """What each baseline does by price, and how many seconds that took."""
+        found: dict[str, tuple[dict[float, dict[str, BaselineRun]], float]] = {}
+        for name in self.config.evaluate.baselines:
+            began = time.monotonic()
+            runs = run_baselines(
+                [name],
+                self.task.streams("train") if name in ("never_ask", "calibrated_recall") else (),
+                self.task.streams("test"),
+                list(dict.fromkeys((self.config.task.advice_price, *self.config.evaluate.prices))),
+                self.encoder,
+                self.task,
+                self.config.seed,
+            )
+            found[name] = runs, time.monotonic() - began
+        return found
 
     def baselines(self, price: float | None = None) -> dict[str, BaselineRun]:
         """What baselines do at the config's price, or at another of `evaluate.prices`; all are run at once."""
-        return self._baselines[self.config.task.advice_price if price is None else price]
+        asked = self.config.task.advice_price if price is None else price
+        return {name: runs[asked][name] for name, (runs, _) in self._baselines.items()}
+
+    def baseline_seconds(self) -> dict[str, float]:
+        """How long each baseline took at all prices; the first that needs the texts embeds them."""
+        return {name: seconds for name, (_, seconds) in self._baselines.items()}
 
     def question_similarities(self) -> Callable[[str], np.ndarray]:
         """For each train stream the cosine of every pair of its questions, (n, n)."""

@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
+from agile.advice.model import SYSTEM
 from agile.build import Setup
-from agile.config import ExpertConfig, RunConfig
+from agile.config import GOLD, ExpertConfig, PromptedConfig, RunConfig
 from agile.errors import AgileError
 from agile.evaluate import best_of
+from agile.judge import PROMPT
 from agile.measure import trained_agents, trained_config
 from agile.policies.scripted import ScriptedPolicy
 from agile.prompts import instructions
@@ -27,6 +29,8 @@ from agile.rollout import collect
 from agile.types import Action, Completion, Item, Stream
 
 SAMPLE = 24  # sessions that are played
+ADVICE_TOKENS = 50  # that a model writes which is asked for advice: one or two sentences and the answer
+MOST_ROWS = 20  # bad rows that are listed
 ABLATIONS, ASKS = ", ablations", "asks "  # after the name of an agent, before that of an expert
 
 
@@ -35,8 +39,9 @@ class Plan:
     """What an agent would take: one row of the table.
 
     Attributes:
-        agent: Its name; that of an agent whose ablations are played, or of an expert who plays or is asked.
-        sessions: Of all runs, on all test questions, at all prices at which it plays anew.
+        agent: Its name; that of an agent whose ablations are played, or of an expert who plays or is asked; or a model
+            that judges answers or advises agents, of which calls are the most that there can be.
+        sessions: Of all runs, on all test questions, at all prices at which it plays anew; 0 of a model that is asked.
         calls: Completions in these sessions.
         expert_calls: Questions that the script asked about, scaled up: a guess for an agent that is not known yet.
         money: At the config's prices; None where the model is one's own.
@@ -68,15 +73,17 @@ class _Counted:
         return completion
 
 
-def plan_bench(config: RunConfig) -> tuple[list[Plan], str]:
-    """What each agent of the config would take, and by whose tokens that is counted.
+def plan_bench(config: RunConfig) -> tuple[list[Plan], str, list[str]]:
+    """What each agent of the config would take, by whose tokens that is counted, and which bad rows were left out.
 
     The first questions of up to four test streams are played by the script that imitation learns from, with the memory
     that it gathers. Longer memories make longer prompts only until they are full, which takes a few questions.
     """
     with TemporaryDirectory() as folder:
         quick = config.memory.model_copy(update={"encoder": "hashing", "cache": None})
-        setup = Setup(config.model_copy(update={"memory": quick}), Path(folder))
+        someone = config.experts.get(config.expert, ExpertConfig()).kind in ("model", "desk")  # nobody is asked here
+        expert = GOLD if someone else config.expert
+        setup = Setup(config.model_copy(update={"memory": quick, "expert": expert}), Path(folder))
         streams = setup.task.streams("test")
         tokenizer, whose = _tokenizer(setup)
         counted: list[_Counted] = []
@@ -94,10 +101,24 @@ def plan_bench(config: RunConfig) -> tuple[list[Plan], str]:
         )
     calls = [call for one in counted for call in one.calls]
     advised = sum(session.advised for trajectory in played for session in trajectory.sessions)
-    told = len(tokenizer(instructions(setup.agent.spec, config.task.advice_price))["input_ids"])
-    each = _Sample(told, len(counted), len(calls), sum(p for p, _ in calls), sum(c for _, c in calls), advised)
-    questions = sum(len(stream.items) for stream in streams)
-    return [_plan(config, label, sessions, each) for label, sessions in num_sessions(config, questions).items()], whose
+    items = [item for stream in chosen for item in stream.items]
+
+    def tokens(texts: Sequence[str]) -> int:
+        return sum(len(ids) for ids in tokenizer(list(texts))["input_ids"])
+
+    each = _Sample(
+        told=tokens([instructions(setup.agent.spec, config.task.advice_price)]),
+        sessions=len(counted),
+        calls=len(calls),
+        prompt_tokens=sum(p for p, _ in calls),
+        completion_tokens=sum(c for _, c in calls),
+        expert_calls=advised,
+        advice_tokens=tokens([f"{SYSTEM}\n{setup.agent.question(item, 0.0, 1.0)}" for item in items]),
+        judge_tokens=tokens([PROMPT.format(question=i.question, gold=i.answer, answer=i.answer) for i in items]),
+    )
+    sessions = num_sessions(config, sum(len(stream.items) for stream in streams))
+    plans = [_plan(config, label, number, each) for label, number in sessions.items()]
+    return [*plans, *_models(config, plans, each)], whose, setup.skipped
 
 
 def _tokenizer(setup: Setup) -> tuple[PreTrainedTokenizerFast, str]:
@@ -119,6 +140,8 @@ class _Sample:
     prompt_tokens: int
     completion_tokens: int
     expert_calls: int
+    advice_tokens: int  # that a model would read which is asked for advice on every question
+    judge_tokens: int  # or that judges every answer
 
 
 def num_sessions(config: RunConfig, questions: int) -> dict[str, int]:
@@ -146,8 +169,41 @@ def num_sessions(config: RunConfig, questions: int) -> dict[str, int]:
     return {label: number for label, number in found.items() if number}
 
 
+def _asked(label: str, sessions: int, calls: int, read: float, written: int, endpoint: PromptedConfig) -> Plan:
+    """A model behind an endpoint that is asked `calls` times, `read` and `written` tokens each."""
+    prices = endpoint.prices
+    paid, longest = calls * read * prices.input, calls * endpoint.max_tokens * prices.output
+    figures = {"money": (paid + calls * written * prices.output) / 1e6, "most": (paid + longest) / 1e6}
+    advised = calls if label.startswith(ASKS) else 0
+    return Plan(label, sessions, calls, round(calls * read), calls * written, advised, **figures)
+
+
+def _models(config: RunConfig, plans: Sequence[Plan], sample: _Sample) -> list[Plan]:
+    """Rows for the models that agents ask for advice, and that judge their answers."""
+    rows = []
+    adviser, judge = config.experts.get(config.expert, ExpertConfig()), config.task.judge
+    calls = sum(plan.expert_calls for plan in plans if not plan.agent.startswith(ASKS))
+    if adviser.endpoint is not None and calls:
+        label = f"expert {config.expert}"
+        rows.append(_asked(label, 0, calls, sample.advice_tokens / sample.sessions, ADVICE_TOKENS, adviser.endpoint))
+    times = 1 + sum(price != config.task.advice_price for price in config.evaluate.prices) * config.agent.show_price
+    played = [plan for plan in plans if _plays(config, plan.agent)]  # judged at the config's price alone
+    judged = sum(plan.sessions // (1 if plan.agent == "prompted" else times) for plan in played)
+    if judge is not None and judged:
+        rows.append(_asked("judge", 0, judged, sample.judge_tokens / sample.sessions, 1, judge))
+    return rows
+
+
+def _plays(config: RunConfig, label: str) -> bool:
+    return label in config.evaluate.agents
+
+
 def _plan(config: RunConfig, label: str, sessions: int, sample: _Sample) -> Plan:
-    if label not in config.evaluate.agents and not label.endswith(ABLATIONS):  # a script that plays an expert
+    if not _plays(config, label) and not label.endswith(ABLATIONS):  # a script that plays an expert
+        expert = config.experts.get(label.removeprefix(ASKS), ExpertConfig())
+        if label.startswith(ASKS) and expert.endpoint is not None:
+            read = sample.advice_tokens / sample.sessions
+            return _asked(label, sessions, sessions, read, ADVICE_TOKENS, expert.endpoint)
         return Plan(label, sessions, 0, 0, 0, sessions * label.startswith(ASKS))
 
     def scaled(number: int) -> int:
@@ -177,23 +233,43 @@ def _plan(config: RunConfig, label: str, sessions: int, sample: _Sample) -> Plan
 
 def print_plan(config: RunConfig, console: Console) -> None:
     """Print what `agile bench` would take with this config; nothing is run, and no endpoint asked."""
-    plans, whose = plan_bench(config)
-    table = Table(title=f"Plan: {config.task.name}", title_justify="left", box=box.SIMPLE_HEAD)
+    plans, whose, skipped = plan_bench(config)
+    table = Table(title=f"Plan: {config.task.name}", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("agent", no_wrap=True)
-    for column in ("sessions", "calls", "tokens read", "tokens written", "expert calls", "money"):
-        table.add_column(column, justify="right")
+    for column in ("sessions", "calls", "tokens\nread", "tokens\nwritten", "expert\ncalls", "money"):
+        table.add_column(column, justify="right", no_wrap=True)
     for plan in plans:
         figures = (plan.sessions, plan.calls, plan.prompt_tokens, plan.completion_tokens, plan.expert_calls)
-        money = "" if plan.money is None else f"{plan.money:,.2f} to {plan.most:,.2f}"
-        table.add_row(plan.agent, *(f"{figure:,}" for figure in figures), money)
+        money = "" if plan.money is None or plan.most is None else f"{_money(plan.money)} to {_money(plan.most)}"
+        table.add_row(plan.agent, *map(in_short, figures), money)
     console.print(table)
     console.print(
         f"Counted by {whose}, on {SAMPLE} questions that the teacher of imitation played; an agent's own lengths and "
-        "expert calls differ. Money: with the teacher's short answers, and with every answer as long as "
-        "evaluate.prompted.max_tokens; nothing taken off for what the endpoint caches. Baselines and scripts that show "
-        "what experts are worth call no model; what experts cost that are models themselves is not counted.",
+        "expert calls differ. Money: with short answers, and with every answer as long as max_tokens of its endpoint; "
+        "nothing taken off for what the endpoint caches. A judge is asked about wrong answers alone, an expert about "
+        "each question once: their rows are the most that there can be. Baselines, and scripts that show what experts "
+        "are worth, call no model of their own.",
         style="dim",
         soft_wrap=True,
     )
+    if skipped:
+        console.print(f"{len(skipped):,} bad rows are left out:")
+        for row in [*skipped[:MOST_ROWS], *(["..."] if len(skipped) > MOST_ROWS else [])]:
+            console.print(f"  {row}", markup=False, soft_wrap=True)
     if trained_agents(config, config) and not config.evaluate.checkpoint:
         console.print("Trained agents are played once evaluate.checkpoint names their run.", style="dim")
+
+
+def _money(value: float) -> str:
+    return f"{value:,.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def in_short(number: int) -> str:
+    """A number in a few places.
+
+    >>> [in_short(n) for n in (9_999, 17_676, 999_949, 17_676_300, 2_345_000_000)]
+    ['9,999', '17.7k', '999.9k', '17.7M', '2,345.0M']
+    """
+    if number < 10_000:
+        return f"{number:,}"
+    return f"{number / 1e3:,.1f}k" if number < 999_950 else f"{number / 1e6:,.1f}M"

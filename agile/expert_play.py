@@ -16,7 +16,7 @@ from agile.executor import Executor
 from agile.expert_worth import Asked, Key, experts_table, gains
 from agile.experts import Timed, who_always_asks, who_never_asks
 from agile.play import play_streams
-from agile.prompted import spent
+from agile.prompted import cost_of, spent
 from agile.protocols import Policy
 from agile.tasks.scoring import UNREADABLE_ADVICE, unreadable
 from agile.tokens import ActionCodec
@@ -32,12 +32,14 @@ class Experts:
         asked: What each expert answered.
         details: What else is to be said of each agent.
         seconds: How long each was played.
+        costs: Money that those experts took in this run that are models.
     """
 
     results: dict[str, list[Outcome]] = field(default_factory=dict)
     asked: dict[str, Asked] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
 
     def report(
         self, agents: dict[str, list[Outcome]], own: dict[str, dict[Key, bool]], *, macro: bool
@@ -83,6 +85,7 @@ def play_experts(setup: Setup, out: Path) -> Experts:
         _add(found, f"asks {name}", played, seconds)
         if (endpoint := getattr(advisor.advisor, "endpoint", None)) is not None:
             found.details[f"asks {name}"] = {**found.details.get(f"asks {name}", {}), "expert asked": spent(endpoint)}
+        found.costs[f"asks {name}"] = cost_of(advisor.advisor)
         latency_s = expert.latency_s
         if latency_s is None and expert.kind == "model":
             latency_s = advisor.seconds / max(1, advisor.num_asked)

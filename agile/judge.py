@@ -84,6 +84,7 @@ def _asked(
         "verdicts that could not be read": len(unread),
         **({"said instead": " | ".join(text[:100] for text in unread[:NUM_SHOWN])} if unread else {}),
         "judge asked": spent(endpoint),
+        **({"judge cost": endpoint.spent.cost} if endpoint.spent.cost else {}),
     }
 
 

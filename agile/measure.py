@@ -39,6 +39,8 @@ class Measured:
         uses: What memory did for agents that were played: by similarity, and exactly where the task knows.
         usages: What their completions took.
         seconds_of: How long each was played.
+        costs: Money that an agent's expert and its judge took where these are models: `{agent: {expert, judge}}`.
+        notes: What the report has to say of what was not played.
         seconds: Of each part of the work.
         details, examples, experts, skipped_rows: As the report holds them; of several runs those of the first.
     """
@@ -52,6 +54,8 @@ class Measured:
     uses: dict[str, tuple[list[Use], list[Use]]] = field(default_factory=dict)
     usages: dict[str, Usage] = field(default_factory=dict)
     seconds_of: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
@@ -124,10 +128,15 @@ def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
             found.examples = _examples(played, told, items)
         if said := {**unreadable(played.sessions), **setup.figures(played.trajectories)}:
             found.details[name] = {**found.details.get(name, {}), **said}
+        costs = {"expert": played.expert_cost, "judge": float(said.get("judge cost", 0.0))}
+        if any(costs.values()):
+            found.costs[name] = costs
         found.seconds[name] = time.monotonic() - began
     experts = play_experts(setup, out)
     found.details |= experts.details
     found.seconds |= experts.seconds
+    found.seconds_of |= experts.seconds | setup.baseline_seconds()
+    found.costs |= {name: {"expert": cost, "judge": 0.0} for name, cost in experts.costs.items() if cost}
     if experts.asked:
         found.experts = experts.report(found.results, own, macro=found.macro)
     found.results |= experts.results | {name: run.outcomes for name, run in runs.items()}
@@ -137,6 +146,8 @@ def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
         found.details["rows left out"] = {"number": len(skipped)}
 
     began = time.monotonic()
+    if vain := _not_played(config.ablations, best_of(folders), found.results):
+        found.notes.append(vain)
     found.ablations = _ablations(setup, out, folders, found.results)
     if found.ablations:
         found.seconds["ablations"] = time.monotonic() - began
@@ -148,6 +159,16 @@ def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
     return found
 
 
+def _not_played(ablations: Sequence[str], best: str | None, whole: By) -> str:
+    """Which ablations have nothing to be taken from, and why; empty if all of them are played."""
+    if ablations and best is None:
+        return f"Ablations not played: {', '.join(ablations)}. They are about a trained agent, and none was scored."
+    if "rl" in ablations and (best != "ppo" or "sft" not in whole):
+        lacks = "sft" if best == "ppo" else "ppo"
+        return f"Ablation not played: rl. It sets sft beside ppo, and {lacks} is not among the agents that were scored."
+    return ""
+
+
 def _ablations(setup: Setup, out: Path, folders: Mapping[str, Path], whole: By, price: float | None = None) -> By:
     """The learned agent without each of `evaluate.ablations`, at the config's price or another one."""
     best = best_of(folders)
@@ -157,7 +178,7 @@ def _ablations(setup: Setup, out: Path, folders: Mapping[str, Path], whole: By, 
     advice_rate = float(rates(whole[best], 0.0)["advice_rate"])
     for ablation in setup.config.evaluate.ablations:
         if ablation == "rl":
-            if best == "ppo" and "sft" in whole:
+            if best == "ppo" and "sft" in whole:  # else `_not_played` says so
                 found["rl"] = whole["sft"]
             continue
         log = f"test-{best}-{ablation}" + ("" if price is None else f"-{price:g}")
@@ -241,9 +262,13 @@ def joined(parts: Mapping[str, Measured], *, same_questions: bool) -> Measured:
             both[1].extend(exact)
         for name, usage in part.usages.items():
             whole.usages[name] = whole.usages.get(name, Usage()) + usage
+        for name, costs in part.costs.items():
+            mine = whole.costs.setdefault(name, dict.fromkeys(costs, 0.0))
+            mine |= {who: mine[who] + cost for who, cost in costs.items()}
         for mine, other in ((whole.seconds_of, part.seconds_of), (whole.seconds, part.seconds)):
             for name, seconds in other.items():
                 mine[name] = mine.get(name, 0.0) + seconds
     whole.details, whole.examples = first.details, first.examples
     whole.experts, whole.skipped_rows = first.experts, first.skipped_rows
+    whole.notes = list(dict.fromkeys(note for part in parts.values() for note in part.notes))
     return whole

@@ -18,7 +18,7 @@ from agile.build import Setup
 from agile.errors import AgileError
 from agile.executor import Executor
 from agile.own_answers import OwnAnswer, own_answers
-from agile.prompted import prompted_policy, spent
+from agile.prompted import cost_of, prompted_policy, spent
 from agile.protocols import Memory, Policy
 from agile.rollout import collect, run_loop
 from agile.run_folder import writing
@@ -36,6 +36,7 @@ class Played:
         seconds: Of playing, without what loads the model.
         own_answers: What it would have said where it asked, by session id; empty if that was not asked for.
         detail: What else is to be said of it.
+        expert_cost: Money that its expert took in this run, a model behind an endpoint; 0 of any other expert.
     """
 
     trajectories: list[Trajectory]
@@ -43,6 +44,7 @@ class Played:
     seconds: float
     own_answers: dict[str, OwnAnswer]
     detail: dict[str, Any]
+    expert_cost: float = 0.0
 
     @property
     def sessions(self) -> list[Session]:
@@ -106,7 +108,7 @@ def play_agent(
         )
         seconds = time.monotonic() - began
         answers = own_answers(policy, executor, trajectories) if probe else {}
-    return Played(trajectories, executor.codec, seconds, answers, {})
+    return Played(trajectories, executor.codec, seconds, answers, {}, cost_of(executor.desk.advisor))
 
 
 def play_prompted(setup: Setup, out: Path) -> Played:
@@ -139,7 +141,8 @@ def play_prompted(setup: Setup, out: Path) -> Played:
         "answers kept from before": endpoint.num_cached,
         "paid in this run": endpoint.spent.cost,
     }
-    return Played(trajectories, executor.codec, time.monotonic() - began, {}, detail)
+    seconds = time.monotonic() - began
+    return Played(trajectories, executor.codec, seconds, {}, detail, cost_of(executor.desk.advisor))
 
 
 def play_streams(

@@ -16,6 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from agile.evaluate import TRAINED
+from agile.published import stands_beside
 
 Report = Mapping[str, Any]
 Points = list[tuple[float, float]]
@@ -45,6 +46,7 @@ STYLE: Any = {
     "ytick.color": GRID,
     "ytick.labelcolor": MUTED,
 }
+MOST_GROUPS = 24  # of more a plot has no rows
 ENVELOPE: Any = {"color": INK, "lw": 1.1, "ls": (0, (1, 1.5)), "zorder": 2}  # what a better agent has to clear
 
 
@@ -102,9 +104,12 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
         look = KNOWN.get(name) or OTHERS[num_others % len(OTHERS)]
         num_others += name not in KNOWN
         label = name.upper() if name in TRAINED else name.replace("_", " ")
-        label = label if len(label) <= 22 else label[:21] + "…"
-        looks[name] = Look(label, *look, learned=name in TRAINED)
+        looks[name] = Look(_short(label), *look, learned=name in TRAINED)
     return looks
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 22 else label[:21] + "…"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -114,8 +119,8 @@ def looks_of(names: Iterable[str]) -> dict[str, Look]:
 def draw_all(report: Report, looks: Mapping[str, Look], prices: Report) -> dict[str, str]:
     """SVG by name, for everything that the report has data for.
 
-    Names: advice, accuracy, advice_along, accuracy_along, frontier, types, prices, loss, training, kl, entropy,
-    explained_variance.
+    Names: advice, accuracy, advice_along, accuracy_along, frontier, types, groups, prices, loss, training, kl,
+    entropy, explained_variance.
     """
     agents = report["agents"]
     rows = report.get("training") or []
@@ -131,13 +136,20 @@ def draw_all(report: Report, looks: Mapping[str, Look], prices: Report) -> dict[
         long = {n: a for n, a in agents.items() if len(_points(a.get("along_stream") or [], "to", key)) > 1}
         if long:
             add(name, f"{key} every 200 questions", partial(_along, agents=long, looks=looks, key=key))
-    kinds = list(dict.fromkeys(kind for agent in agents.values() for kind in agent.get("by_type") or {}))
-    tall = (4.5, max(3.1, 0.8 + 0.1 * len(kinds) * (len(agents) + 1)))  # the two stand side by side
+    kinds = {
+        kind: {name: (agent.get("by_type") or {}).get(kind, {}) for name, agent in agents.items()}
+        for kind in dict.fromkeys(kind for agent in agents.values() for kind in agent.get("by_type") or {})
+    }
+    tall = (4.5, _tall(kinds))  # the two stand side by side
     if any(_points([agent], "advice_rate", "accuracy") for agent in agents.values()):
         size = (4.5, min(5.0, tall[1]))
         add("frontier", "accuracy against advice rate", partial(_frontier, report=report, looks=looks), size)
     if kinds:
-        add("types", "score by question type", partial(_types, agents=agents, looks=looks, kinds=kinds), tall)
+        add("types", "score by question type", partial(_rows, rows=kinds, looks=looks), tall)
+    own = f"{report['advice_price']:g}"
+    groups = {name: by_price[own] for name, by_price in (report.get("groups") or {}).items() if own in by_price}
+    if 1 < len(groups) <= MOST_GROUPS:
+        add("groups", "score by group", partial(_rows, rows=groups, looks=looks), (4.5, _tall(groups)))
     if len(prices) > 1:
         lines = report.get("envelope") or {}
         add("prices", "score against the price of advice", partial(_prices, prices=prices, looks=looks, lines=lines))
@@ -212,7 +224,7 @@ def _along_stream(agents: Report, key: str) -> dict[str, Points]:
     }
 
 
-def _apart(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+def apart(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """The values, moved to stand at least `gap` apart in the same order, within [low, high] where that has room."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     up, down = [values[i] for i in order], [values[i] for i in order]
@@ -226,7 +238,7 @@ def _apart(values: Sequence[float], gap: float, low: float, high: float) -> list
     return placed
 
 
-def _dot(look: Look, size: float) -> dict[str, Any]:
+def dot_of(look: Look, size: float) -> dict[str, Any]:
     """How to plot an agent's marker, so that all kinds of marker look equally large; `size` in points."""
     sizes: dict[Any, float] = {"*": 1.7, "P": 1.3, "^": 1.2, "v": 1.2, "D": 0.9}
     size *= sizes.get(look.marker, 1) * (1.2 if look.learned else 1)
@@ -237,11 +249,11 @@ def _curves(ax: Axes, curves: Mapping[str, Points], looks: Mapping[str, Look]) -
     """One line per agent, with its name at the right end; call it when the limits of y are set."""
     curves = {name: points for name, points in curves.items() if points}
     bottom, top = ax.get_ylim()
-    heights = _apart([(points[-1][1] - bottom) / (top - bottom) for points in curves.values()], 0.08, 0.02, 0.97)
+    heights = apart([(points[-1][1] - bottom) / (top - bottom) for points in curves.values()], 0.08, 0.02, 0.97)
     for (name, points), height in zip(curves.items(), heights, strict=True):
         look = looks[name]
         width, order = (2.2, 3) if look.learned else (1.1, 2)
-        ax.plot(*zip(*points, strict=True), ls="-", lw=width, zorder=order, **_dot(look, 4.5))
+        ax.plot(*zip(*points, strict=True), ls="-", lw=width, zorder=order, **dot_of(look, 4.5))
         ax.annotate(
             look.label,
             points[-1],
@@ -302,23 +314,32 @@ def _frontier(ax: Axes, report: Report, looks: Mapping[str, Look]) -> None:
         if None not in ci:
             ends = [ci[0] + price * x, ci[1] + price * x]
             ax.plot([x, x], ends, marker="_", ms=6, color=look.color, lw=1.2, zorder=3)
-        ax.plot(x, y, zorder=4, **_dot(look, 6.5))
-    for row in report.get("published") or []:
-        place = row.get("advice_rate"), row.get("accuracy")
-        if row.get("price") == price and len(row["groups"]) != 1 and None not in place and place[1] > bottom:
-            ax.plot(*place, "D", mfc="none", mec=MUTED, ms=4.5, mew=0.8, zorder=2)
-    _label_dots(ax, dots, looks)
+        ax.plot(x, y, zorder=4, **dot_of(look, 6.5))
+    labels: list[Label] = [
+        (looks[name].label, place, {"fontweight": "bold" if looks[name].learned else "normal"})
+        for name, place in dots.items()
+    ]
+    for row in stands_beside(report.get("published") or [], report["task"], price):
+        for dot in _points([row], "advice_rate", "accuracy"):
+            if dot[1] > bottom:
+                ax.plot(*dot, "D", mfc="none", mec=MUTED, ms=4.5, mew=0.8, zorder=2)
+                labels.append((_short(row["agent"]), dot, {"color": MUTED, "fontsize": 7.5, "style": "italic"}))
+    _label_dots(ax, labels)
 
 
-def _label_dots(ax: Axes, dots: Mapping[str, tuple[float, float]], looks: Mapping[str, Look]) -> None:
+Label = tuple[str, tuple[float, float], dict[str, Any]]  # text, place of the dot, style
+
+
+def _label_dots(ax: Axes, labels: Sequence[Label]) -> None:
     """Write each name at the free side of its dot, where it covers least of the dots and of the names before it."""
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     width, height = (72 / ax.figure.dpi * pixels for pixels in ax.bbox.size)  # in points, before layout: about right
     x_scale, y_scale = width / (right - left), height / (top - bottom)
-    centres = {name: ((x - left) * x_scale, (y - bottom) * y_scale) for name, (x, y) in dots.items()}
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in centres.values()]
-    for name, (x, y) in sorted(centres.items(), key=lambda item: -item[1][0]):  # least room at the right edge
-        w, h = 5.2 * len(looks[name].label), 10.0
+    centres = [((x - left) * x_scale, (y - bottom) * y_scale) for _, (x, y), _ in labels]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in centres]
+    for k in sorted(range(len(labels)), key=lambda k: ("fontsize" in labels[k][2], -centres[k][0])):  # the small last
+        (text, dot, style), (x, y) = labels[k], centres[k]
+        w, h = 0.58 * style.get("fontsize", 9) * len(text), 10.0
         sides = [(6, 0, "left"), (-6, 0, "right"), (0, 11, "center"), (0, -11, "center")]
         sides += [(-5, 13, "left"), (-5, -13, "left"), (5, 13, "right"), (5, -13, "right")]
         sides += [(0, 20, "center"), (0, -20, "center")]
@@ -334,26 +355,29 @@ def _label_dots(ax: Axes, dots: Mapping[str, tuple[float, float]], looks: Mappin
         best = costs.index(min(costs))
         taken.append(boxes[best])
         dx, dy, ha = sides[best]
-        ax.annotate(looks[name].label, dots[name], (dx, dy), textcoords="offset points", ha=ha, va="center",
-                    fontweight="bold" if looks[name].learned else "normal", zorder=5)  # fmt: skip
+        ax.annotate(text, dot, (dx, dy), textcoords="offset points", ha=ha, va="center", zorder=5, **style)
 
 
-def _types(ax: Axes, agents: Report, looks: Mapping[str, Look], kinds: Sequence[str]) -> None:
-    """A row per question type; in each the agents one under another, so that no dot hides another."""
-    step = 0.8 / max(1, len(agents))
-    for row, kind in enumerate(kinds):
+def _tall(rows: Mapping[str, Mapping[str, Any]]) -> float:
+    """Height in inches for `_rows`."""
+    return min(12.0, max(3.1, 0.8 + 0.1 * sum(len(agents) + 1 for agents in rows.values())))
+
+
+def _rows(ax: Axes, rows: Mapping[str, Mapping[str, Any]], looks: Mapping[str, Look]) -> None:
+    """A row for each type or group of questions; in it the agents one under another, so that no dot hides another."""
+    for row, agents in enumerate(rows.values()):
+        step = 0.8 / max(1, len(agents))
         if row % 2 == 0:
             ax.axhspan(row - 0.5, row + 0.5, color=GRID, alpha=0.25, lw=0, zorder=0)
-        for k, (name, agent) in enumerate(agents.items()):
-            score = ((agent.get("by_type") or {}).get(kind) or {}).get("score")
-            if score is not None:
-                look, y = looks[name], row + (k - (len(agents) - 1) / 2) * step
-                ax.plot(score, y, **_dot(look, 5.5))
-    ax.set(ylim=(len(kinds) - 0.5, -0.5), xlabel="score")
-    ax.set_yticks(range(len(kinds)), [kind if len(kind) <= 22 else kind[:21] + "…" for kind in kinds], color=INK)
+        for k, (name, figures) in enumerate(agents.items()):
+            if (score := figures.get("score")) is not None:
+                ax.plot(score, row + (k - (len(agents) - 1) / 2) * step, **dot_of(looks[name], 5.5))
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="score")
+    ax.set_yticks(range(len(rows)), [_short(name) for name in rows], color=INK)
     ax.tick_params(axis="y", length=0)
     ax.grid(False, axis="y")
     ax.margins(x=0.06)
+    ax.xaxis.set_major_locator(MaxNLocator(6))
 
 
 def _prices(ax: Axes, prices: Report, looks: Mapping[str, Look], lines: Report) -> None:
@@ -386,7 +410,7 @@ def _loss(ax: Axes, points: Points) -> None:
 def _iterations(ax: Axes, curves: Mapping[str, Points]) -> None:
     """Curves over PPO's iterations: the first in PPO's colour, the others as its shadows."""
     low, high = (pick(y for points in curves.values() for _, y in points) for pick in (min, max))
-    heights = _apart([points[-1][1] for points in curves.values()], 0.08 * (high - low), low, high)
+    heights = apart([points[-1][1] for points in curves.values()], 0.08 * (high - low), low, high)
     for k, ((key, points), height) in enumerate(zip(curves.items(), heights, strict=True)):
         color, width = (looks_of(["ppo"])["ppo"].color, 2.2) if k == 0 else (MUTED, 1.1)
         ax.plot(*zip(*points, strict=True), color=color, lw=width, ls=("-", "-", (0, (4, 2)))[k])

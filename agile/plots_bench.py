@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from agile.plots import CARD, GRID, INK, MUTED, Look, Report, draw_svg
+from agile.plots import CARD, GRID, INK, MUTED, Look, Report, apart, dot_of, draw_svg
 
 ABLATION_WORDS = {
     "memory": "without memory",
@@ -61,6 +61,44 @@ def draw_measured(
             draw = partial(_uses, parts=list(kinds.values()), labels=list(kinds), axis="")
             plots["memory_types"] = draw_svg("memory_types", "what memory did by type of question", draw, looks)
     return plots
+
+
+def draw_experts(gains: Sequence[Mapping[str, Any]], looks: Mapping[str, Look]) -> dict[str, str]:
+    """SVG by name: experts, what one agent scores with each of them at every price; nothing where that is not known.
+
+    Args:
+        gains: Of the agent with each expert, as `agile.expert_worth.Gain`.
+        looks: With one for `asks <expert>` of each.
+    """
+    known = [row for row in gains if row.get("gain") is not None]
+    if not known:
+        return {}
+    title = "score with each expert against the price of an answer"
+    return {"experts": draw_svg("experts", title, partial(_experts, gains=known, looks=looks), looks, (5.6, 3.1))}
+
+
+def _experts(ax: Axes, gains: Sequence[Mapping[str, Any]], looks: Mapping[str, Look]) -> None:
+    """A line for each expert, a dot at its price, and the agent by itself, which asks nobody."""
+    alone = gains[0]["score"] - gains[0]["gain"]
+    worth = [row.get("worth_below") or 0.0 for row in gains]
+    right = min(1.0, max(0.5, *(1.15 * row["price"] for row in gains), *(1.15 * price for price in worth)))
+    scores = [row["accuracy"] - price * row["advice_rate"] for row in gains for price in (0.0, right)]
+    pad = 0.06 * (max(*scores, alone) - min(*scores, alone) or 1)
+    low, high = min(*scores, alone) - pad, max(*scores, alone) + pad
+    ax.set(xlim=(0, right), ylim=(low, high), xlabel="price of an answer", ylabel="score")
+    ends = [alone, *scores[1::2]]
+    heights = apart([(end - low) / (high - low) for end in ends], 0.09, 0.02, 0.98)
+    ax.plot([0, right], [alone, alone], color=INK, lw=1.1, ls=(0, (4, 3)), zorder=2)
+    names = [("by itself", INK)]
+    for row in gains:
+        look = looks[f"asks {row['expert']}"]
+        ax.plot([0, right], [row["accuracy"], row["accuracy"] - right * row["advice_rate"]], color=look.color, lw=1.4)
+        ax.plot(row["price"], row["score"], zorder=3, **dot_of(look, 7))
+        names.append((look.label.removeprefix("asks "), look.color))
+    for (name, color), end, height in zip(names, ends, heights, strict=True):
+        line = {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkA": 1, "shrinkB": 1}
+        ax.annotate(name, (right, end), (1.05, height), textcoords="axes fraction", va="center", arrowprops=line,
+                    annotation_clip=False)  # fmt: skip
 
 
 def _ablations(ax: Axes, rows: Mapping[str, Mapping[str, Any]], agent: str, looks: Mapping[str, Look]) -> None:

@@ -60,3 +60,9 @@ def spent(endpoint: Endpoint) -> str:
     usage = endpoint.spent
     money = f", {usage.cost:,.4f} paid" if usage.cost else ""
     return f"{endpoint.num_requests:,} requests, {usage.prompt_tokens + usage.completion_tokens:,} tokens{money}"
+
+
+def cost_of(advisor: object) -> float:
+    """Money that the requests of an expert took in this process; 0 if no model behind an endpoint answers."""
+    endpoint: Endpoint | None = getattr(advisor, "endpoint", None)
+    return 0.0 if endpoint is None else endpoint.spent.cost

@@ -125,7 +125,7 @@ def envelope(
     """
     rows = [r for r in published if r["measure"] == HEADLINE.get(task) and r["score"] is not None]
     rows = [r for r in rows if len(r["groups"]) != 1 or r["same_questions"]]
-    exact = {(r["agent"], r["price"]) for r in rows if r["same_questions"] or r.get("mean_of_groups")}
+    exact = {(r["agent"], r["price"]) for r in rows if _at_hand(r)}
     lines: dict[str, dict[str, Any]] = {}
     for price, summaries in measured.items():
         found = [
@@ -134,13 +134,47 @@ def envelope(
             if name in summaries
         ]
         for r in rows:
-            stands = r["same_questions"] or r.get("mean_of_groups") or (r["agent"], r["price"]) not in exact
+            stands = _at_hand(r) or (r["agent"], r["price"]) not in exact
             if stands and (r["price"] is None or f"{r['price']:g}" == price):
                 entry = {"score": r["score"], "by": r["agent"], "published": True}
                 found.append({**entry, "same_questions": r["same_questions"]})
         if found:
             lines[price] = max(found, key=lambda entry: entry["score"])
     return lines
+
+
+def stands_beside(published: Iterable[Mapping[str, Any]], task: str, price: float) -> list[dict[str, Any]]:
+    """The published rows that can stand beside agents at a price: agents of the main tables, by the headline measure.
+
+    Left out are ablations and rows at other prices (who never asks has none).
+
+    Returns:
+        The rows, each with `score_here`: over the groups at hand where it is about more, None where that is not known.
+    """
+    rows = [r for r in published if r["measure"] == HEADLINE.get(task, r["measure"]) and r["price"] in (None, price)]
+    here = {r["agent"]: r["score"] for r in rows if r["table"] == _GROUP_TABLE and _at_hand(r)}
+    beside = [r for r in rows if r["table"] not in (_ABLATION, _GROUP_TABLE)]
+    return [{**r, "score_here": None if r["same_questions"] else here.get(r["agent"])} for r in beside]
+
+
+def _at_hand(row: Mapping[str, Any]) -> bool:
+    return bool(row["same_questions"] or row.get("mean_of_groups"))
+
+
+def published_scores(
+    published: Sequence[Mapping[str, Any]], task: str, prices: Iterable[float], group: str | None = None
+) -> dict[str, dict[str, float]]:
+    """Published scores by agent and price (`f"{price:g}"`), of one group or of all at hand together."""
+    found: dict[str, dict[str, float]] = {}
+    for price in prices:
+        rows = stands_beside(published, task, price)
+        if group is not None:
+            rows = [{**r, "score_here": None} for r in published if r["groups"] == [group] and r["price"] == price]
+        for row in rows:
+            score = row["score"] if row["score_here"] is None else row["score_here"]
+            if score is not None:
+                found.setdefault(row["agent"], {})[f"{price:g}"] = score
+    return found
 
 
 def clears(summary: Mapping[str, Any], line: Mapping[str, Any] | None) -> bool:
@@ -184,9 +218,10 @@ def published_ablation(name: str) -> dict[str, Any] | None:
 
 
 def set_beside(report: dict[str, Any], groups: Sequence[str], whole: bool, num_runs: int = 1) -> None:
-    """Add `published`, `envelope` and each agent's `clears_envelope` to a report.
+    """Add `published`, `envelope`, `references_missing` and each agent's `clears_envelope` to a report.
 
-    Agents are what is neither a reference line nor the oracle.
+    Agents are what is neither a reference line nor the oracle. Of none is told that it clears an envelope from which
+    reference lines are missing.
 
     Args:
         groups: Of the test questions.
@@ -198,6 +233,9 @@ def set_beside(report: dict[str, Any], groups: Sequence[str], whole: bool, num_r
     summaries = {**(report.get("prices") or {}), now: report["agents"]}
     report["published"] = published_rows(report["task"], groups, whole)
     report["envelope"] = envelope(report["task"], summaries, report["published"])
+    report["references_missing"] = [name for name in REFERENCES if name not in report["agents"]]
+    if report["references_missing"]:
+        return
     for price, agents in ((now, report["agents"]), *(report.get("prices") or {}).items()):
         for name in agents.keys() - {*REFERENCES, "oracle"}:
             agents[name]["clears_envelope"] = clears(agents[name], report["envelope"].get(price))

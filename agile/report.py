@@ -3,6 +3,7 @@
 A report is a plain mapping; `report.json` is that mapping and nothing else. Its keys:
 
     task, advice_price   str, float
+    macro                whether figures weigh every group of questions alike, not every question
     advice_counts        when an advised session is right, as `task.advice_counts`: "always", or "if_right" (only if the
                          expert was); optional
     agents               {name: {accuracy, advice_rate, score, score_ci: [lo, hi], n, failed,
@@ -10,11 +11,14 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
                          by_position: [{from, to, accuracy, advice_rate, score, n}], from and to in [0, 1]
                          usage: {prompt_tokens, cached_tokens, completion_tokens, cost} of all its sessions,
                          expert_calls: answers that were paid, seconds: of playing,
+                         other_cost: {expert, judge}, money that models took which are its expert or its judge,
+                         means: {macro, micro: {accuracy, advice_rate, score}}, where there are several groups,
                          clears_envelope: whether the lower end of score_ci is above the envelope, agents only,
                          along_stream: [{from, to, accuracy, advice_rate, score, n}] of every 200 questions;
-                         the last five optional}}
+                         the last seven optional}}
     seconds              {stage: seconds}, or one number
-    comparisons          [{a, b, difference, ci: [lo, hi], p}], paired differences in score, a minus b
+    comparisons          [{a, b, difference, ci: [lo, hi], p}], paired differences in score, a minus b, of every pair of
+                         agents; first those of the agent that the report is about
     training             a list of rows: {step, loss} of imitation, and {iteration, score, accuracy, advice_rate, kl,
                          entropy, explained_variance} of PPO
     ablations            {agent, rows: {name: {accuracy, advice_rate, score, score_ci, n, failed, by_type,
@@ -32,17 +36,19 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
                          what the paper reports, see `agile.published`; never ranked among the measured
     envelope             {price: {score, by, published, same_questions}}, the best reference line or published figure at
                          each price, which a better agent has to clear
+    references_missing   [name] of the reference lines that were not run; without them no agent clears_envelope
     experts              {experts: [{expert, accuracy, answered, unreadable, price, latency_s}], gains: [{agent, expert,
                          accuracy, advice_rate, price, score, gain, worth_below}]}, see `agile.expert_worth`
     skipped_rows         [what is wrong with each row of the task's files that was left out]
-    groups               {group: {agent: summary}} or {group: {price: {agent: summary}}}
+    groups               {group: {price: {agent: {accuracy, advice_rate, score, score_ci, n, failed, along_stream (at
+                         advice_price, optional)}}}}, at advice_price and every other price
     details              {name: text, number or mapping}, such as {recall: {scope, threshold, sweep: [a row each]}}
     notes                [text]
     examples             [{heading, title, facts: [(name, text)], windows: [{end, parts: [{source, text, logprob}]}]}],
                          the `View` of `agile.show` under a heading; or {title, spans: [(source, text)]}, or bare lists
                          of spans
 
-`advice_counts` and all after `seconds` is optional: what is missing, None or NaN is left out of the page.
+`macro`, `advice_counts` and all after `seconds` is optional: what is missing, None or NaN is left out of the page.
 """
 
 from __future__ import annotations
@@ -50,7 +56,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -63,15 +68,18 @@ from rich.text import Text
 
 from agile.errors import AgileError
 from agile.plots import draw_all, draw_picture, looks_of
-from agile.plots_bench import ABLATION_WORDS, draw_measured
-from agile.published import REFERENCES
+from agile.plots_bench import ABLATION_WORDS, draw_experts, draw_measured
+from agile.published import REFERENCES, published_scores, stands_beside
 from agile.report_words import (
     ADVICE_COUNTS,
     detail_tables,
     envelope_of,
     expert_tables,
+    gains_shown,
     headline_of,
     hero_of,
+    means_of,
+    questions_of,
     ranking,
     show_count,
     show_detail,
@@ -80,6 +88,7 @@ from agile.report_words import (
     show_percent,
     show_score,
     show_signed,
+    show_worth,
     spend_columns,
     spent,
     summary_of,
@@ -188,6 +197,7 @@ def render_table(report: Mapping[str, Any], console: Console) -> None:
     if len(numbers) == 1:
         title += f", {show_count(numbers.pop())} questions"
     rows = {}
+    other, weighed = means_of(report) or ("", "")
     for name in ranking(agents):
         agent = agents[name]
         rows[name] = {
@@ -196,22 +206,27 @@ def render_table(report: Mapping[str, Any], console: Console) -> None:
             "95 % interval": show_interval(agent.get("score_ci")),
             "accuracy": show_percent(agent.get("accuracy")),
             "asks": show_percent(agent.get("advice_rate")),
+            **({other: show_score(agent.get("means", {}).get(other, {}).get("score"))} if other else {}),
             **({"sessions": show_count(agent.get("n"))} if numbers else {}),
             "failed": show_count(agent.get("failed")),
             **{column: spent(agent, column) for column in spend_columns(agents)},
         }
-    spare = [*reversed(spend_columns(agents)), "sessions"]
+    spare = [*reversed(spend_columns(agents)), "sessions", other]
     table = _table(console, title, list(rows.values()), spare)
     for row, name in zip(table.rows, rows, strict=True):
         row.style = "bold" if looks[name].learned else "dim"
     console.print(table)
-    if said := envelope_of(report, looks):
-        console.print(Text(said))
-    names = looks_of(n for row in report.get("comparisons") or [] for n in (row["a"], row["b"]))
-    for row in report.get("comparisons") or []:
-        line = f"{names[row['a']].label} against {names[row['b']].label}: {show_signed(row.get('difference'))}"
-        interval = show_interval(row.get("ci"), show_signed, " to ")
+    _print_published(report, console)
+    for said in (weighed, envelope_of(report, looks)):
+        if said:
+            console.print(Text(said))
+    pairs, _ = _pairs(report)
+    names = looks_of(n for pair in pairs for n in (pair["a"], pair["b"]))
+    for pair in pairs:
+        line = f"{names[pair['a']].label} against {names[pair['b']].label}: {show_signed(pair.get('difference'))}"
+        interval = show_interval(pair.get("ci"), show_signed, " to ")
         console.print(Text(line + (f" ({interval})" if interval else "")))
+    _print_experts(report, console)
     if ablations := report.get("ablations"):
         _print_ablations(ablations, console)
     for name, seeds in (report.get("seeds") or {}).items():
@@ -220,6 +235,49 @@ def render_table(report: Mapping[str, Any], console: Console) -> None:
         console.print(Text(f"{name}: {mean}, spread {spread} between seeds ({runs})"))
     for note in report.get("notes") or []:
         console.print(Text(note, style="dim"))
+
+
+def _print_published(report: Mapping[str, Any], console: Console) -> None:
+    """A table of its own, in the paper's order: these are never ranked among the measured."""
+    published = stands_beside(report.get("published") or [], report["task"], report["advice_price"])
+    here = any(row["score_here"] is not None for row in published)
+    rows = [
+        {
+            "agent": row["agent"],
+            "score": show_score(row.get("score")),
+            "accuracy": show_percent(row.get("accuracy")),
+            "asks": show_percent(row.get("advice_rate")),
+            "about": questions_of(row),
+            **({"these groups": show_score(row["score_here"])} if here else {}),
+        }
+        for row in published
+    ]
+    if rows:
+        table = _table(console, f"Published in {published[0]['source']}, not measured here", rows, [])
+        for line in table.rows:
+            line.style = "dim"
+        console.print(table)
+
+
+def _print_experts(report: Mapping[str, Any], console: Console) -> None:
+    gains = {row["expert"]: row for row in gains_shown(report)}
+    if not gains:
+        return
+    agent = next(iter(gains.values()))["agent"]
+    experts = [e for e in report["experts"].get("experts") or [] if e["expert"] in gains]
+    rows = [
+        {
+            "expert": expert["expert"],
+            "right": show_percent(expert.get("accuracy")),
+            "not readable": show_percent(expert.get("unreadable")),
+            "price": f"{expert['price']:g}",
+            "score with it": show_score(gains[expert["expert"]].get("score")),
+            "gain": show_signed(gains[expert["expert"]].get("gain")),
+            "pays below": show_worth(gains[expert["expert"]].get("worth_below")),
+        }
+        for expert in experts
+    ]
+    console.print(_table(console, f"{looks_of([agent])[agent].label} with each expert", rows, ["not readable"]))
 
 
 def _print_ablations(ablations: Mapping[str, Any], console: Console) -> None:
@@ -270,7 +328,8 @@ def render_html(report: Mapping[str, Any]) -> str:
     whole = [agent] if (agent := (report.get("ablations") or {}).get("agent")) else []
     told = [*(report.get("calibration") or {}), *whole]
     swept = [name for sweep in sweeps.values() for summaries in sweep.values() for name in summaries]
-    looks = looks_of([*agents, *compared, *swept, *told])
+    gains = gains_shown(report)
+    looks = looks_of([*agents, *compared, *swept, *told, *(f"asks {row['expert']}" for row in gains)])
     environment = page_environment()
     environment.filters.update(
         score=show_score, signed=show_signed, p_value=show_p, percent=show_percent, count=show_count
@@ -282,6 +341,16 @@ def render_html(report: Mapping[str, Any]) -> str:
     stages = seconds if isinstance(seconds, dict) else {"in all": seconds}
     advised = ADVICE_COUNTS.get(str(report.get("advice_counts")), "")
     references = _references(report)
+    pairs, other_pairs = _pairs(report)
+    published = report.get("published") or []
+    own = f"{report['advice_price']:g}"
+    groups = {group: prices[own] for group, prices in (report.get("groups") or {}).items() if own in prices}
+
+    by_group = {group: published_scores(published, report["task"], [report["advice_price"]], group) for group in groups}
+
+    def scores_published(prices: Sequence[str], group: str | None = None) -> dict[str, dict[str, float]]:
+        return published_scores(published, report["task"], map(float, prices), group)
+
     return environment.get_template("report.html.j2").render(
         report=report,
         agents=agents,
@@ -294,10 +363,20 @@ def render_html(report: Mapping[str, Any]) -> str:
         tiles=tiles_of(agents, looks, advised),
         advised=advised,
         plots=draw_all(report, looks, sweeps.get("all", {}))
-        | draw_measured(report, looks, hero_of(agents), references),
+        | draw_measured(report, looks, hero_of(agents), references)
+        | draw_experts(gains, looks),
         kinds=list(dict.fromkeys(kind for agent in agents.values() for kind in agent.get("by_type") or {})),
         axis=_axis(agents),
         sweeps=sweeps,
+        groups=groups,
+        by_group={group: {name: scores[own] for name, scores in found.items()} for group, found in by_group.items()},
+        means=means_of(report),
+        pairs=pairs,
+        other_pairs=other_pairs,
+        asker=gains[0]["agent"] if gains else None,
+        beside=stands_beside(published, report["task"], report["advice_price"]),
+        scores_published=scores_published,
+        questions_of=questions_of,
         tables=detail_tables(report.get("details") or {}) | expert_tables(report.get("experts") or {}),
         examples=_by_heading(report.get("examples") or []),
         summary=summary_of(report, looks),
@@ -307,6 +386,12 @@ def render_html(report: Mapping[str, Any]) -> str:
         baselines=BASELINE_WORDS,
         seconds={stage: value for stage, value in stages.items() if value is not None},
     )
+
+
+def _pairs(report: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Comparisons of the agent that the report is about, and the others."""
+    pairs = report.get("comparisons") or []
+    return [p for p in pairs if p["a"] == pairs[0]["a"]], [p for p in pairs if p["a"] != pairs[0]["a"]]
 
 
 def _by_heading(examples: Sequence[Any]) -> dict[str, list[View]]:
@@ -338,9 +423,8 @@ def _axis(agents: Mapping[str, Any]) -> tuple[float, float]:
 
 def _sweeps(report: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     """Summaries by group, price and agent; all groups together stand first, under the name "all"."""
+    if not report.get("prices"):
+        return {}
     own = f"{report['advice_price']:g}"
-    sweeps = {"all": {own: report["agents"], **report["prices"]}} if report.get("prices") else {}
-    for group, value in (report.get("groups") or {}).items():
-        by_price = all(re.fullmatch(r"\d*\.?\d+", key) for key in value)
-        sweeps[group] = value if by_price else {own: value}
+    sweeps = {"all": {own: report["agents"], **report["prices"]}, **(report.get("groups") or {})}
     return {group: dict(sorted(sweep.items(), key=lambda item: float(item[0]))) for group, sweep in sweeps.items()}

@@ -46,6 +46,11 @@ def show_p(value: float | None) -> str:
     return "< 0.001" if value is not None and value < 0.001 else show_score(value)
 
 
+def show_worth(price: float | None) -> str:
+    """The price below which asking pays."""
+    return "no price" if price is not None and price <= 0 else show_score(price)
+
+
 def show_interval(
     ci: Sequence[float | None] | None, show: Callable[[float | None], str] = show_score, to: str = DASH
 ) -> str:
@@ -82,6 +87,15 @@ def expert_tables(experts: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]
     return {title: experts[key] for key, title in titles.items() if experts.get(key)}
 
 
+def gains_shown(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each expert is worth to one agent: the one that the report is about, else the best that none advised."""
+    rows = (report.get("experts") or {}).get("gains") or []
+    told = {row["agent"] for row in rows}
+    hero = hero_of(report["agents"])
+    ranked = [hero] if hero in told else [name for name in with_scores(report["agents"]) if name in told]
+    return [row for row in rows if ranked and row["agent"] == ranked[0]]
+
+
 def with_scores(agents: Mapping[str, Any]) -> list[str]:
     """Names of the agents that have a score, best first."""
     return sorted((n for n in agents if agents[n].get("score") is not None), key=lambda n: (-agents[n]["score"], n))
@@ -101,6 +115,8 @@ def spend_columns(agents: Mapping[str, Any]) -> tuple[str, ...]:
     money = any(u["cost"] for u in usages)
     seconds = any(agent.get("seconds") is not None for agent in agents.values())
     columns = ("expert calls",) * calls + ("tokens each",) * tokens + ("cost each", "cost in all") * money
+    paid = [agent["other_cost"] for agent in agents.values() if agent.get("other_cost")]
+    columns += tuple(f"{who} cost" for who in ("expert", "judge") if any(costs[who] for costs in paid))
     return columns + ("seconds",) * seconds
 
 
@@ -110,7 +126,10 @@ def spent(agent: Mapping[str, Any], column: str) -> str:
     if column == "expert calls":
         return show_count(agent.get("expert_calls"))
     if column == "seconds":
-        return show_count(agent.get("seconds"))
+        seconds = agent.get("seconds")
+        return f"{seconds:.1f}" if seconds is not None and seconds < 10 else show_count(seconds)
+    if column in ("expert cost", "judge cost"):
+        return show_money((agent.get("other_cost") or {}).get(column.removesuffix(" cost")))
     if not usage or not n:
         return DASH
     if column == "tokens each":
@@ -226,12 +245,33 @@ def envelope_of(report: Mapping[str, Any], looks: Mapping[str, Look]) -> str:
     if not line:
         return ""
     by = f"{line['by']}, published" if line.get("published") else str(line["by"]).replace("_", " ")
+    best = f"The best of reference lines and published figures at this price is {show_score(line['score'])} ({by})"
+    if missing := [name.replace("_", " ") for name in report.get("references_missing") or []]:
+        lines = f"line {missing[0]} was" if len(missing) == 1 else f"lines {', '.join(missing)} were"
+        return f"{best}. As the reference {lines} not run, no agent is called better."
     over = [looks[name].label for name, agent in report["agents"].items() if agent.get("clears_envelope")]
     who = f"{', '.join(over)} {'clears' if len(over) == 1 else 'clear'} it" if over else "No agent clears it"
-    return (
-        f"The best of reference lines and published figures at this price is {show_score(line['score'])} ({by}); an "
-        f"agent is better if the lower end of its interval is above that. {who}."
-    )
+    return f"{best}; an agent is better if the lower end of its interval is above that. {who}."
+
+
+def questions_of(row: Mapping[str, Any]) -> str:
+    """Which questions a published row is about."""
+    if row["same_questions"]:
+        return "these questions"
+    return f"{len(row['groups'])} groups" if row["groups"] else "other questions"
+
+
+def means_of(report: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The other way to weigh several groups, `macro` or `micro`, and a sentence on both.
+
+    None where the two ways give every agent the same score, to three digits.
+    """
+    means = [m for agent in report["agents"].values() if (m := agent.get("means"))]
+    if not any(abs(m["macro"]["score"] - m["micro"]["score"]) >= 0.0005 for m in means):
+        return None
+    if report.get("macro"):
+        return "micro", "Every group counts alike (macro); micro: every question does."
+    return "macro", "Every question counts alike (micro); macro: every group does."
 
 
 def _without(ablation: str) -> str:

@@ -5,14 +5,16 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from agile.bench import bench
+from agile.bench import _along_stream, bench
 from agile.config import RunConfig, load_config
 from agile.errors import AgileError
+from agile.evaluate import Outcome
 from agile.session_log import read_lines, session_from_json
 from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
@@ -53,15 +55,18 @@ def test_report_of_a_run(tiny_run: TinyRun) -> None:
     assert list(report["agents"]) == ["sft", "ppo", *BASELINES]
     for name, agent in report["agents"].items():
         learned = name in ("sft", "ppo")
-        assert ("usage" in agent) == ("seconds" in agent) == ("clears_envelope" in agent) == learned
-        assert set(agent) - {"usage", "seconds", "clears_envelope"} == {
-            *("accuracy", "advice_rate", "score", "score_ci", "n", "failed", "by_type", "by_position", "expert_calls")
+        assert ("usage" in agent) == ("clears_envelope" in agent) == learned
+        assert set(agent) - {"usage", "clears_envelope"} == {
+            *("accuracy", "advice_rate", "score", "score_ci", "n", "failed", "by_type", "by_position", "expert_calls"),
+            *("seconds", "means"),
         }
+        assert agent["seconds"] > 0 and agent["means"]["macro"]["score"] == pytest.approx(agent["score"])
         assert agent["n"] == 16
         assert agent["score"] == pytest.approx(agent["accuracy"] - 0.3 * agent["advice_rate"])
     assert report["agents"]["ppo"]["usage"]["completion_tokens"] > 0 == report["agents"]["ppo"]["usage"]["cost"]
     assert report["agents"]["always_ask"]["score"] == pytest.approx(0.7)
-    assert [(c["a"], c["b"]) for c in report["comparisons"]] == [("ppo", other) for other in ["sft", *BASELINES]]
+    order = ["ppo", "sft", *BASELINES]  # the agent that the report is about, then every other pair
+    assert [(c["a"], c["b"]) for c in report["comparisons"]] == list(combinations(order, 2))
     assert [row["iteration"] for row in report["training"] if "iteration" in row] == [1]
     assert [row["step"] for row in report["training"] if "loss" in row and "iteration" not in row] == [10]
     assert report["seconds"]["total"] > 0
@@ -86,7 +91,9 @@ def test_bench_elsewhere_gives_the_same_figures(tiny_run: TinyRun, tmp_path: Pat
     assert list(report["agents"]) == ["ppo", "router"]
     earlier = json.loads((tiny_run.path / "report.json").read_text())["agents"]
     found = json.loads(json.dumps(report["agents"]))
-    found["ppo"]["seconds"] = earlier["ppo"]["seconds"]
+    for agent in (*found.values(), *earlier.values()):
+        agent.pop("seconds")
+        agent.pop("clears_envelope", None)  # of which nothing is told without all reference lines
     assert found == {name: earlier[name] for name in ("ppo", "router")}
     assert (tmp_path / "out" / "test-ppo.jsonl").read_bytes() == (tiny_run.path / "test-ppo.jsonl").read_bytes()
     assert load_config(tmp_path / "out" / "config.yaml") == config_of(tiny_run.path, *overrides)
@@ -137,6 +144,42 @@ def test_official_files_are_reported_by_group_price_and_macro_mean(tmp_path: Pat
     by_group = [report["groups"][g]["0.5"]["router"]["score"] for g in report["groups"]]
     assert report["prices"]["0.5"]["router"]["score"] == pytest.approx(sum(by_group) / 2)
     assert report["prices"]["0.1"]["always_ask"]["score"] == pytest.approx(0.9)
+    assert list(report["groups"]["shop_0001"]) == ["0.1", "0.3", "0.5"]
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_groups_and_both_means_need_no_other_prices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agile.bench.BIN", 3)
+    rows = [f"{subject}/{k}" for subject, number in (("eyes", 8), ("skin", 3)) for k in range(number)]
+    for split in ("train", "dev"):
+        lines = [
+            {"question": f"{split} {row}?", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 1, "exp": "so",
+             "subject_name": row.partition("/")[0], "id": f"{split}/{row}"}
+            for row in rows
+        ]  # fmt: skip
+        if split == "dev":
+            lines[0]["cop"] = 2  # what is asked most often in training is wrong once
+        (tmp_path / f"{split}.json").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    words = ["task.name=medmcqa", f"task.data={tmp_path}", "memory.encoder=hashing", "task.stream_by=subject"]
+    words += ["evaluate.baselines=[never_ask]", "evaluate.agents=[]", "task.stream_length=5"]
+    report = bench(load_config(None, words), tmp_path / "out")
+    assert not report["macro"] and "prices" not in report
+    groups = {name.rpartition("/")[2]: group["0.3"]["never_ask"] for name, group in report["groups"].items()}
+    assert {name: (group["n"], group["accuracy"]) for name, group in groups.items()} == {
+        "eyes": (8, 7 / 8),  # its two streams together
+        "skin": (3, 1.0),
+    }
+    assert [(part["from"], part["n"]) for part in groups["eyes"]["along_stream"]] == [(0, 6), (3, 2)]
+    means = report["agents"]["never_ask"]["means"]
+    assert means["macro"]["accuracy"] == pytest.approx((7 / 8 + 1) / 2)
+    assert means["micro"]["accuracy"] == report["agents"]["never_ask"]["accuracy"] == pytest.approx(10 / 11)
+
+
+def test_the_stream_is_weighed_as_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agile.bench.BIN", 2)
+    results = [Outcome(f"{s}{i}", s, i, n, "k", s == "a", False) for s, n in (("a", 4), ("b", 3)) for i in range(n)]
+    assert [part["accuracy"] for part in _along_stream(results, 0.3, macro=True)] == [0.5, 0.5]
+    assert [part["accuracy"] for part in _along_stream(results, 0.3)] == [0.5, pytest.approx(2 / 3)]
 
 
 @pytest.mark.usefixtures("no_drawing")
@@ -157,6 +200,23 @@ def test_ablations_play_the_same_questions_anew(run: Path, tmp_path: Path) -> No
     assert all(not s.retrieved and not s.written for s in without)
     without = [session_from_json(r["session"]) for r in read_lines(tmp_path / "out/ablations/test-ppo-tools.jsonl")]
     assert not any(s.called("SearchProduct") for s in without)
+    assert report["notes"] == []
+
+
+@pytest.mark.usefixtures("no_drawing")
+def test_an_ablation_that_is_not_played_is_named(run: Path, tmp_path: Path) -> None:
+    config = config_of(run, "evaluate.baselines=[]", "evaluate.ablations=[rl]", "evaluate.agents=[ppo]")
+    report = bench(config, tmp_path / "out", [run])
+    assert "ablations" not in report
+    (note,) = report["notes"]
+    assert note.startswith("Ablation not played: rl.") and "sft is not among the agents" in note
+
+
+def test_ablations_without_a_trained_agent_are_refused(tmp_path: Path) -> None:
+    words = ["evaluate.ablations=[memory,rl]", f"out={tmp_path / 'out'}"]
+    message = refused("configs/demo.yaml", *words)
+    assert "evaluate.ablations=[memory,rl]" in message and "evaluate.checkpoint=RUN" in message
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("no_drawing")

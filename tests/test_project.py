@@ -155,7 +155,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.executor": (*NOUNS, "agile.tokens", "agile.advice", "agile.watchdog"),
     "agile.rollout": (*NOUNS, "agile.executor", "agile.threads"),
     "agile.lag": (*NOUNS, "agile.rollout"),
-    "agile.imitation": (*NOUNS, "agile.executor", "agile.policies"),
+    "agile.imitation": (*NOUNS, "agile.executor", "agile.policies", "agile.rollout"),
     "agile.agents": (
         *NOUNS,
         *("agile.conversation", "agile.memory_use", "agile.policies", "agile.tasks.choices", "agile.tokens"),
@@ -206,7 +206,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("agile.calibrated", "agile.evaluate", "agile.memory.encoders", "agile.tasks.choices", "agile.tasks.scoring"),
     ),
     "agile.calibrated": (*NOUNS, "agile.memory.encoders", "agile.tasks.choices", "agile.tasks.scoring"),
-    "agile.plots": ("agile.evaluate",),
+    "agile.plots": ("agile.evaluate", "agile.published"),
     "agile.show": NOUNS,
     "agile.plots_bench": ("agile.plots",),
     "agile.report_words": ("agile.evaluate", "agile.plots", "agile.plots_bench"),

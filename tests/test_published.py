@@ -2,7 +2,17 @@ from typing import Any
 
 import pytest
 
-from agile.published import GROUPS, HEADLINE, REFERENCES, clears, envelope, published_rows, set_beside
+from agile.published import (
+    GROUPS,
+    HEADLINE,
+    REFERENCES,
+    clears,
+    envelope,
+    published_rows,
+    published_scores,
+    set_beside,
+    stands_beside,
+)
 
 FOUR = ["all_pans", "camera_cases", "leggings", "rifle_scopes"]
 
@@ -88,9 +98,10 @@ def test_an_agent_clears_the_envelope_with_the_whole_of_its_interval() -> None:
 
 def test_a_report_is_told_at_every_price() -> None:
     def summaries(low: float) -> dict[str, Any]:
-        return {
+        found = {
             name: {"score": low + 0.1, "score_ci": [low, low + 0.2], "n": 9} for name in ("ppo", "recall", "oracle")
         }
+        return found | {name: {"score": 0.5, "n": 9} for name in REFERENCES if name != "recall"}
 
     report: dict[str, Any] = {"task": "productqa", "advice_price": 0.3, "agents": summaries(0.8)}
     report["prices"] = {"0.1": summaries(0.85), "0.3": summaries(0.8)}
@@ -105,9 +116,56 @@ def test_a_report_is_told_at_every_price() -> None:
         "advice_price": 0.3,
         "agents": {"ppo": {"score": 0.9, "score_ci": [0.8, 1.0], "n": 9}},
     }
-    report["agents"]["router"] = {"score": 0.7, "score_ci": [0.6, 0.8], "n": 9}
+    report["agents"] |= {name: {"score": 0.7, "score_ci": [0.6, 0.8], "n": 9} for name in REFERENCES}
     set_beside(report, ["shop"], whole=True)
     assert report["agents"]["ppo"]["clears_envelope"] is True and report["published"] == []
+
+
+def test_without_all_reference_lines_nobody_is_called_better() -> None:
+    agents: dict[str, Any] = {"ppo": {"score": 0.9, "score_ci": [0.8, 1.0], "n": 9}, "router": {"score": 0.7, "n": 9}}
+    report: dict[str, Any] = {"task": "minishop", "advice_price": 0.3, "agents": agents}
+    set_beside(report, ["shop"], whole=True)
+    assert report["references_missing"] == ["always_ask", "never_ask", "recall", "calibrated_recall"]
+    assert "clears_envelope" not in agents["ppo"] and report["envelope"]["0.3"]["by"] == "router"
+
+
+def test_beside_agents_stand_those_of_the_main_tables_by_the_headline_measure() -> None:
+    rows = stands_beside(published_rows("productqa", FOUR), "productqa", 0.3)
+    assert {row["measure"] for row in rows} == {"short answer"}
+    assert [(row["agent"], row["score"]) for row in rows] == [
+        ("gpt4-prompt", 0.464),
+        ("agile-gpt4-prompt", 0.718),
+        ("agile-vic7b-ppo", 0.764),
+        ("agile-vic13b-ppo", 0.784),
+        ("agile-vic13b-ppo, random initial memory", 0.798),
+    ]  # without the ablations
+    here = {row["agent"]: row["score_here"] for row in rows if row["score_here"] is not None}
+    assert here == {
+        "agile-gpt4-prompt": pytest.approx(0.71425),
+        "agile-vic7b-ppo": pytest.approx(0.76875),
+        "agile-vic13b-ppo": pytest.approx(0.78625),
+    }
+    assert all(
+        row["score_here"] is None for row in stands_beside(published_rows("productqa", GROUPS), "productqa", 0.3)
+    )
+    judged = stands_beside(published_rows("hotpotqa", []), "hotpotqa", 0.3)
+    assert {row["measure"] for row in judged} == {"exact match"} and len(judged) == 4
+    assert [row["agent"] for row in stands_beside(published_rows("medmcqa", []), "medmcqa", 0.3)] == [
+        *("Meerkat-7b", "gpt4", "gpt4-MedPrompt")  # who never asks has no price
+    ]
+
+
+def test_published_scores_by_price_and_group() -> None:
+    rows = published_rows("productqa", FOUR)
+    scores = published_scores(rows, "productqa", [0.1, 0.3])
+    assert scores["agile-vic13b-ppo"] == {"0.1": 0.876, "0.3": pytest.approx(0.78625)}
+    assert scores["gpt4-prompt"] == {"0.1": 0.464, "0.3": 0.464} and "without memory" not in scores
+    assert published_scores(rows, "productqa", [0.3], "leggings") == {
+        "agile-gpt4-prompt": {"0.3": 0.706},
+        "agile-vic7b-ppo": {"0.3": 0.777},
+        "agile-vic13b-ppo": {"0.3": 0.801},
+    }
+    assert published_scores(rows, "productqa", [0.1], "leggings") == {}
 
 
 @pytest.mark.parametrize(("n", "same"), [(4183, True), (1272, False)])

@@ -6,7 +6,7 @@ import pytest
 
 from agile.report import write_report
 from tests.browser import Browser, find_browser
-from tests.test_report import made_up_report
+from tests.made_up import made_up_report
 
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 # what sticks out at the right, unless it stands in a box that scrolls by itself
