@@ -10,8 +10,9 @@ import numpy as np
 from agile.executor import Executor
 from agile.policies.scripted import ScriptedPolicy
 from agile.protocols import Memory, Policy
+from agile.rollout import warn_of_failures
 from agile.seeding import derive_seed
-from agile.types import Action, AgentSpec, Fn, Item, MemoryItem, Session, Source, Stream
+from agile.types import Action, AgentSpec, Fn, Item, MemoryItem, Session, Source, Stream, Trajectory
 
 Teach = Callable[[Item, Memory, float, np.random.Generator], Policy]
 InitialMemory = Callable[[Item, Sequence[Item], np.random.Generator], list[MemoryItem]]
@@ -105,14 +106,13 @@ class Imitation:
         return ""
 
     async def sessions(self, all_jobs: Iterable[Job], on_session: Callable[[], None] = lambda: None) -> list[Session]:
-        """The sessions of these jobs that are worth imitating, in order."""
-        kept = []
+        """The sessions of these jobs that are worth imitating, in order; failures are warned of."""
+        played = []
         for job in all_jobs:
-            session = await self.play(job)
-            if not self.why_left_out(session):
-                kept.append(session)
+            played.append(await self.play(job))
             on_session()
-        return kept
+        warn_of_failures("Imitation", [Trajectory("teacher", tuple(played))])
+        return [session for session in played if not self.why_left_out(session)]
 
 
 def decisions(session: Session, spec: AgentSpec) -> list[Action]:

@@ -40,9 +40,16 @@ def shapes(rng: np.random.Generator) -> dict[str, list[Row]]:
     """Rows by what they are like."""
     prompt = rng.integers(3, VOCABULARY, 1000).tolist()
     short = rng.integers(40, 91, 64)
+
+    def pairs(count: int) -> list[Row]:
+        starts = [prompt[20 * (i % count) :][:20] if i < 2 * count else [] for i in range(len(short))]
+        return [row(rng, start, n) for start, n in zip(starts, short, strict=True)]
+
     return {
         "64 rows of 40 to 90 tokens (MiniShop)": [row(rng, [], n) for n in short],
         "the same, the first 12 in common": [row(rng, prompt[:12], n) for n in short],
+        "the same, 3 pairs with 20 in common": pairs(3),
+        "the same, 12 pairs with 20 in common": pairs(12),
         "the same, the first 24 in common": [row(rng, prompt[:24], n) for n in short],
         "32 rows of 20 to 600 tokens": [row(rng, [], int(20 * 30 ** rng.random())) for _ in range(32)],
         "8 rows of 450 tokens, 400 in common (ProductQA)": [row(rng, prompt[:400], 450) for _ in range(8)],
@@ -92,9 +99,9 @@ def seconds(ways: Sequence[Callable[[], None]], rounds: int) -> list[float]:
     """The least processor time of each, taken in turns."""
     found = [[0.0] * rounds for _ in ways]
     for n in range(rounds):
-        for i, way in enumerate(ways):
+        for i in range(len(ways))[:: 1 if n % 2 else -1]:  # there and back: none always comes after the same one
             start = time.process_time()
-            way()
+            ways[i]()
             found[i][n] = time.process_time() - start
     return [min(times[1:] or times) for times in found]  # the first of each warms up
 

@@ -3,7 +3,7 @@
     python -m benchmarks.training                       # MiniShop; --data DIR: prompts of ProductQA's questions
     python -m benchmarks.training --zero                # also ZeRO's stages on 1 and 2 processes
 
-Competitors take turns (A B A B ...), and medians are shown, since a machine may do other things too. All train the same
+Competitors take turns (A B B A ...), and medians are shown, since a machine may do other things too. All train the same
 model with random weights, in float32, on the same tokens: imitation sessions, the loss at the action tokens alone,
 AdamW, the same number of sequences per optimizer step. Padding does not count as tokens.
 

@@ -55,13 +55,15 @@ def _kib(status: Path, name: str) -> float:
 def in_turns(competitors: dict[str, Callable[[], Measured]], repeats: int, rate: float) -> dict[str, dict[str, float]]:
     """Medians of each; a first round is not counted. The first competitor is what the others are compared to.
 
+    Every second round goes the other way round: none always comes after the same one.
+
     Args:
         rate: Floating-point operations per token, over the machine's peak.
     """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in competitors}
     for repeat in range(repeats + 1):
-        for name, run in competitors.items():
-            measured, memory = peak_memory(run)
+        for name in list(competitors)[:: 1 if repeat % 2 else -1]:
+            measured, memory = peak_memory(competitors[name])
             if repeat:
                 found[name].append((measured.tokens / measured.seconds, memory))
     first = next(iter(found.values()))

@@ -11,6 +11,7 @@ import yaml
 
 from agile.bench import bench
 from agile.config import load_config
+from agile.errors import AgileError
 from agile.session_log import read_lines, session_from_json
 from tests.stub_endpoint import said, stub_endpoint
 from tests.tiny import agile
@@ -135,3 +136,19 @@ def test_bad_rows_are_left_out_on_request_and_listed(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "1 bad rows left out" in " ".join(done.output.split())
     assert "line 9, field 'cop'" in (folder / "out2" / "skipped_rows.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": "q0", "choice": "Z"}], "line 1, field 'choice': expected null or one of A, B, C, D, found 'Z'"),
+        (
+            [{"id": "p0", "choice": "A"}],
+            "none of its 1 recorded answers is to a test question, such as 'q0'; found 'p0'",
+        ),
+    ],
+)
+def test_recorded_answers_are_to_the_test_questions(folder: Path, rows: list[dict[str, Any]], message: str) -> None:
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(AgileError, match=message):
+        bench(load_config(folder / "config.yaml"), folder / "out")

@@ -155,7 +155,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.executor": (*NOUNS, "agile.tokens", "agile.advice", "agile.watchdog"),
     "agile.rollout": (*NOUNS, "agile.executor", "agile.threads"),
     "agile.lag": (*NOUNS, "agile.rollout"),
-    "agile.imitation": (*NOUNS, "agile.executor", "agile.policies"),
+    "agile.imitation": (*NOUNS, "agile.executor", "agile.policies", "agile.rollout"),
     "agile.agents": (
         *NOUNS,
         *("agile.conversation", "agile.memory_use", "agile.policies", "agile.tasks.choices", "agile.tokens"),

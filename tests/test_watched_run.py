@@ -100,7 +100,7 @@ def test_a_stopped_run_goes_on_with_rollbacks(tmp_path: Path) -> None:
 def test_rewards_that_are_no_numbers_are_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Half of the sessions have such a one: each iteration and each validation says so, and learns from the others."""
+    """Half of the sessions have such a one: imitation, iterations and validations say so, and use the others."""
 
     def score(task: ProductQA, question: Item, session: Session) -> Reward:
         return Reward({"correct": math.nan if session.index % 2 else 1.0})
@@ -111,6 +111,7 @@ def test_rewards_that_are_no_numbers_are_told_of(
     told = [r.getMessage() for r in caplog.records if r.name == "agile.rollout"]
     reason = "failed, task: ValueError: the reward is {'correct': nan}, expected finite numbers"
     assert told == [
+        f"Imitation: 4 of 8 sessions failed, not by the policy's doing; 4 of them: {reason}",
         f"Iteration 1: 4 of 8 sessions failed, not by the policy's doing; 4 of them: {reason}",
         f"Validation after iteration 1: 2 of 4 sessions failed, not by the policy's doing; 2 of them: {reason}",
     ]
