@@ -320,10 +320,9 @@ def _frontier(ax: Axes, report: Report, looks: Mapping[str, Look]) -> None:
         for name, place in dots.items()
     ]
     beside = stands_beside(report.get("published") or [], report["task"], price)
-    named = {
-        dot: row["agent"] for row in beside for dot in _points([row], "advice_rate", "accuracy") if dot[1] > bottom
-    }
-    for dot, name in named.items():
+    named = [(dot, row["agent"]) for row in beside for dot in _points([row], "advice_rate", "accuracy")]
+    named = [(dot, name) for dot, name in named if dot[1] > bottom]
+    for dot, name in named:
         ax.plot(*dot, "D", mfc="none", mec=MUTED, ms=4.5, mew=0.8, zorder=2)
         labels.append((_short(name), dot, {"color": MUTED, "fontsize": 7.5, "style": "italic"}))
     if named:

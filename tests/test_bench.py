@@ -220,7 +220,7 @@ def test_an_ablation_that_is_not_played_is_named(run: Path, tmp_path: Path) -> N
     report = bench(config, tmp_path / "out", [run])
     assert "ablations" not in report
     (note,) = report["notes"]
-    assert note.startswith("Ablation not played: rl.") and "sft is not among the agents" in note
+    assert note == "Ablation not played: rl. It sets sft beside ppo, and the report is about ppo without sft."
 
 
 def test_ablations_without_a_trained_agent_are_refused(tmp_path: Path) -> None:
