@@ -49,7 +49,7 @@ def test_a_plan_counts_what_a_bench_plays(tiny_run: TinyRun, tmp_path: Path, mon
     other = shutil.copytree(tiny_run.path, tmp_path / "other")
     text = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(text.replace("seed: 0", "seed: 1", 1))
-    (tmp_path / "answers.jsonl").write_text('{"id": "q", "answer": "yes"}\n')
+    (tmp_path / "answers.jsonl").write_text('{"id": "shop_0003/fact_qa_0", "answer": "yes"}\n')
     words = [f"evaluate.checkpoint=[{tiny_run.path}, {other}]", "agent.show_price=true", "evaluate.baselines=[]"]
     words += ["evaluate.agents=[ppo]", "evaluate.ablations=[memory, rl]", "evaluate.prices=[0.1, 0.3]"]
     words += [f"experts.m={{kind: recorded, answers: {tmp_path / 'answers.jsonl'}}}", "evaluate.experts=[gold, m]"]
