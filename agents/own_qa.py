@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from agile.agents.product_qa import NO_KNOWLEDGE, SEARCH, SPEC
-from agile.types import ActionSpec, AgentSpec, Fn
+from agile.agents.product_qa import NO_KNOWLEDGE, SEARCH, SPEC, ProductQAAgent
+from agile.tasks.choices import read_choice
+from agile.types import ActionSpec, Advice, AgentSpec, Fn, Item, MemoryItem
 
 _TEXTS = {
     Fn.GET_QUESTION: "Read the question, and what is known about its subject.",
@@ -29,3 +30,19 @@ def own_spec(*, table: bool) -> AgentSpec:
         return replace(action, description=_TEXTS.get(action.name, action.description), followed_by=followers)
 
     return AgentSpec("own_qa", tuple(changed(action) for action in SPEC.actions if table or action.name != SEARCH))
+
+
+class OwnQAAgent(ProductQAAgent):
+    """As that of ProductQA; what an expert says about a question with options is remembered in the option's words."""
+
+    __slots__ = ()
+
+    def remember(self, item: Item, session_id: str, advice: Advice | None, reflection: str) -> list[MemoryItem]:
+        """Nothing of advice that cannot be read as an option: what it says may mean anything."""
+        options = item.context.get("options")
+        if options and advice is not None and advice.answered:
+            choice = read_choice(advice.answer, options)
+            if choice is None:
+                return []
+            advice = replace(advice, answer=options[choice])
+        return super().remember(item, session_id, advice, reflection)

@@ -180,7 +180,8 @@ def _report(config: RunConfig, found: Measured, started: float, num_runs: int = 
             for c, (played, _) in found.prices.items()
         }
     report["groups"] = _groups(found, price, seed, cut)
-    set_beside(report, found.groups, whole=config.task.max_items is None, num_runs=num_runs)
+    whole = config.task.max_items is None and not found.skipped_rows
+    set_beside(report, found.groups, whole=whole, num_runs=num_runs)
     report["seconds"] = {**found.seconds, "total": time.monotonic() - started}
     return report
 

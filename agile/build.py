@@ -23,7 +23,7 @@ from agile.advice import AdviceDesk
 from agile.agents.answer import AnswerAgent
 from agile.agents.hotpot_qa import SEARCH, HotPotQAAgent
 from agile.agents.multiple_choice import MultipleChoiceAgent
-from agile.agents.own_qa import own_spec
+from agile.agents.own_qa import OwnQAAgent, own_spec
 from agile.agents.product_qa import ProductQAAgent
 from agile.baselines import BaselineRun, run_baselines
 from agile.batching import Row, session_rows
@@ -64,7 +64,7 @@ class Setup:
     Args:
         config: The checked config.
         folder: The run folder: MiniShop's worlds are written to `minishop` there, embeddings kept beside it.
-        verdicts: What `sft.judge` said of the questions that imitation plays, by id.
+        verdicts: What `sft.judge` said of the questions that imitation plays, by id; searches are none of its business.
     """
 
     config: RunConfig
@@ -151,7 +151,7 @@ class Setup:
             case "jsonl":
                 table = self.config.task.database is not None
                 shown = {**self.config.agent.model_dump(), "show_schema": table}
-                return ProductQAAgent(**shown, spec=own_spec(table=table))
+                return OwnQAAgent(**shown, spec=own_spec(table=table))
             case "rft":
                 return AnswerAgent()
 
@@ -195,7 +195,7 @@ class Setup:
     def _predicted(self) -> Mapping[str, str | None] | None:
         """What a stronger model answered to train questions, if that is recorded."""
         name = self.config.sft.stronger_model
-        return None if name is None or self.asks_stronger_model else self.recorded(self.config.experts[name])
+        return None if name is None or self.asks_stronger_model else self._recorded(self.config.experts[name], {})
 
     @property
     def asks_stronger_model(self) -> bool:
@@ -204,9 +204,13 @@ class Setup:
         return name is not None and self.config.experts[name].kind == "model"
 
     def recorded(self, expert: ExpertConfig) -> Mapping[str, str | None]:
-        """The answers of a recorded expert."""
+        """The answers of a recorded expert; those to test questions with options must be one of them."""
+        items = (item for stream in self.task.streams("test") for item in stream.items)
+        return self._recorded(expert, {item.id: item for item in items})
+
+    def _recorded(self, expert: ExpertConfig, questions: Mapping[str, Item]) -> Mapping[str, str | None]:
         task = self.config.task
-        return recorded_answers(expert, task.data, self._bad_answers if task.skip_bad_rows else None)
+        return recorded_answers(expert, task.data, self._bad_answers if task.skip_bad_rows else None, questions)
 
     # ---------------------------------------------------------------------------------------------------------------
 
@@ -404,7 +408,7 @@ class Setup:
             model, close = (writer, policy), policy.endpoint.close
 
         def teach(item: Item, memory: Memory, price: float, rng: np.random.Generator) -> Policy:
-            passes = sft.judge_yes if self.verdicts is None else float(self.verdicts[item.id])
+            passes = sft.judge_yes if self.verdicts is None else float(self.verdicts.get(item.id, False))
             return self.agent.teacher(executor.codec, passes).policy(item, memory, price, rng)
 
         return Imitation(

@@ -241,6 +241,7 @@ def print_plan(config: RunConfig, console: Console) -> None:
     for plan in plans:
         figures = (plan.sessions, plan.calls, plan.prompt_tokens, plan.completion_tokens, plan.expert_calls)
         money = "" if plan.money is None or plan.most is None else f"{_money(plan.money)} to {_money(plan.most)}"
+        money = "no prices set" if plan.most == 0 else money
         table.add_row(plan.agent, *map(in_short, figures), money)
     console.print(table)
     console.print(
@@ -253,7 +254,7 @@ def print_plan(config: RunConfig, console: Console) -> None:
         soft_wrap=True,
     )
     if skipped:
-        console.print(f"{len(skipped):,} bad rows are left out:")
+        console.print(f"Bad rows that are left out: {len(skipped):,}")
         for row in [*skipped[:MOST_ROWS], *(["..."] if len(skipped) > MOST_ROWS else [])]:
             console.print(f"  {row}", markup=False, soft_wrap=True)
     if trained_agents(config, config) and not config.evaluate.checkpoint:

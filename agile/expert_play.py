@@ -11,6 +11,7 @@ from typing import Any
 
 from agile.build import Setup
 from agile.config import ExpertConfig
+from agile.errors import AgileError
 from agile.evaluate import Outcome, outcomes
 from agile.executor import Executor
 from agile.expert_worth import Asked, Key, experts_table, gains
@@ -76,6 +77,12 @@ def play_experts(setup: Setup, out: Path) -> Experts:
         expert = config.experts.get(name, ExpertConfig())
         if expert.kind == "recorded":
             answers = setup.recorded(expert)
+            if not any(item.id in answers for item in items.values()):
+                raise AgileError(
+                    f"experts.{name}: none of its {len(answers):,} recorded answers is to a test question, such as "
+                    f"{next(iter(items.values())).id!r}; found {min(answers, default='none')!r}. Give the file of "
+                    "answers to these questions."
+                )
             executor = setup.executor(tokenizer, codec=codec)
             _add(found, name, *_play(setup, executor, partial(who_never_asks, codec, answers), name, out))
         advisor = Timed(setup.advisor(name))

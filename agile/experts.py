@@ -79,13 +79,16 @@ def make_advisor(
 
 
 def recorded_answers(
-    expert: ExpertConfig, data: Path | None, skipped: list[str] | None = None
+    expert: ExpertConfig,
+    data: Path | None,
+    skipped: list[str] | None = None,
+    questions: Mapping[str, Item] | None = None,
 ) -> dict[str, str | None]:
     """The answers of a recorded expert; its file is looked for in the folder of the task's data too.
 
     Args:
         data: Folder of the task's files.
-        skipped: Takes what is wrong with bad lines, see `agile.tasks.answers.read_answers`.
+        skipped, questions: See `agile.tasks.answers.read_answers`.
 
     Raises:
         AgileError: There is no such file, or it is malformed.
@@ -95,7 +98,7 @@ def recorded_answers(
         raise AgileError(f"An expert of kind {expert.kind} has no recorded answers; set answers to their file.")
     if not path.exists() and data is not None and data.is_dir():
         path = data / path
-    return read_answers(path, expert.model, skipped)
+    return read_answers(path, expert.model, skipped, questions)
 
 
 @dataclass(slots=True)

@@ -164,8 +164,8 @@ def _not_played(ablations: Sequence[str], best: str | None, whole: By) -> str:
     if ablations and best is None:
         return f"Ablations not played: {', '.join(ablations)}. They are about a trained agent, and none was scored."
     if "rl" in ablations and (best != "ppo" or "sft" not in whole):
-        lacks = "sft" if best == "ppo" else "ppo"
-        return f"Ablation not played: rl. It sets sft beside ppo, and {lacks} is not among the agents that were scored."
+        alone = "" if "sft" in whole else " without sft"
+        return f"Ablation not played: rl. It sets sft beside ppo, and the report is about {best}{alone}."
     return ""
 
 

@@ -46,7 +46,7 @@ STYLE: Any = {
     "ytick.color": GRID,
     "ytick.labelcolor": MUTED,
 }
-MOST_GROUPS = 24  # of more a plot has no rows
+MOST_GROUPS = 22  # of more a plot has no rows; MedMCQA has 21 subjects
 ENVELOPE: Any = {"color": INK, "lw": 1.1, "ls": (0, (1, 1.5)), "zorder": 2}  # what a better agent has to clear
 
 
@@ -319,11 +319,15 @@ def _frontier(ax: Axes, report: Report, looks: Mapping[str, Look]) -> None:
         (looks[name].label, place, {"fontweight": "bold" if looks[name].learned else "normal"})
         for name, place in dots.items()
     ]
-    for row in stands_beside(report.get("published") or [], report["task"], price):
-        for dot in _points([row], "advice_rate", "accuracy"):
-            if dot[1] > bottom:
-                ax.plot(*dot, "D", mfc="none", mec=MUTED, ms=4.5, mew=0.8, zorder=2)
-                labels.append((_short(row["agent"]), dot, {"color": MUTED, "fontsize": 7.5, "style": "italic"}))
+    beside = stands_beside(report.get("published") or [], report["task"], price)
+    named = [(dot, row["agent"]) for row in beside for dot in _points([row], "advice_rate", "accuracy")]
+    named = [(dot, name) for dot, name in named if dot[1] > bottom]
+    for dot, name in named:
+        ax.plot(*dot, "D", mfc="none", mec=MUTED, ms=4.5, mew=0.8, zorder=2)
+        labels.append((_short(name), dot, {"color": MUTED, "fontsize": 7.5, "style": "italic"}))
+    if named:
+        ax.text(0.99, 0.02, "◇ published, not measured", transform=ax.transAxes, ha="right", va="bottom", color=MUTED,
+                fontsize=7.5, style="italic")  # fmt: skip
     _label_dots(ax, labels)
 
 

@@ -225,11 +225,12 @@ def set_beside(report: dict[str, Any], groups: Sequence[str], whole: bool, num_r
 
     Args:
         groups: Of the test questions.
-        whole: Whether none of their questions were left out.
+        whole: Whether none of their questions were left out; read where their number is not known (ProductQA).
         num_runs: How often each question was played.
     """
     now, expected = f"{report['advice_price']:g}", NUM_QUESTIONS.get(report["task"])
-    whole = whole and all(expected is None or agent["n"] == expected * num_runs for agent in report["agents"].values())
+    if expected is not None:
+        whole = all(agent["n"] == expected * num_runs for agent in report["agents"].values())
     summaries = {**(report.get("prices") or {}), now: report["agents"]}
     report["published"] = published_rows(report["task"], groups, whole)
     report["envelope"] = envelope(report["task"], summaries, report["published"])

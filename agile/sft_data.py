@@ -160,7 +160,10 @@ def _resume(path: Path, expected: dict[str, Any]) -> int:
 
 
 def _judge(setup: Setup, streams: Sequence[Stream]) -> dict[str, Any]:
-    """Ask `sft.judge` or `sft.stronger_model`, if there is one, every question; what the summary says of that."""
+    """Ask `sft.judge` or `sft.stronger_model`, if there is one, every question; what the summary says of that.
+
+    Questions with gold SQL are searched for whatever a judge says, so it is not paid for them.
+    """
     if setup.asks_stronger_model:
         items = {item.id: item for stream in streams for item in stream.items}
         model = cast(ModelAdvisor, setup.advisor(setup.config.sft.stronger_model))
@@ -168,7 +171,8 @@ def _judge(setup: Setup, streams: Sequence[Stream]) -> dict[str, Any]:
         return {"stronger model": said}
     if setup.config.sft.judge is None:
         return {}
-    shown = {item.id: _shown(setup, item) for stream in streams for item in stream.items}
+    asked = [item for stream in streams for item in stream.items if not item.context.get("sql")]
+    shown = {item.id: _shown(setup, item) for item in asked}
     setup.verdicts, said = answerable(setup.config.sft.judge, setup.folder, shown)
     return {"judge": said}
 

@@ -134,7 +134,10 @@ class HotPotQA:
 
 
 def _parse(row: Any, where: str) -> Item:
-    """One entry; supporting facts are kept as titles, each once."""
+    """One entry; supporting facts are kept as titles, each once.
+
+    The numbers of their sentences are not used: the official dev file has one that is out of range (sentence 902).
+    """
     row_id, question, answer, kind = (field(row, name, str, where) for name in ("_id", "question", "answer", "type"))
     if kind not in TYPES:
         raise wrong(where, "type", f"one of {', '.join(TYPES)}", kind)
@@ -142,17 +145,21 @@ def _parse(row: Any, where: str) -> Item:
         raise wrong(where, "answer", "text that is not empty", answer)
     passages: list[str] = []
     by_title: dict[str, str] = {}
-    for number, paragraph in enumerate(field(row, "context", list, where), 1):
+    twice: set[str] = set()
+    for number, paragraph in enumerate(_filled(row, "context", where), 1):
         title, sentences = _pair(paragraph, list, f"{where}, context {number}")
         if not all(isinstance(sentence, str) for sentence in sentences):
             raise AgileError(f"{where}, context {number}: expected sentences of text, found {show(sentences)}.")
         passages.append(f"{title}{SEPARATOR}{' '.join(''.join(sentences).split())}")
-        by_title.setdefault(title, passages[-1])
-    facts = field(row, "supporting_facts", list, where)
+        twice |= {title} & by_title.keys()
+        by_title[title] = passages[-1]
+    facts = _filled(row, "supporting_facts", where)
     titles = [_pair(fact, int, f"{where}, supporting_facts {n}")[0] for n, fact in enumerate(facts, 1)]
     for title in titles:
         if title not in by_title:
             raise wrong(where, "supporting_facts", f"a title of the context ({sorted(by_title)})", title)
+        if title in twice:
+            raise wrong(where, "supporting_facts", "a title that one paragraph alone has", title)
     context = {
         PASSAGES: tuple(passages),
         "supporting": {title: by_title[title] for title in titles},  # each once, in order
@@ -160,6 +167,12 @@ def _parse(row: Any, where: str) -> Item:
         "long_answer": "",
     }
     return Item(row_id, question, answer, kind, context=context)
+
+
+def _filled(row: Any, name: str, where: str) -> list[Any]:
+    if not (found := field(row, name, list, where)):
+        raise wrong(where, name, "a list that is not empty", found)
+    return list(found)
 
 
 def _pair(value: Any, kind: type, where: str) -> tuple[str, Any]:

@@ -19,6 +19,7 @@ from agile.types import Item, Reward, Session, Stream
 SEARCH_ACTION = "SearchProduct"
 GROUP = "questions"  # the scope of memory where no table names it
 FIELDS = ("question", "answer", "options", "context", "product", "id", "sql", "explanation")
+REMEDY = "Write one question a line, see docs/your-own-data.md."
 FILES = "expected a file of JSON lines with the fields question and answer, see docs/your-own-data.md"
 
 
@@ -82,10 +83,19 @@ class JsonlTask:
         def parse(row: Any, where: str) -> Item:
             return _parse(row, where, self.table)
 
-        return read_items(lines(path, FILES), parse, path, max_items=self.max_items, skipped=self._skipped)
+        return read_items(
+            lines(path, FILES), parse, path, max_items=self.max_items, skipped=self._skipped, remedy=REMEDY
+        )
 
     def score(self, item: Item, session: Session) -> Reward:
-        return question_reward(session, lambda answer: is_correct(item, answer), self.advice_counts)
+        """See `agile.tasks.scoring`; what cannot be read as one of the options is wrong, and marked."""
+        options = item.context.get("options")
+        return question_reward(
+            session,
+            lambda answer: is_correct(item, answer),
+            self.advice_counts,
+            readable=lambda answer: not options or read_choice(answer, options) is not None,
+        )
 
     @staticmethod
     def is_correct(item: Item, answer: str | None, used_search: bool) -> bool:

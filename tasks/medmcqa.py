@@ -135,14 +135,15 @@ class MedMCQA:
 
 
 def _medmcqa(row: Any, where: str) -> Item:
+    """MedMCQA; `reflection`, what the question teaches, is an addition to the official fields."""
     question, question_id, subject = (field(row, name, str, where) for name in ("question", "id", "subject_name"))
     options = {letter: field(row, name, str, where) for letter, name in _OPTIONS.items()}
     gold = field(row, "cop", int, where)
     if not 1 <= gold <= len(options):
         known = "1 to 4 in the official files (0 to 3 in the data set of `datasets`, which hides test answers as -1)"
         raise wrong(where, "cop", f"the gold option as {known}", gold)
-    explanation = optional_text(row, "exp", where)
-    return _item(question_id, question, options, LETTERS[gold - 1], subject or "Unknown", explanation)
+    explanation, reflection = optional_text(row, "exp", where), optional_text(row, "reflection", where)
+    return _item(question_id, question, options, LETTERS[gold - 1], subject or "Unknown", explanation, reflection)
 
 
 def _medqa(row: Any, where: str) -> Item:
@@ -170,7 +171,7 @@ def _item(
     gold: str,
     subject: str,
     explanation: str,
-    reflection: str = "",
+    reflection: str,
 ) -> Item:
     """The gold answer is a letter; memory's scope within the group is the subject."""
     context = {"options": options, "long_answer": explanation, "reflection": reflection}
@@ -201,6 +202,8 @@ def _dataset_rows(data: Path, split: str) -> Iterator[tuple[str, Any]]:
 
     try:
         loaded = datasets.load_from_disk(str(data)) if data.is_dir() else datasets.load_dataset(str(data))
+    except IndexError:  # what `datasets` says where not one row was saved
+        raise AgileError(f"{data}: expected a data set with a row in each split, found an empty one.") from None
     except Exception as error:  # it has many kinds of errors for what is missing or cannot be reached
         raise AgileError(
             f"{data}: cannot be loaded by `datasets` ({type(error).__name__}: {str(error)[:200]}). Give a folder with "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agile.errors import AgileError
-from agile.tasks.rows import field, lines, parse_json, read_bytes, read_items, show, wrong
+from agile.tasks.rows import field, lines, listing, members, read_items, show, wrong
 from agile.tasks.scoring import AdviceCounts, fold, question_reward
 from agile.tools.sql import SqlSearch
 from agile.types import Item, Reward, Session, Stream
@@ -55,12 +55,13 @@ class ProductQA:
         max_items: Read only the first so many questions of each group.
         macro: Whether reports weigh every group alike.
         advice_counts: When an advised session is right, see `agile.tasks.scoring`.
-        skip_bad_rows: Whether bad lines of qa.jsonl are left out and listed in `skipped`, not an error.
+        skip_bad_rows: Whether bad lines of qa.jsonl, and bad products, are left out and listed in `skipped`, not an
+            error.
 
     Attributes:
         search: The tool that the gold SQL is written for.
         tools: It, by the name of its action.
-        skipped: What is wrong with each line that was left out.
+        skipped: What is wrong with each line and product that was left out.
 
     Raises:
         AgileError: A folder, file, line or field is missing or malformed; the message names it, what was expected
@@ -146,22 +147,26 @@ def _folders(folder: Path) -> list[str]:
 def _read_group(
     folder: Path, columns: Sequence[str], max_items: int | None, skipped: list[str] | None
 ) -> tuple[Item, ...]:
-    schema = _read_table(folder / "schema.json", "feature")
-    metadata = _read_table(folder / "metadata.json", "product")
+    schema = members(folder / "schema.json", "feature", FILES, skipped)
     products: dict[str, dict[str, str]] = {}
-    for asin, features in metadata.items():
+    for asin, features in members(folder / "metadata.json", "product", FILES, skipped).items():
         where = f"{folder / 'metadata.json'}, product {asin!r}"
-        field(features, "title", str, where)
-        for name, value in features.items():
-            if value is not None and not isinstance(value, str):
-                raise wrong(where, name, "text or null", value)
-        products[asin] = {name: value for name, value in features.items() if value is not None}
+        with listing(skipped):
+            field(features, "title", str, where)
+            for name, value in features.items():
+                if value is not None and not isinstance(value, str):
+                    raise wrong(where, name, "text or null", value)
+            products[asin] = {name: value for name, value in features.items() if value is not None}
     path = folder / "qa.jsonl"
 
     def parse(row: Any, where: str) -> Item:
         return _parse(row, folder.name, schema, columns, products, where)
 
     return read_items(lines(path, FILES), parse, path, max_items=max_items, skipped=skipped)
+
+
+def _product_of(products: Mapping[str, Any]) -> str:
+    return f"a product of metadata.json ({len(products)} products)"
 
 
 def _parse(
@@ -181,7 +186,7 @@ def _parse(
     if row_type not in TYPES:
         raise wrong(where, "type", f"one of {', '.join(TYPES)}", row_type)
     if asin not in products:
-        raise wrong(where, "asin", f"a product of metadata.json ({len(products)} products)", asin)
+        raise wrong(where, "asin", _product_of(products), asin)
     extra = row.get("extra_data")
     if extra is None:
         extra = {}
@@ -193,6 +198,9 @@ def _parse(
             field(gold, "asin", str, f"{where}, short_answer {i}")
             for i, gold in enumerate(field(row, "short_answer", list, where))
         ]
+        for i, gold in enumerate(answer):
+            if gold not in products:
+                raise wrong(f"{where}, short_answer {i}", "asin", _product_of(products), gold)
         field(extra, "sql", str, f"{where}, extra_data")
     else:
         answer = field(row, "short_answer", str, where)
@@ -210,14 +218,3 @@ def _parse(
     }
     kind = field({"kind": row_type.removesuffix("_qa"), **extra}, "kind", str, f"{where}, extra_data")
     return Item(f"{group}/{row_id}", question, answer, kind, group, asin, context)
-
-
-def _read_table(path: Path, noun: str) -> dict[str, dict[str, Any]]:
-    """A JSON file with one object per feature or product."""
-    table = parse_json(read_bytes(path, FILES), str(path))
-    if not isinstance(table, dict) or not table:
-        raise AgileError(f"{path}: expected a JSON object with one object per {noun}, found {show(table)}.")
-    for name, entry in table.items():
-        if not isinstance(entry, dict):
-            raise wrong(str(path), name, "an object", entry)
-    return table

@@ -4,7 +4,9 @@ found, and bad rows that are left out on request.
 
 from __future__ import annotations
 
+import codecs
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,7 @@ def read_items(
     max_items: int | None = None,
     skipped: list[str] | None = None,
     id_field: str = "id",
+    remedy: str = "Copy it again from the release.",
 ) -> tuple[Item, ...]:
     """The questions of a file, in its order.
 
@@ -35,6 +38,7 @@ def read_items(
         max_items: How many to read; None for all.
         skipped: Takes what is wrong with each bad row, which is then left out. None: the first one ends the reading.
         id_field: What the file calls a question's id.
+        remedy: What helps where no question is found.
 
     Raises:
         AgileError: A row is bad or has an id that another one has, or no row is left.
@@ -52,7 +56,7 @@ def read_items(
             items.append(item)
     if not items:
         what = f"{len(skipped)} bad ones, the last: {skipped[-1].rstrip('.')}" if skipped else "an empty file"
-        raise AgileError(f"{path}: expected one question a row, found {what}. Copy it again from the release.")
+        raise AgileError(f"{path}: expected one question a row, found {what}. {remedy}")
     return tuple(items)
 
 
@@ -75,15 +79,54 @@ def lines(path: Path, remedy: str = "expected a file with one JSON object a line
 
 
 def entries(path: Path, remedy: str = "expected a file with a JSON list") -> Iterator[tuple[str, Any]]:
-    """The entries of a file that is one JSON list, each with where it stands, counted from 1.
-
-    Bytes that are not UTF-8 become lone surrogates, so that only the entry that holds them is bad.
-    """
-    values = parse_json(read_bytes(path, remedy).decode("utf-8", "surrogateescape"), str(path))
+    """The entries of a file that is one JSON list, each with where it stands, counted from 1."""
+    values = parse_json(read_bytes(path, remedy), str(path), "a JSON list")
     if not isinstance(values, list):
         raise AgileError(f"{path}: expected a JSON list, found {show(values)}.")
     for number, value in enumerate(values, 1):
         yield f"{path}, entry {number}", value
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that knows which of its names stand twice."""
+
+    twice: frozenset[str] = frozenset()
+
+
+def members(path: Path, noun: str, remedy: str, skipped: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """The members of a file that is one JSON object of objects, by name.
+
+    Args:
+        noun: What one of them is.
+        skipped: Takes what is wrong with each bad one, which is then left out. None: the first one ends the reading.
+
+    Raises:
+        AgileError: The file is no such object, or an empty one; or a member is bad: none, longer than `MAX_ROW_BYTES`,
+            not in UTF-8, there twice, or with a field that is.
+    """
+
+    def object_of(pairs: list[tuple[str, Any]]) -> _Object:
+        found = _Object(pairs)
+        if len(found) < len(pairs):
+            found.twice = frozenset(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        return found
+
+    expected = f"a JSON object with one object per {noun}"
+    table = parse_json(read_bytes(path, remedy), str(path), expected, object_of)
+    if not isinstance(table, _Object) or not table:
+        raise AgileError(f"{path}: expected {expected}, found {show(table)}.")
+    found: dict[str, dict[str, Any]] = {}
+    for name, member in table.items():
+        where = f"{path}, {noun} {name!r}"
+        with listing(skipped):
+            if name in table.twice:
+                raise AgileError(f"{where}: expected it once, found it again. Which one is right cannot be told.")
+            if not isinstance(row_value(member, where), _Object):
+                raise AgileError(f"{where}: expected an object, found {show(member)}.")
+            if member.twice:
+                raise AgileError(f"{where}, field {min(member.twice)!r}: expected it once, found it again.")
+            found[name] = member
+    return found
 
 
 def row_value(row: Any, where: str) -> Any:
@@ -91,7 +134,7 @@ def row_value(row: Any, where: str) -> Any:
 
     Raises:
         AgileError: It is no JSON, or longer than `MAX_ROW_BYTES` (its longest field is named), or holds text that is
-            not UTF-8: JSON may spell lone surrogates, and `entries` keeps broken bytes as such.
+            not UTF-8 (the field is named): JSON may spell lone surrogates, and broken bytes are kept as such.
     """
     value = parse_json(row, where) if isinstance(row, bytes) else row
     named = value if isinstance(value, dict) else {}
@@ -134,12 +177,22 @@ def read_bytes(path: Path, remedy: str) -> bytes:
         raise AgileError(f"{path}: cannot be read ({error.strerror}); expected a readable file.") from None
 
 
-def parse_json(data: bytes | str, where: str) -> Any:
+def parse_json(
+    data: bytes, where: str, expected: str = "JSON in UTF-8", object_of: Callable[..., Any] | None = None
+) -> Any:
+    """The value of a JSON text; bytes that are not UTF-8 become lone surrogates, whose field `row_value` names.
+
+    Args:
+        expected: What a file should hold that is empty.
+        object_of: Makes an object of its pairs.
+    """
+    text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    if not text.strip():
+        raise AgileError(f"{where}: expected {expected}, found an empty file.")
     try:
-        return json.loads(data)
+        return json.loads(text, object_pairs_hook=object_of)
     except (ValueError, RecursionError) as error:
-        start = data[:1000] if isinstance(data, str) else data[:1000].decode(errors="replace")
-        raise AgileError(f"{where}: expected JSON in UTF-8, found {show(start)} ({error}).") from None
+        raise AgileError(f"{where}: expected JSON in UTF-8, found {show(text[:1000])} ({error}).") from None
 
 
 def field(row: Any, name: str, kind: type, where: str) -> Any:

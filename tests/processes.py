@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from types import TracebackType
 from typing import Any, Self
@@ -65,10 +66,12 @@ class Processes:
         assert [process.exitcode for process in self.all] == [0] * len(self.all)
 
     def kill(self) -> None:
-        """All at once, so that none can do anything about it."""
-        for process in self.all:
-            if process.pid is not None and process.exitcode is None:
-                os.kill(process.pid, signal.SIGKILL)
+        """All at once: they are stopped first, so that none sees another go."""
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in self.all:
+                if process.pid is not None and process.exitcode is None:
+                    with suppress(ProcessLookupError):  # it ended just now
+                        os.kill(process.pid, number)
         for process in self.all:
             process.join()
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from agile.bench import _along_stream, bench
+from agile.bench import _along_stream, _report, bench
 from agile.config import RunConfig, load_config
 from agile.errors import AgileError
 from agile.evaluate import Outcome
+from agile.measure import Measured
+from agile.published import GROUPS
 from agile.session_log import read_lines, session_from_json
 from agile.tasks.minishop import MiniShopSpec, write_minishop
 from agile.tasks.productqa import ProductQA
@@ -48,6 +50,15 @@ def files(path: Path) -> set[str]:
 
 # --------------------------------------------------------------------------------------------------------------------
 # The report
+
+
+@pytest.mark.parametrize(("skipped", "same"), [([], True), (["qa.jsonl, line 1: bad"], False)])
+def test_published_figures_are_about_other_questions_where_rows_were_left_out(skipped: list[str], same: bool) -> None:
+    config = load_config(None, ["task.name=productqa", "task.data=x"])
+    played = {"router": [Outcome(f"{g}/0", g, 0, 1, "fact", True, False) for g in GROUPS]}
+    report = _report(config, Measured(True, GROUPS, played, skipped_rows=skipped), 0.0)
+    means = [row for row in report["published"] if row["groups"] == list(GROUPS)]
+    assert means and {row["same_questions"] for row in means} == {same}
 
 
 def test_report_of_a_run(tiny_run: TinyRun) -> None:
@@ -209,7 +220,7 @@ def test_an_ablation_that_is_not_played_is_named(run: Path, tmp_path: Path) -> N
     report = bench(config, tmp_path / "out", [run])
     assert "ablations" not in report
     (note,) = report["notes"]
-    assert note.startswith("Ablation not played: rl.") and "sft is not among the agents" in note
+    assert note == "Ablation not played: rl. It sets sft beside ppo, and the report is about ppo without sft."
 
 
 def test_ablations_without_a_trained_agent_are_refused(tmp_path: Path) -> None:

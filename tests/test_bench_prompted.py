@@ -75,6 +75,16 @@ def test_a_bench(stub: StubEndpoint, tmp_path: Path) -> None:
     assert "<th>Cost in all</th>" in page and "paid in this run" in page
 
 
+def test_money_of_the_expert_of_an_agent(stub: StubEndpoint, tmp_path: Path) -> None:
+    endpoint = {"base_url": stub.url, "model": "x", "prices": {"input": 1}}
+    changes = ["expert=x", f"experts.x={json.dumps({'kind': 'model', 'endpoint': endpoint})}"]
+    report = bench(config(stub, *changes), tmp_path / "out")
+    agent = report["agents"]["prompted"]
+    asked = sum("model" in r and r["model"] == "x" for r in stub.requests)
+    assert agent["other_cost"] == {"expert": pytest.approx(asked * 100 / 1e6), "judge": 0.0} and asked > 0
+    assert "other_cost" not in report["agents"]["router"]
+
+
 @pytest.mark.parametrize("max_concurrent", [1, 4])
 def test_a_bench_that_was_stopped_asks_nothing_twice(stub: StubEndpoint, tmp_path: Path, max_concurrent: int) -> None:
     limit = f"evaluate.prompted.max_concurrent={max_concurrent}"

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,12 +105,13 @@ def test_a_plan_counts_models_that_judge_and_advise(tmp_path: Path) -> None:
 
 def test_a_plan_is_whole_on_a_narrow_screen_and_lists_bad_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan("asks gpt-35-turbo-16k", 14_365, 1_767_630, 17_676_300, 2_345_678, 999_999, 4123.45, 12_345.67)
+    free = replace(plan, money=0.0, most=0.0)
     bad = [f"dev.json, line {k}: bad [row]" for k in range(30)]
-    monkeypatch.setattr("agile.dry_run.plan_bench", lambda config: ([plan], "a tokenizer", bad))
+    monkeypatch.setattr("agile.dry_run.plan_bench", lambda config: ([plan, free], "a tokenizer", bad))
     console = Console(width=80, record=True, file=io.StringIO())
     print_plan(load_config(None, []), console)
     text = console.export_text()
     row = "asks gpt-35-turbo-16k 14.4k 1.8M 17.7M 2.3M 1.0M 4,123 to 12,346"
     assert row in " ".join(text.split()) and "\N{HORIZONTAL ELLIPSIS}" not in text
-    assert "30 bad rows are left out:" in text and "dev.json, line 19: bad [row]" in text
-    assert "dev.json, line 20" not in text
+    assert "Bad rows that are left out: 30" in text and "dev.json, line 19: bad [row]" in text
+    assert "dev.json, line 20" not in text and "no prices set" in text

@@ -11,6 +11,7 @@ import yaml
 
 from agile.bench import bench
 from agile.config import load_config
+from agile.errors import AgileError
 from agile.session_log import read_lines, session_from_json
 from tests.stub_endpoint import said, stub_endpoint
 from tests.tiny import agile
@@ -104,7 +105,9 @@ def test_a_model_is_asked_and_timed(folder: Path) -> None:
 
     with stub_endpoint() as stub:
         stub.reply = reply
-        expert = {"kind": "model", "endpoint": {"base_url": stub.url, "model": "x", "api_key_env": None}}
+        prices = {"input": 10, "output": 30}
+        endpoint = {"base_url": stub.url, "model": "x", "api_key_env": None, "prices": prices}
+        expert = {"kind": "model", "endpoint": endpoint}
         changes = [f"experts.x={json.dumps(expert)}", "evaluate.experts=[x]"]
         report = bench(load_config(folder / "config.yaml", changes), folder / "out")
         assert len(stub.requests) == NUM
@@ -113,6 +116,13 @@ def test_a_model_is_asked_and_timed(folder: Path) -> None:
     (row,) = report["experts"]["experts"]
     assert (row["accuracy"], row["unreadable"], row["price"]) == (1 / 8, 1 / 8, 0.4)  # q0 alone; q4 said nothing
     assert row["latency_s"] > 0
+    asks = report["agents"]["asks x"]
+    assert asks["other_cost"] == {
+        "expert": pytest.approx(NUM * 1300 / 1e6),
+        "judge": 0.0,
+    }  # 100 tokens read, 10 written
+    assert asks["seconds"] > 0 < report["agents"]["always_ask"]["seconds"]
+    assert "other_cost" not in again["agents"]["asks x"]
     assert again["experts"]["experts"][0]["accuracy"] == 1 / 8
 
 
@@ -126,3 +136,19 @@ def test_bad_rows_are_left_out_on_request_and_listed(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "1 bad rows left out" in " ".join(done.output.split())
     assert "line 9, field 'cop'" in (folder / "out2" / "skipped_rows.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": "q0", "choice": "Z"}], "line 1, field 'choice': expected null or one of A, B, C, D, found 'Z'"),
+        (
+            [{"id": "p0", "choice": "A"}],
+            "none of its 1 recorded answers is to a test question, such as 'q0'; found 'p0'",
+        ),
+    ],
+)
+def test_recorded_answers_are_to_the_test_questions(folder: Path, rows: list[dict[str, Any]], message: str) -> None:
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(AgileError, match=message):
+        bench(load_config(folder / "config.yaml"), folder / "out")

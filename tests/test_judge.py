@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from agile.config import PromptedConfig
+from agile.config.evaluate import TokenPrices
 from agile.errors import AgileError
 from agile.judge import judged
 from agile.types import Advice, Item, Reward, Session, SessionStatus
@@ -49,14 +50,17 @@ def reply(body: dict[str, Any]) -> Reply:
 def test_verdicts_are_read_or_left_out_and_shown(tmp_path: Path) -> None:
     with stub_endpoint() as stub:
         stub.reply = reply
-        config = PromptedConfig(base_url=stub.url, model="judge", api_key_env=None)
+        prices = TokenPrices(input=10, output=30)
+        config = PromptedConfig(base_url=stub.url, model="judge", api_key_env=None, prices=prices)
         found = judged(config, tmp_path, CASES)
+        assert found["judge cost"] == pytest.approx(4 * 1300 / 1e6)  # 100 tokens read and 10 written, each time
         assert len(stub.requests) == found["answers judged"] == 4, "right, advised and failed ones need no judge"
         assert found["verdicts that could not be read"] == 2
         assert found["said instead"] == "I would say so | yesterday"
         assert found["judged right"] == pytest.approx(3 / 5)
         assert found["judge"] == "judge"
         again = judged(config, tmp_path, CASES)
+        assert "judge cost" not in again
         assert len(stub.requests) == 4, "what was answered is kept"
         assert again["judged right"] == found["judged right"]
 

@@ -79,25 +79,26 @@ def nodes(launcher: str, out: Path) -> list[list[str]]:
 
 def trained_on_two_nodes(launcher: str, out: Path, *words: str) -> Path:
     _, _, *train = command(out, *words)
+    logs = [out.with_suffix(f".{node}") for node in range(2)]
     running = [
         subprocess.Popen(
             [sys.executable, "-m", *node, *train],
             cwd=ROOT,
             env=os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
-            stdout=subprocess.PIPE,
+            stdout=log.open("w"),
             stderr=subprocess.STDOUT,
-            text=True,
             start_new_session=True,
         )
-        for node in nodes(launcher, out)
+        for node, log in zip(nodes(launcher, out), logs, strict=True)
     ]
     try:
-        printed = [process.communicate(timeout=900)[0] for process in running]
+        codes = [process.wait(timeout=400) for process in running]
     finally:
         for process in running:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    assert [process.returncode for process in running] == [0, 0], "\n".join(text[-3000:] for text in printed)
+    printed = [log.read_text() for log in logs]
+    assert codes == [0, 0], "\n".join(text[-3000:] for text in printed)
     assert sum(text.count("Trained: ") for text in printed) == 1
     return out
 

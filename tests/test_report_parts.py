@@ -75,11 +75,14 @@ def test_published_dots_are_of_the_headline_measure_and_bear_a_name() -> None:
     report["agents"]["router"]["accuracy"] = 0.8
     svg = draw_all(report, looks_of(report["agents"]), {})["frontier"]
     assert "agile-vic13b-ppo" in svg and "judged-one" not in svg and "ablated" not in svg
+    assert "published, not measured" in svg
+    plain = draw_all({**report, "published": []}, looks_of(report["agents"]), {})["frontier"]
+    assert "published" not in plain
 
 
 def test_groups_are_drawn_unless_there_are_too_many() -> None:
     one = {"0.3": bare_report()["agents"]}
-    for number, drawn in ((1, False), (2, True), (24, True), (25, False)):
+    for number, drawn in ((1, False), (2, True), (22, True), (23, False)):
         report = bare_report(groups={f"g{k}": one for k in range(number)})
         plots = draw_all(report, looks_of(report["agents"]), {})
         assert ("groups" in plots) == drawn

@@ -175,9 +175,14 @@ def test_of_a_model_what_is_right_and_found_something_is_kept_in_the_agents_toke
 
 
 def test_a_judge_of_answerability_says_what_needs_no_expert(tmp_path: Path) -> None:
-    """Of own questions it knows the first alone, and what it says of the third is neither yes nor no."""
-    questions = tmp_path / "own.jsonl"
-    rows = [{"question": f"Is {k} good?", "answer": "yes", "context": f"number {k}"} for k in range(3)]
+    """Of own questions it knows the first alone, and what it says of the third is neither yes nor no. About a search
+    it is not asked."""
+    questions, table = tmp_path / "own.jsonl", tmp_path / "table.csv"
+    table.write_text("name\nred\n")
+    rows: list[dict[str, Any]] = [
+        {"question": f"Is {k} good?", "answer": "yes", "context": f"number {k}"} for k in range(3)
+    ]
+    rows.append({"question": "Which is red?", "answer": ["red"], "sql": "SELECT name FROM products"})
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def reply(body: dict[str, Any]) -> Reply:
@@ -186,7 +191,7 @@ def test_a_judge_of_answerability_says_what_needs_no_expert(tmp_path: Path) -> N
         return said("Yes." if "Is 0" in content else "no" if "Is 1" in content else "who knows")
 
     words = ["task.name=jsonl", f"task.data={questions}", f"task.test_data={questions}", "memory.encoder=hashing"]
-    words += ["sft.sessions_per_item=1", "model.tokenizer=word", "sft.judge_yes=1"]
+    words += ["sft.sessions_per_item=1", "model.tokenizer=word", "sft.judge_yes=1", f"task.database={table}"]
     with stub_endpoint() as stub:
         stub.reply = reply
         judge = f"sft.judge={{base_url: '{stub.url}', model: wise, api_key_env: null}}"
@@ -194,7 +199,7 @@ def test_a_judge_of_answerability_says_what_needs_no_expert(tmp_path: Path) -> N
         summary = build_sft_data(made, tmp_path / "out", QUIET)
         build_sft_data(made, tmp_path / "out", QUIET)
         assert len(stub.requests) == 3, "nothing is paid for twice"
-    assert summary["kept"] == {"text": {"answers": 1, "asks": 2}}
+    assert summary["kept"] == {"search": {"searches, answers": 1}, "text": {"answers": 1, "asks": 2}}
     said_of_it = {"judge": "wise", "questions": 3, "answerable": 1, "verdicts that could not be read": 1}
     assert said_of_it.items() <= summary["judge"].items() and summary["judge"]["said instead"] == "who knows"
     console = Console(record=True, width=200)
@@ -245,3 +250,9 @@ def test_configs_name_their_models() -> None:
     for key in ("sft.teacher", "sft.judge", "task.judge"):
         with pytest.raises(AgileError, match=rf"{key}\.model=NAME"):
             load_config(None, [f"{key}={{base_url: 'http://x/v1'}}"])
+
+
+def test_a_judge_of_answers_is_refused_where_nothing_asks_it() -> None:
+    with pytest.raises(AgileError, match=r"judge is for hotpotqa, .* not for jsonl; remove it"):
+        load_config(None, ["task.name=jsonl", "task.data=x.jsonl", "task.judge.model=m"])
+    assert load_config(None, ["task.name=hotpotqa", "task.data=x.json", "task.judge.model=m"]).task.judge is not None

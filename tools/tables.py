@@ -12,6 +12,8 @@ from typing import Any
 from agile.errors import AgileError
 
 FILES = ".csv, .tsv, .json, .jsonl, .parquet, or a SQLite database (.db, .sqlite, .sqlite3)"
+MAX_ROW_BYTES = 1_000_000  # no row is that long: a file whose lines were lost, or one of another kind
+_TEXT = (".csv", ".tsv", ".json", ".jsonl")
 _SQLITE = (".db", ".sqlite", ".sqlite3")
 _TABLE = "products"
 
@@ -39,8 +41,8 @@ def open_table(path: Path) -> Table:
     """Read a table file; one that is no database, or a view, is copied into a database in a temporary folder.
 
     Raises:
-        AgileError: The file is missing, of another kind or cannot be read; a database has several tables; a name of a
-            row is missing or stands twice.
+        AgileError: The file is missing, of another kind or cannot be read; a database has several tables; a row is
+            longer than `MAX_ROW_BYTES` or not in UTF-8, or its name is missing or stands twice.
     """
     if not path.is_file():
         raise AgileError(f"{path}: no such file; task.database takes a table, {FILES}.")
@@ -71,6 +73,8 @@ def _read_file(path: Path) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     """Columns, and the cells of every row as SQLite takes them."""
     import pandas  # takes a second
 
+    if path.suffix.lower() in _TEXT:
+        _check_utf8(path)
     try:
         match path.suffix.lower():
             case ".csv":
@@ -93,6 +97,20 @@ def _read_file(path: Path) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
     return columns, [tuple(_cell(value) for value in row) for row in plain.itertuples(index=False, name=None)]
 
 
+def _check_utf8(path: Path) -> None:
+    """Names the first line that is not UTF-8, which pandas does not."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise AgileError(f"{path}: cannot be read ({error.strerror}); expected a readable file.") from None
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            found = line[max(0, error.start - 20) : error.end + 20]
+            raise AgileError(f"{path}, line {number}: expected text in UTF-8, found {found!r}.") from None
+
+
 def _cell(value: Any) -> Any:
     """A value as SQLite takes it; numpy's numbers become Python's, dates text."""
     if hasattr(value, "isoformat"):
@@ -104,6 +122,7 @@ def _read_database(path: Path) -> tuple[str, bool, tuple[str, ...], list[tuple[A
     """The name of the table, whether it is a view, its columns and rows."""
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
             found = connection.execute("SELECT name, type FROM sqlite_master WHERE type IN ('table', 'view')")
             types = {name: kind for name, kind in sorted(found) if not name.startswith("sqlite_")}
             names = list(types)
@@ -124,6 +143,13 @@ def _read_database(path: Path) -> tuple[str, bool, tuple[str, ...], list[tuple[A
 def _by_name(path: Path, columns: tuple[str, ...], values: list[tuple[Any, ...]]) -> dict[str, dict[str, str]]:
     rows: dict[str, dict[str, str]] = {}
     for number, cells in enumerate(values, 1):
+        sizes = _sizes(f"{path}, row {number}", columns, cells)
+        if sum(sizes) > MAX_ROW_BYTES:
+            longest = columns[sizes.index(max(sizes))]
+            raise AgileError(
+                f"{path}, row {number}, column {longest!r}: expected a row of at most {MAX_ROW_BYTES:,} bytes, found "
+                f"{sum(sizes):,}, {max(sizes):,} of them in it."
+            )
         where = f"{path}, row {number}, column {columns[0]!r}"
         if cells[0] is None or not str(cells[0]).strip():
             raise AgileError(f"{where}: expected the name of the row, found nothing. The first column names the rows.")
@@ -132,3 +158,14 @@ def _by_name(path: Path, columns: tuple[str, ...], values: list[tuple[Any, ...]]
         known = zip(columns, cells, strict=True)
         rows[str(cells[0])] = {name: " ".join(str(cell).split()) for name, cell in known if cell is not None}
     return rows
+
+
+def _sizes(where: str, columns: tuple[str, ...], cells: tuple[Any, ...]) -> list[int]:
+    """The bytes of each cell as text."""
+    sizes = []
+    for name, cell in zip(columns, cells, strict=True):
+        try:
+            sizes.append(len(str(cell).encode()))
+        except UnicodeEncodeError:
+            raise AgileError(f"{where}, column {name!r}: expected text in UTF-8, found {str(cell)[:80]!r}.") from None
+    return sizes

@@ -104,7 +104,8 @@ class RecordedAdvisor:
 def wrong_answer(request: AdviceRequest) -> str:
     """An answer that is wrong: another option where there are some, the other of yes and no, else `unknown`."""
     item = request.item
-    others = [letter for letter in item.context.get("options", ()) if letter != item.answer]
+    options = item.context.get("options", {})
+    others = [letter for letter, words in options.items() if item.answer not in (letter, words)]
     if others:
         return str(others[zlib.crc32(f"{request.session_id} {item.id}".encode()) % len(others)])
     return {"yes": "no", "no": "yes"}.get(str(item.answer).strip().lower(), "unknown")

@@ -125,6 +125,8 @@ class TaskConfig(Section):
     def _judge_is_named(self) -> TaskConfig:
         if self.judge is not None and not self.judge.model:
             raise ValueError("judge has no model; name one: task.judge.model=NAME")
+        if self.judge is not None and self.name != "hotpotqa":
+            raise ValueError(f"judge is for hotpotqa, whose reports hold what it says, not for {self.name}; remove it")
         return self
 
 

@@ -288,3 +288,8 @@ def test_wrong_answers_are_other_options_evenly() -> None:
     assert set(given) == {"A", "C", "D"}
     assert min(map(given.count, "ACD")) > 60
     assert given == [wrong_answer(request(item, f"s/{n}")) for n in range(300)]
+
+
+def test_a_wrong_answer_is_no_letter_of_a_gold_answer_in_words() -> None:
+    item = Item("q0", "?", "cool", "choice", context={"options": {"A": "warm", "B": "cool"}})
+    assert {wrong_answer(request(item, f"s/{n}")) for n in range(30)} == {"A"}

@@ -41,6 +41,37 @@ def test_a_letter_and_words(text: str) -> None:
     assert read_choice(text, METALS) == "B"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "**Answer:** B",
+        "**Final answer:** (B) Copper sulphate",
+        "\\boxed{B}",
+        "So it is $\\boxed{\\text{B}}$.",
+        "One might think that the answer is A. It is not. \\boxed{B}",
+        "<answer>B</answer>",
+        "<think>Is it A?</think>\n<answer> (b) </answer>",
+        "<ANSWER>copper sulphate</ANSWER>",
+        "B is correct",
+        "(B) is the correct answer, since iron is none.",
+        "I choose B",
+        "I would choose option B.",
+        "I'll go with (B).",
+        "B,",
+        "B, because it is blue",
+        "B\n\nExplanation: iron would rust.",
+        "**B**\n\nExplanation: A is a metal.",
+        "Iron would rust, and zinc is a metal.\n\nB",
+        "B:\nCopper sulphate",
+        "Copper sulphate.\n\nIt is blue.",
+        "The answer is\ncopper sulphate",
+        "A: Iron is a metal.\nB: Copper sulphate is a salt.\nThe answer is B.",
+    ],
+)
+def test_what_models_write_around_it(text: str) -> None:
+    assert read_choice(text, METALS) == "B"
+
+
 @pytest.mark.parametrize("text", ["Copper sulphate", "copper sulphate", " COPPER\tsulphate. ", '"Copper sulphate"'])
 def test_the_words_of_an_option(text: str) -> None:
     assert read_choice(text, METALS) == "B"
@@ -88,6 +119,21 @@ def test_words_before_it(text: str) -> None:
         "The answer is E.",
         "2",
         "A or B",
+        "A or option B",
+        "A\nB",
+        "B\nZinc",
+        "B\n\nExplanation: the answer is A.",
+        "A: Iron\nB: Copper sulphate\nC: Zinc",
+        "Option A is wrong; the answer is B.",
+        "\\boxed{A} or \\boxed{B}",
+        "\\boxed{E}",
+        "B <answer></answer>",
+        "I choose a metal",
+        "I choose A or B",
+        "Neither A nor B is correct",
+        "These are metals:\nIron\nZinc",
+        "This is a salt.\nCopper sulphate\nIt is blue.",
+        "A or B is correct",
         "A and B",
         "A, B",
         "A/B",
@@ -144,6 +190,12 @@ def test_what_is_no_choice(text: str) -> None:
         ("(e) None of the above", PAIRS, "E"),
         ("All of the above", PAIRS, "D"),
         ("E: All of the above", PAIRS, None),
+        ("D: Iron and\nzinc", METALS, "D"),
+        ("Iron and\nzinc", METALS, "D"),
+        ("The answer is A b", {"A": "AA", "B": "A b"}, "B"),
+        ("The correct answer is A line.", {"A": "H band", "B": "A line"}, "B"),
+        ("The answer is the back of the neck", {"A": "The back of the neck", "B": "The chin"}, "A"),
+        ("B*27", {"A": "B*27", "B": "DR4"}, "A"),
     ],
 )
 def test_options_that_look_like_letters(text: str, options: dict[str, str], choice: str | None) -> None:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from agile.agents.own_qa import OwnQAAgent, own_spec
 from agile.errors import AgileError
 from agile.tasks.jsonl import JsonlTask
 from agile.tools.tables import open_table
+from agile.types import Advice, AdviceStatus, Item, MemoryKind, Session, SessionStatus
 
 CSV = "name,color,price\nMerlot,red,12\nRiesling,white,15.5\nChianti,red,\n"
 ROWS: list[dict[str, Any]] = [
@@ -34,6 +36,14 @@ def table(tmp_path: Path) -> Path:
     path = tmp_path / "wines.csv"
     path.write_text(CSV)
     return path
+
+
+@pytest.fixture
+def choice(tmp_path: Path) -> tuple[JsonlTask, Item]:
+    """A question with the options warm and cool, the gold one."""
+    path = write(tmp_path, ROWS[2:3])
+    task = JsonlTask(path, path)
+    return task, task.streams("test")[0].items[0]
 
 
 def test_items_hold_what_the_files_say(tmp_path: Path, table: Path) -> None:
@@ -95,6 +105,60 @@ def test_an_empty_list_is_answered_by_none(tmp_path: Path) -> None:
     assert [task.is_correct(item, a, False) for a in ("none", "", "Merlot")] == [True, True, False]
 
 
+def done(answer: str | None, advice: str | None = None, status: AdviceStatus = AdviceStatus.ANSWERED) -> Session:
+    told = None if advice is None else Advice(advice, price=0.4, status=status)
+    return Session("s/0", "s", 0, "x", "choice", 0, (), (), (), (), told, answer, SessionStatus.COMPLETED)
+
+
+@pytest.mark.parametrize(
+    ("session", "components"),
+    [
+        (done("B"), {"correct": 1.0}),
+        (done("no idea"), {"correct": 0.0, "unreadable": 0.0}),
+        (done(None), {"correct": 0.0}),
+        (done("A", "cool"), {"correct": 1.0, "advice": -0.4}),
+        (done("A", "who knows"), {"correct": 1.0, "advice": -0.4, "unreadable advice": 0.0}),
+        (done("A", "", AdviceStatus.REFUSED), {"correct": 0.0}),
+    ],
+)
+def test_what_cannot_be_read_as_an_option_is_counted(
+    choice: tuple[JsonlTask, Item], session: Session, components: dict[str, float]
+) -> None:
+    task, item = choice
+    assert task.score(item, session).components == components
+
+
+def test_an_answer_in_words_of_its_own_can_always_be_read(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"question": "Who?", "answer": "The Vintner"}])
+    task = JsonlTask(path, path)
+    assert task.score(task.streams("test")[0].items[0], done("no idea")).components == {"correct": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("advice", "history"),
+    [
+        (Advice("cool"), ["How? -> cool"]),
+        (Advice("(b)", "Cellar cold."), ["How? -> cool"]),  # a letter means another option elsewhere
+        (Advice("who knows"), []),
+        (Advice("", status=AdviceStatus.TIMEOUT), []),
+        (None, []),
+    ],
+)
+def test_what_is_remembered_of_advice_about_options(
+    choice: tuple[JsonlTask, Item], advice: Advice | None, history: list[str]
+) -> None:
+    agent = OwnQAAgent(spec=own_spec(table=False))
+    entries = agent.remember(choice[1], "s/0", advice, "Serve it cold." if history else "")
+    assert [e.text for e in entries if e.kind is MemoryKind.HISTORY] == history
+    assert [e.text for e in entries if e.kind is MemoryKind.KNOWLEDGE] == ["Serve it cold."] * len(history)
+
+
+def test_advice_without_options_is_remembered_as_it_was_said() -> None:
+    agent = OwnQAAgent(spec=own_spec(table=False))
+    (entry,) = agent.remember(Item("1", "Who?", "The Vintner", "text"), "s/0", Advice("the vintner!"), "")
+    assert entry.text == "Who? -> the vintner!"
+
+
 GOOD = {"question": "?", "answer": "yes"}
 
 
@@ -133,8 +197,9 @@ def test_bad_lines_are_named_or_left_out_and_listed(tmp_path: Path, table: Path,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "found an empty file"),
-        (b'{"question": "\xff"}\n', "line 1: expected JSON in UTF-8"),
+        (b"", r"found an empty file. Write one question a line, see docs/your-own-data\.md"),
+        (b'{"question": "\xff"}\n', r"line 1, field 'question': expected text in UTF-8, found '\\udcff'"),
+        (b'\xef\xbb\xbf{"question": "?"}\n', "line 1, field 'answer': expected text, found no such field"),
         (b'{"question": "?"\n', "line 1: expected JSON in UTF-8"),
         (None, "no such file; expected a file of JSON lines"),
     ],
@@ -192,7 +257,15 @@ def test_every_kind_of_table_file_gives_the_same_table(tmp_path: Path, table: Pa
         ),
         ("t.csv", b"name,color\n,red\n", "row 1, column 'name': expected the name of the row, found nothing"),
         ("t.csv", b"name,Name\na,b\n", "cannot be made a table .*duplicate column"),
-        ("t.csv", b"name\n\xff\n", "cannot be read as a table"),
+        ("t.csv", b"name,color\na,red\nb,l\xf6ss\n", r"line 3: expected text in UTF-8, found b'b,l\\xf6ss'"),
+        ("t.tsv", b"name\tl\xf6ss\na\tred\n", r"line 1: expected text in UTF-8, found b'name\\tl\\xf6ss'"),
+        ("t.json", b'[{"name": "a"},\n{"name": "\xff"}]', "line 2: expected text in UTF-8, found b"),
+        ("t.jsonl", b'{"name": "a"}\n{"name": "\xff"}\n', "line 2: expected text in UTF-8, found b"),
+        (
+            "t.csv",
+            b"name,color\na,red\nb," + b"x" * 1_000_001 + b"\n",
+            "row 2, column 'color': expected a row of at most 1,000,000 bytes, found 1,000,002, 1,000,001",
+        ),
         ("t.json", b"nope", "cannot be read as a table"),
         ("t.json", b'[{"name": "a", "x": [1]}]', "cannot be made a table"),
         ("t.parquet", b"nope", "cannot be read as a table"),
@@ -208,6 +281,15 @@ def test_bad_tables_are_named(tmp_path: Path, name: str, content: bytes | None, 
     with pytest.raises(AgileError, match=message) as error:
         open_table(path)
     assert str(path) in str(error.value)
+
+
+def test_a_database_with_text_that_is_not_utf8_says_where(tmp_path: Path) -> None:
+    path = tmp_path / "t.sqlite"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE wines (name, color)")
+        connection.execute("INSERT INTO wines VALUES ('a', 'red'), ('b', CAST(x'6cf6' AS TEXT))")
+    with pytest.raises(AgileError, match=r"t.sqlite, row 2, column 'color': expected text in UTF-8, found 'l\\udcf6'"):
+        open_table(path)
 
 
 def test_a_database_of_several_tables_says_which(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from agile.agents.multiple_choice import lesson_of
 from agile.errors import AgileError
 from agile.tasks.answers import read_answers
 from agile.tasks.medmcqa import MedMCQA
@@ -57,6 +58,12 @@ def test_official_rows(tmp_path: Path) -> None:
     assert second.answer == "D"
 
 
+def test_rows_may_hold_what_they_teach(tmp_path: Path) -> None:
+    first, second = read(tmp_path, ROW, {**SECOND, "reflection": "Fat takes the others along."})
+    assert (first.context["reflection"], lesson_of(first)) == ("", ROW["exp"])
+    assert lesson_of(second) == "Fat takes the others along."
+
+
 def test_medqa_rows_have_five_options_and_reflections(tmp_path: Path) -> None:
     by_words = {**MEDQA, "answer": "salt", "id": "own"}
     task = MedMCQA(tmp_path, write(tmp_path / "medqa.jsonl", MEDQA, by_words, {**MEDQA, "answer_idx": "D"}))
@@ -101,6 +108,7 @@ def without(name: str) -> dict[str, Any]:
         ({**SECOND, "question": 3}, "line 2, field 'question': expected text, found 3"),
         ({**SECOND, "opd": None}, "line 2, field 'opd': expected text, found None"),
         ({**SECOND, "exp": ["x"]}, r"line 2, field 'exp': expected text, found \['x'\]"),
+        ({**SECOND, "reflection": 1}, "line 2, field 'reflection': expected text, found 1"),
         ({**SECOND, "cop": "2"}, "line 2, field 'cop': expected a whole number, found '2'"),
         ({**SECOND, "cop": True}, "line 2, field 'cop': expected a whole number, found True"),
         ({**SECOND, "cop": 5}, "line 2, field 'cop': expected the gold option as 1 to 4 .*, found 5"),
@@ -114,7 +122,7 @@ def without(name: str) -> dict[str, Any]:
             "line 2, field 'exp': expected a row of at most 1,000,000 bytes, found",
         ),
         (b'"' + b"x" * 1_000_000 + b'"', "line 2: expected a row of at most 1,000,000 bytes, found 1,000,002"),
-        (b'{"question": "\xff\xfe"}', "line 2: expected JSON in UTF-8, found"),
+        (b'{"question": "\xff\xfe"}', "line 2, field 'question': expected text in UTF-8, found"),
         (b'{"question": "', "line 2: expected JSON in UTF-8, found"),
         (b"[1]", r"line 2: expected an object with the field 'question', found \[1\]"),
         ({**MEDQA, "options": {"A": "x"}}, "line 2, field 'options': expected two to five options by the letters"),
@@ -171,6 +179,9 @@ def test_hugging_face_labels_count_from_0(tmp_path: Path) -> None:
         task.streams("train")
     datasets.DatasetDict({"validation": datasets.Dataset.from_list([ROW])}).save_to_disk(tmp_path / "plain")
     assert MedMCQA(tmp_path / "plain").streams("test")[0].items[0].answer == "B"  # whole numbers are the official ones
+    datasets.DatasetDict({"validation": datasets.Dataset.from_dict({"id": []})}).save_to_disk(tmp_path / "empty")
+    with pytest.raises(AgileError, match=r"empty: expected a data set with a row in each split, found an empty one\.$"):
+        MedMCQA(tmp_path / "empty").streams("test")
 
 
 def session(answer: str | None, advice: str | None = None, status: SessionStatus = SessionStatus.COMPLETED) -> Session:
@@ -235,6 +246,24 @@ def test_recorded_answers(tmp_path: Path) -> None:
         skipped: list[str] = []
         assert read_answers(path, skipped=skipped) == {"q0": "B", "q1": None, "q3": "D"}
         assert skipped == [str(error.value)]
+
+
+def test_recorded_choices_are_options_of_the_questions_that_are_known(tmp_path: Path) -> None:
+    questions = {item.id: item for item in read(tmp_path, ROW, SECOND)}
+    rows: list[dict[str, Any]] = [
+        {"id": "q0", "choice": None},
+        {"id": "q1", "answer": "Z"},
+        {"id": "other", "choice": "E"},
+    ]
+    path = write(tmp_path / "a.jsonl", *rows)
+    assert read_answers(path, questions=questions) == {"q0": None, "q1": "Z", "other": "E"}  # a text may say anything
+    path = write(tmp_path / "a.jsonl", *rows[1:], {"id": "q0", "choice": "Z"}, b'{"id": "q\xff"}')
+    message = "line 3, field 'choice': expected null or one of A, B, C, D, found 'Z'"
+    with pytest.raises(AgileError, match=message):
+        read_answers(path, questions=questions)
+    skipped: list[str] = []
+    assert read_answers(path, skipped=skipped, questions=questions) == {"q1": "Z", "other": "E"}
+    assert message in skipped[0] and "line 4, field 'id': expected text in UTF-8" in skipped[1]
 
 
 def test_real_files(data: Path) -> None:

@@ -250,6 +250,11 @@ def without(index: int, name: str) -> list[dict[str, Any]]:
         (changed(0, extra_data=None), "line 1, extra_data, field 'sql': expected text, found no such field"),
         (changed(2, extra_data={}), "line 3, extra_data, field 'knowledge': expected text"),
         (changed(2, extra_data={"knowledge": "", "kind": 3}), "field 'kind': expected text, found 3"),
+        (
+            changed(0, short_answer=[{"asin": "B1"}, {"asin": "B9"}]),
+            "line 1, short_answer 1, field 'asin': expected a product of metadata.json .*, found 'B9'",
+        ),
+        (changed(1, question="x" * 1_000_000), "line 2, field 'question': expected a row of at most 1,000,000 bytes"),
         (changed(1, extra_data="x"), "line 2, field 'extra_data': expected an object or null, found 'x'"),
         (changed(1, type="trivia_qa"), "line 2, field 'type': expected one of search_qa, fact_qa, reasoning_qa, found"),
         (changed(1, asin="B9"), "line 2, field 'asin': expected a product of metadata.json .*, found 'B9'"),
@@ -274,7 +279,30 @@ def test_bad_rows_name_file_line_field_expectation_and_finding(shop: Path, rows:
         ("qa.jsonl", b"[" * 100_000, "line 1: expected JSON in UTF-8"),
         ("metadata.json", b"[]", "expected a JSON object with one object per product, found"),
         ("metadata.json", b"{}", "expected a JSON object with one object per product, found"),
-        ("metadata.json", b'{"B1": "One"}', "field 'B1': expected an object, found 'One'"),
+        ("metadata.json", b'{"B1": "One"}', "product 'B1': expected an object, found 'One'"),
+        ("metadata.json", b"", "expected a JSON object with one object per product, found an empty file"),
+        (
+            "metadata.json",
+            b'{"B1": {"title": "a"}, "B1": {"title": "b"}}',
+            "product 'B1': expected it once, found it again",
+        ),
+        ("metadata.json", b'{"B1": {"title": "a", "title": "b"}}', "product 'B1', field 'title': expected it once"),
+        (
+            "metadata.json",
+            b'{"B1": {"title": "a", "x": "' + b"x" * 1_000_000 + b'"}}',
+            "product 'B1', field 'x': expected a row of at most 1,000,000 bytes",
+        ),
+        (
+            "metadata.json",
+            b'{"B1": {"title": "a", "x": "l\xf6ss"}}',
+            r"product 'B1', field 'x': expected text in UTF-8, found 'l\\udcf6ss'",
+        ),
+        ("schema.json", b'{"color": {}, "color": {}}', "feature 'color': expected it once"),
+        (
+            "qa.jsonl",
+            b'{"id": "a", "question": "l\xf6ss"}\n',
+            r"line 1, field 'question': expected text in UTF-8, found 'l\\udcf6ss'",
+        ),
         ("metadata.json", b'{"B1": {}}', "product 'B1', field 'title': expected text, found no such field"),
         ("metadata.json", b'{"B1": {"title": "a", "x": 1}}', "product 'B1', field 'x': expected text or null, found 1"),
         ("schema.json", b"nope", "expected JSON in UTF-8, found 'nope'"),
@@ -291,6 +319,16 @@ def test_bad_files_are_named(shop: Path, name: str, content: bytes | None, messa
     with pytest.raises(AgileError, match=message) as error:
         ProductQA(shop).streams("test")
     assert str(path) in str(error.value)
+
+
+def test_bad_products_are_left_out_with_the_questions_about_them(shop: Path) -> None:
+    path = shop / "test" / "pans" / "metadata.json"
+    path.write_text(json.dumps({**METADATA, "B2": {"title": 2}}), encoding="utf-8")
+    task = ProductQA(shop, test_groups=["pans"], skip_bad_rows=True)
+    assert [item.id for item in task.streams("test")[0].items] == ["pans/reasoning_qa_0"]
+    product, search, fact = task.skipped
+    assert product == f"{path}, product 'B2', field 'title': expected text, found 2."
+    assert "line 1, short_answer 1, field 'asin'" in search and "line 2, field 'asin'" in fact
 
 
 def test_missing_folders_groups_and_databases_are_named(shop: Path) -> None:
