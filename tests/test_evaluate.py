@@ -161,8 +161,8 @@ def test_intervals_cover_and_tests_reject_as_often_as_they_say(lengths: list[int
     """About 95 % of intervals hold the truth; of equally good agents that find the same questions hard, 5 % differ.
 
     Neighbours in a stream correlate by .6. With 2000 trials each figure has a standard error of .005. Few long streams
-    cover .93 and differ in .06, for a block of dependent questions depends on its neighbours too. What is simulated
-    are the arrays inside the two functions, which are asked themselves in the first trial.
+    cover .93 to .94 and differ in .06, for a block of dependent questions depends on its neighbours too. What is
+    simulated are the arrays inside the two functions, which are asked themselves in the first trial.
     """
     rng, trials, num = np.random.default_rng(7), 2000, 400
     hardness, *own = (dependent(rng, trials, lengths, spread, 0.6) for _ in range(3))
@@ -180,8 +180,8 @@ def test_intervals_cover_and_tests_reject_as_often_as_they_say(lengths: list[int
             left, right = ([replace(o, correct=bool(v)) for o, v in zip(asked, x, strict=True)] for x in (a, b))
             assert summarise(left, 0.3, macro=macro, num_resamples=num)["score_ci"] == [low, high]
             assert paired_difference(left, right, 0.3, macro=macro, num_resamples=num)["p"] == p
-    assert 0.925 <= covered / trials <= 0.965, f"covered {covered} of {trials}"
-    assert 0.03 <= rejected / trials <= 0.07, f"rejected {rejected} of {trials}"
+    assert 0.93 <= covered / trials <= 0.97, f"covered {covered} of {trials}"
+    assert 0.035 <= rejected / trials <= 0.065, f"rejected {rejected} of {trials}"
 
 
 def test_runs_on_the_same_questions_say_no_more_of_other_questions_than_one() -> None:
