@@ -69,7 +69,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"zero_stage": 1, "dtype": "bfloat16"},
     "bfloat16-offload": {"zero_stage": 3, "dtype": "bfloat16", "offload": "all"},
 }
-LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+QUICK = ("plain", "zero-1", "zero-2", "zero-3")
+LAYOUT = pytest.mark.parametrize(
+    "layout",
+    [pytest.param(x, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, x in LAYOUTS.items()],
+)
 
 
 @LAYOUT

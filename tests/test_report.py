@@ -183,6 +183,7 @@ ALWAYS, IF_RIGHT = (
 )
 
 
+@pytest.mark.slow
 def test_the_price_of_the_task_stands_among_the_others_and_many_groups_are_folded_away() -> None:
     report = made_up_report()
     sweep = report["prices"].pop(f"{report['advice_price']:g}")

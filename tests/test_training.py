@@ -98,6 +98,7 @@ def test_checkpoints_by_the_clock_come_between_those_of_the_schedule(tmp_path: P
     assert found == ["ppo-000001", "ppo-000002", "sft-000001", "sft-000002", "sft-000003"]
 
 
+@pytest.mark.slow
 def test_a_run_that_collects_ahead_is_the_same_run_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was collected with weights that are gone is part of the checkpoint."""
     ahead = run_config("rollout.lag=1", "ppo.num_iterations=4", "sft.num_steps=10")

@@ -34,6 +34,7 @@ def trained_streams(run: Path) -> set[str]:
     return {json.loads(line)["session"]["stream_id"] for line in lines}
 
 
+@pytest.mark.slow
 def test_validation_plays_what_is_not_learned_from_and_the_best_is_exported(tmp_path: Path) -> None:
     run = tmp_path / "run"
     # a learning rate that ruins what imitation taught, so that the best is not the last
@@ -88,6 +89,7 @@ def test_a_rollback_before_the_first_checkpoint_keeps_the_warm_critic(tmp_path: 
     assert all(torch.equal(after[name], warm[name]) for name in warm)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_rollbacks(tmp_path: Path) -> None:
     """No checkpoint was kept for one: it takes that of where it stands."""
     config = ["sft.num_steps=10", "ppo.lr=0.05", "ppo.num_iterations=3"]

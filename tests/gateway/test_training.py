@@ -274,6 +274,7 @@ post("/trajectories", sys.argv[2], id="silent")
 """
 
 
+@pytest.mark.slow
 def test_an_agent_in_another_process_needs_nothing_but_http(learner: Learner) -> None:
     tell(learner, "one", "two")
 
