@@ -85,7 +85,7 @@ def test_money_of_the_expert_of_an_agent(stub: StubEndpoint, tmp_path: Path) -> 
     assert "other_cost" not in report["agents"]["router"]
 
 
-@pytest.mark.parametrize("max_concurrent", [1, 4])
+@pytest.mark.parametrize("max_concurrent", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_bench_that_was_stopped_asks_nothing_twice(stub: StubEndpoint, tmp_path: Path, max_concurrent: int) -> None:
     limit = f"evaluate.prompted.max_concurrent={max_concurrent}"
     whole = bench(config(stub, limit), tmp_path / "whole")

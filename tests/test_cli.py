@@ -169,6 +169,7 @@ def test_demo_leaves_a_whole_run(tiny_run: TinyRun) -> None:
     assert not [p for p in tiny_run.path.rglob(".*") if p.name != ".lock"], "a draft was left"
 
 
+@pytest.mark.slow
 def test_demo_again_needs_resume_which_makes_the_report_anew(tiny_run: TinyRun, tmp_path: Path) -> None:
     run = shutil.copytree(tiny_run.path, tmp_path / "run")
     assert "holds a run already" in refused("demo", f"out={run}", *TINY)

@@ -83,7 +83,7 @@ def test_no_token_stream_raises_in_a_chat(family: str, special: bool, options: t
         check_session(asyncio.run(run), codec, limits)
 
 
-@pytest.mark.parametrize("spec", [SPEC, NOTES], ids=lambda spec: str(spec.name))
+@pytest.mark.parametrize("spec", [SPEC, pytest.param(NOTES, marks=pytest.mark.slow)], ids=lambda spec: str(spec.name))
 def test_no_token_stream_raises(spec: AgentSpec) -> None:
     limits = Limits(
         max_turns=8, max_context_tokens=250, max_session_tokens=300, max_action_tokens=30, max_invalid_actions=5

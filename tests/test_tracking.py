@@ -4,7 +4,8 @@ import importlib.util
 import json
 import logging
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def opened(folder: Path, *names: str, num_lines: int = 0, num_sent: int = 0, **l
     )
 
 
-def killed_twice(folder: Path, name: str) -> None:
+def killed_twice(folder: Path, name: str, between: Callable[[], None] = lambda: None) -> None:
     """Two steps of imitation, then PPO killed at steps 4 and 3 with a checkpoint after its first."""
     first = opened(folder, name)
     for step in (1, 2):
@@ -37,10 +38,12 @@ def killed_twice(folder: Path, name: str) -> None:
     for step in (1, 2, 3, 4):
         first.log("ppo", step, {"score": step / 10})
     first.close()
+    between()
     second = opened(folder, name, num_lines=3, num_sent=6, sft=2, ppo=1)
     for step in (2, 3):
         second.log("ppo", step, {"score": step / 10})
     second.close()
+    between()
     third = opened(folder, name, num_lines=3, num_sent=5, sft=2, ppo=1)
     for step in (2, 3, 4, 5):
         third.log("ppo", step, {"score": step / 10})
@@ -76,6 +79,13 @@ def test_mlflow_has_every_step_once_in_one_run(tmp_path: Path, monkeypatch: pyte
     assert run.data.params["seed"] == "0" and run.info.run_name == "mine"
 
 
+def next_second() -> None:
+    """W&B names the folder of a run by the second: two in one would write over each other."""
+    now = int(time.time())
+    while int(time.time()) == now:
+        time.sleep(0.01)
+
+
 def wandb_records(path: Path) -> Iterator[bytes]:
     """The records of a log of W&B, which is one of LevelDB behind 7 bytes: checksum, length, type, in blocks."""
     data, at, part = path.read_bytes(), 7, b""
@@ -84,6 +94,8 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             at += left
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + length > len(data):  # is being written
+            return
         part += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or a last part
@@ -91,16 +103,27 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             part = b""
 
 
+def wandb_logs(folder: Path, records: Any) -> list[list[Any]]:
+    """The records of each run, once its service has written the last one: it may do so after the run has ended."""
+    until = time.monotonic() + 60
+    while True:
+        paths = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+        logs = [[records.Record.FromString(data) for data in wandb_records(path)] for path in paths]
+        if all(log and log[-1].HasField("exit") for log in logs):
+            return logs
+        assert time.monotonic() < until, "a log of W&B does not end"
+        time.sleep(0.05)
+
+
 @pytest.mark.frameworks
 def test_wandb_has_every_step_once_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    killed_twice(tmp_path, "wandb")
+    killed_twice(tmp_path, "wandb", between=next_second)
     sent, ids = [], set()
-    for path in sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")):
-        for data in wandb_records(path):
-            record = wandb.Record.FromString(data)
+    for log in wandb_logs(tmp_path, wandb):
+        for record in log:
             ids |= {record.run.run_id} if record.HasField("run") else set()
             if record.HasField("history"):
                 row = {i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}

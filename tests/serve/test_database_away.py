@@ -109,6 +109,7 @@ def goes_on_after(outage: Outage, folder: Path) -> None:
             assert kept == [2, 1, 0] and session.scalar(text("SELECT count(*) FROM requests")) == 1
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written(locked: Outage, tmp_path: Path) -> None:
     goes_on_after(locked, tmp_path)
 
