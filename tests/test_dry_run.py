@@ -42,6 +42,7 @@ def test_a_plan_needs_no_model_on_this_machine(tmp_path: Path) -> None:
     assert whose == f"a tokenizer made of the task's texts, for that of {tmp_path / 'absent'} is not on this machine"
 
 
+@pytest.mark.slow
 def test_a_plan_counts_what_a_bench_plays(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs, ablations, several prices, experts: as many sessions as then lie in the folder."""
     monkeypatch.setattr("agile.bench.write_report", lambda report, out: None)

@@ -208,6 +208,7 @@ def test_requests_are_spread(folder: Path, stubs: list[Stub]) -> None:
     assert sum(shares) == 40 and min(shares) >= 10
 
 
+@pytest.mark.slow
 def test_a_server_that_keeps_failing_is_left_out_and_comes_back(
     folder: Path, stubs: list[Stub], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -249,6 +250,7 @@ def test_a_hanging_server_ends_the_run_in_time(folder: Path, stubs: list[Stub]) 
     assert time.monotonic() - started < 3.0
 
 
+@pytest.mark.slow
 def test_a_busy_server_is_not_taken_for_dead(folder: Path, stubs: list[Stub], caplog: pytest.LogCaptureFixture) -> None:
     policy = connect(folder, stubs[0])
     stubs[0].faults.extend([hanging] * 12)
@@ -261,6 +263,7 @@ def test_a_busy_server_is_not_taken_for_dead(folder: Path, stubs: list[Stub], ca
     assert f"{stubs[1].url} is left out (ReadTimeout" in caplog.text
 
 
+@pytest.mark.slow
 def test_requests_wait_for_room_without_being_given_up(folder: Path, stubs: list[Stub]) -> None:
     policy = connect(folder, *stubs, max_active=2, timeout_s=1.0, request_timeout_s=None)
     under_way = most = 0
@@ -328,6 +331,7 @@ def test_a_server_that_cannot_load_is_left_out(
     assert {c.policy_version for c in ask(policy, range(5))} == {1}
 
 
+@pytest.mark.slow
 def test_the_only_server_may_be_away_while_the_weights_change(
     folder: Path, stubs: list[Stub], lm: LlamaForCausalLM, tmp_path: Path
 ) -> None:

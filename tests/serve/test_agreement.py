@@ -175,6 +175,7 @@ def test_where_nobody_knows_the_fallback_is_asked(database: Database) -> None:
     assert asyncio.run(asyncio.wait_for(run(), 20)).expert == "model"
 
 
+@pytest.mark.slow
 def test_the_desk_shows_who_must_agree(tmp_path: Path) -> None:
     with running(an_app(tmp_path, open_desk(tmp_path), Counted(asks_once), wait_s=0, agree=2)) as server:
         ann, bob, root = (server.person(name) for name in ("ann", "bob", "root"))

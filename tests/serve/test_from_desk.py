@@ -197,6 +197,7 @@ def test_what_people_said_becomes_questions_and_examples(desk: tuple[Path, Path]
             Setup(from_desk_config(other), tmp_path / "other").task.streams("train")
 
 
+@pytest.mark.slow
 def test_another_agent_is_swapped_in_and_back(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 

@@ -61,6 +61,7 @@ def ask(server: Running, question: str, url: str) -> httpx2.Response:
     return httpx2.post(f"{server.url}/v1/chat/completions", json=body, headers=server.key(), timeout=30)
 
 
+@pytest.mark.slow
 def test_an_answer_is_told_when_it_is_there_and_again_where_that_failed(
     tmp_path: Path, ear: Ear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
