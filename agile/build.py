@@ -64,7 +64,7 @@ class Setup:
     Args:
         config: The checked config.
         folder: The run folder: MiniShop's worlds are written to `minishop` there, embeddings kept beside it.
-        verdicts: What `sft.judge` said of the questions that imitation plays, by id; searches are none of its business.
+        verdicts: What `sft.judge` said of train questions but searches, or if the stronger model was right, by id.
     """
 
     config: RunConfig

@@ -18,14 +18,13 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
-from agile.advice.model import ModelAdvisor
 from agile.batching import Row, session_rows
 from agile.build import Setup
 from agile.config import RunConfig, flat
@@ -36,6 +35,9 @@ from agile.rollout import run_loop
 from agile.run_folder import claim, write_atomically, writing
 from agile.session_log import JsonLines, read_lines, session_from_json
 from agile.types import Item, Session, Stream, to_json
+
+if TYPE_CHECKING:  # the client takes a second to import, and training reads the file alone
+    from agile.advice.model import ModelAdvisor
 
 DATA, SUMMARY = "sft-data.jsonl", "sft-data.json"
 CHUNK = 64  # sessions that a process plays between two reports
@@ -166,7 +168,7 @@ def _judge(setup: Setup, streams: Sequence[Stream]) -> dict[str, Any]:
     """
     if setup.asks_stronger_model:
         items = {item.id: item for stream in streams for item in stream.items}
-        model = cast(ModelAdvisor, setup.advisor(setup.config.sft.stronger_model))
+        model = cast("ModelAdvisor", setup.advisor(setup.config.sft.stronger_model))
         setup.verdicts, said = answered_right(model, items, setup.task)
         return {"stronger model": said}
     if setup.config.sft.judge is None:
