@@ -216,6 +216,13 @@ def mean_difference(found: Collection[float], expected: Collection[float]) -> fl
     return sum(abs(a - b) for a, b in zip(found, expected, strict=True)) / len(expected)
 
 
+def not_taken_over(engine: str, reason: str) -> AgileError:
+    return AgileError(
+        f"{engine} did not take over the weights it was given: {reason}. Start it anew from a saved model; if that "
+        "does not help, this vLLM does not reload this architecture."
+    )
+
+
 def check_logprobs(found: Collection[float], expected: Collection[float], dtype: str, engine: str) -> None:
     """Refuse an engine whose log-probabilities are not those of the weights it was given.
 
@@ -224,10 +231,10 @@ def check_logprobs(found: Collection[float], expected: Collection[float], dtype:
     """
     difference = mean_difference(found, expected)
     if not difference <= TOLERANCE[dtype]:
-        raise AgileError(
-            f"{engine} did not take over the weights it was given: its log-probabilities of {len(expected)} tokens are "
-            f"off by {difference:.3g} on average, {TOLERANCE[dtype]:g} is what {dtype} explains. Start it anew from a "
-            "saved model; if that does not help, this vLLM does not reload this architecture."
+        raise not_taken_over(
+            engine,
+            f"its log-probabilities of {len(expected)} tokens are off by {difference:.3g} on average, "
+            f"{TOLERANCE[dtype]:g} is what {dtype} explains",
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from agile import ranks, threads
 from agile.errors import AgileError
-from agile.policies.serving import TOLERANCE, ServedModel, check_logprobs, mean_difference
+from agile.policies.serving import TOLERANCE, ServedModel, check_logprobs, mean_difference, not_taken_over
 from agile.policies.vllm_http import (
     REMEDY,
     Busy,
@@ -472,7 +472,11 @@ class VLLMServerPolicy:
                 label = str(answer["weight_version"])
             self._check_label(server, {label})
             if pushed.expected is not None:
-                check_logprobs(self._ask_probe(server)[0], pushed.expected, self.dtype, server.url)
+                try:
+                    found, _ = self._ask_probe(server)
+                except AgileError as error:  # what it holds gives no numbers, or it would answer as it did before
+                    raise not_taken_over(server.url, f"with what it holds it cannot score ({error})") from None
+                check_logprobs(found, pushed.expected, self.dtype, server.url)
 
     def _ask_probe(self, server: Server) -> tuple[list[float], set[str]]:
         """The server's log-probabilities of the probe, and what it calls its weights."""

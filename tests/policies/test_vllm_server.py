@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -151,13 +152,16 @@ def test_weights_are_taken_over_again_and_again(
     assert sorted(f.name[:2] for f in (folder.parent / "weights").iterdir()) == ["4-", "5-"]
 
 
-@pytest.mark.parametrize("fault", ["nothing", "tensor", "head"])
+@pytest.mark.parametrize("fault", ["nothing", "tensor", "head", "nan"])
 def test_a_reload_that_does_not_reload_is_noticed(
     policy: VLLMServerPolicy, lm: LlamaForCausalLM, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder that the servers are told of is an older one, or lacks a tensor."""
+    """The folder that the servers are told of is an older one, lacks a tensor, or has one of no numbers.
+
+    A server may hold anything in the place of what was lacking, NaN too.
+    """
     perturb(lm, 77)
-    stale = {"nothing": "", "tensor": "model.layers.1.mlp.up_proj.weight", "head": "lm_head.weight"}[fault]
+    name = "lm_head.weight" if fault == "head" else "model.layers.1.mlp.up_proj.weight"
     older = policy._pushed.folder if policy._pushed else None
     ask = policy._ask
 
@@ -171,7 +175,11 @@ def test_a_reload_that_does_not_reload_is_noticed(
             if not bad.exists():
                 shutil.copytree(told, bad)
                 (file,) = bad.glob("*.safetensors")
-                save_file({n: t for n, t in load_file(file).items() if n != stale}, file, metadata={"format": "pt"})
+                tensors = load_file(file)
+                spoilt_tensor = tensors.pop(name)
+                if fault == "nan":
+                    tensors[name] = torch.full_like(spoilt_tensor, torch.nan)
+                save_file(tensors, file, metadata={"format": "pt"})
         return bad
 
     def faulty(server: Any, path: str, body: Any = None, timeout_s: float = 60.0) -> Any:
