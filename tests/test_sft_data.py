@@ -22,6 +22,7 @@ from agile.errors import AgileError
 from agile.sft_data import DATA, build_sft_data, read_rows, render_summary
 from agile.stages.sft import _rows
 from tests.hotpot import row, write
+from tests.machine import lives
 from tests.stub_endpoint import Reply, StubEndpoint, said, stub_endpoint
 
 WORDS = (
@@ -101,7 +102,7 @@ def test_several_processes_that_are_killed_write_the_same_file(tmp_path: Path) -
     assert process.wait() == -signal.SIGKILL, "it was over before it was killed"
     build_sft_data(many, written.parent, QUIET, workers=2)
     assert written.read_bytes() == (tmp_path / "one" / DATA).read_bytes()
-    assert len(workers) >= 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert len(workers) >= 2 and not any(map(lives, workers))
 
 
 def test_a_file_of_something_else_is_refused(built: Path, tmp_path: Path) -> None:
