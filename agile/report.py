@@ -42,7 +42,7 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
     skipped_rows         [what is wrong with each row of the task's files that was left out]
     groups               {group: {price: {agent: {accuracy, advice_rate, score, score_ci, n, failed, along_stream (at
                          advice_price, optional)}}}}, at advice_price and every other price
-    details              {name: text, number or mapping}, such as {recall: {scope, threshold, sweep: [a row each]}}
+    details              {name: text, number or mapping}, such as {recall: {scope, threshold}}
     notes                [text]
     examples             [{heading, title, facts: [(name, text)], windows: [{end, parts: [{source, text, logprob}]}]}],
                          the `View` of `agile.show` under a heading; or {title, spans: [(source, text)]}, or bare lists

@@ -122,6 +122,7 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         ("lora.rank=16", ["without model.path", "set model.path=MODEL, or leave lora out"]),
         ("expert=gpt", ["expert names 'gpt'", "experts has gold", "add it to experts"]),
         ("evaluate.experts=[gold,me]", ["evaluate.experts names 'me'", "experts has gold"]),
+        ("task.test_groups=[pans,pans]", ["test_groups are pans, pans, expected each once"]),
         ("experts.me.kind=recorded", ["experts.me", "answers is missing"]),
         ("experts.me.kind=model", ["experts.me", "endpoint.model is missing"]),
         ("experts.me.knd=model", ["Unknown key experts.me.knd", "experts.me.kind"]),
@@ -152,6 +153,7 @@ def test_wrong_override_names_key_value_and_remedy(override: str, parts: list[st
         ),
         (["stages=[sft]", "validation.every=1"], "validation.every watch over PPO, but stages has no ppo"),
         (["stages=[sft]", "guard.min_entropy=0.1"], "guard.min_entropy"),
+        (["evaluate.experts=[router]", "experts.router={kind: noisy}"], "names 'router', an agent's name"),
         (["stages=[sft]", "guard.action=rollback"], "guard.action"),
     ],
 )

@@ -184,6 +184,16 @@ def test_intervals_cover_and_tests_reject_as_often_as_they_say(lengths: list[int
     assert 0.035 <= rejected / trials <= 0.065, f"rejected {rejected} of {trials}"
 
 
+def test_intervals_of_a_short_stream_cover_too() -> None:
+    """20 questions, one stream, .7 of them right: of two blocks alone, one interval in six had no width."""
+    rng, ends = np.random.default_rng(5), []
+    for _ in range(300):
+        ends.append(summarise(table(rng.random((1, 20)) < 0.7), 0.3, num_resamples=300)["score_ci"])
+    low, high = np.array(ends).T
+    assert np.mean((low <= 0.7) & (high >= 0.7)) > 0.9
+    assert np.mean(high - low < 1e-9) < 0.02 and np.mean(high - low) < 0.6  # 1.96 standard errors each way are .4
+
+
 def test_runs_on_the_same_questions_say_no_more_of_other_questions_than_one() -> None:
     """Four streams played by three runs that do the same: still four streams, not twelve."""
     one = table(np.random.default_rng(3).random((4, 100)) < 0.5)
@@ -205,8 +215,9 @@ def test_few_streams_widen_the_interval_by_student_s_t() -> None:
 
 def test_few_long_streams_differ_without_widening_the_interval() -> None:
     """Fewer than 10 streams are the population: that they differ is no uncertainty about their own mean."""
-    apart = np.repeat(np.arange(4)[:, None] % 2, 100, axis=1)
-    assert summarise(table(apart), 0.3)["score_ci"] == pytest.approx([0.5, 0.5])
+    for length in (100, 103):  # in blocks of one size or two
+        apart = np.repeat(np.arange(4)[:, None] % 2, length, axis=1)
+        assert summarise(table(apart), 0.3)["score_ci"] == pytest.approx([0.5, 0.5])
     alone = summarise(table(apart[:, :1]), 0.3)["score_ci"]  # one question each: nothing else to draw from
     assert alone[0] < 0.2 and alone[1] > 0.8
     assert summarise(table(apart[:1, :1]), 0.3)["score_ci"] == [0.0, 0.0]
