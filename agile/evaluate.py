@@ -138,9 +138,9 @@ def summarise(
         bins: Number of equal parts of the stream in `by_position`. A quarter is two eighths weighted by their `n`.
 
     Returns:
-        `accuracy`, `advice_rate`, `score`, `n`, `score_ci` (95 %), `failed` (a number of sessions), `by_type`
-        (a dict of the first four per kind) and `by_position` (a list of them with `from` and `to`, shares of the
-        stream; parts without a question are left out). Plain JSON values.
+        `accuracy`, `advice_rate`, `score`, `n`, `score_ci` (95 %, endless for one question), `failed` (a number of
+        sessions), `by_type` (a dict of the first four per kind) and `by_position` (a list of them with `from` and `to`,
+        shares of the stream; parts without a question are left out). Plain JSON values.
 
     Raises:
         ValueError: There are no outcomes.
@@ -248,8 +248,8 @@ def _deviations(units: _Units, values: Floats, weights: Floats, seed: int, num_r
     total, mass = np.bincount(units.unit, weights * values), np.bincount(units.unit, weights)
     strata = np.unique(units.first)  # units are sorted by stream; each stream keeps its share, whatever is drawn of it
     freedom = len(mass) - len(strata)
-    if not freedom:
-        return np.zeros(num_resamples)
+    if not freedom:  # one question says nothing of others
+        return np.full(num_resamples, np.inf)
     draws = units.first + np.random.default_rng(seed).integers(units.size, size=(num_resamples, len(mass)))
     means = np.add.reduceat(total[draws], strata, axis=1) / np.add.reduceat(mass[draws], strata, axis=1)
     stretch = np.sqrt(len(mass) / freedom) * stdtrit(freedom, 0.975) / stdtrit(np.inf, 0.975)
@@ -264,4 +264,6 @@ def _p(difference: float, deviations: Floats) -> float:
 
 
 def _interval(centre: float, deviations: Floats) -> list[float]:
+    if np.isinf(deviations).any():
+        return [-np.inf, np.inf]
     return [float(centre + q) for q in np.quantile(deviations, (0.025, 0.975))]

@@ -199,6 +199,16 @@ def test_unusable_file(tmp_path: Path, content: bytes | None, parts: list[str]) 
         assert part in str(caught.value)
 
 
+def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(Path("configs/paper/main.yaml"), ["task.data=x"]).sft.num_steps > 1000
+    with pytest.raises(AgileError, match=r"Cannot read the config configs/none\.yaml"):
+        load_config(Path("configs/none.yaml"))
+    Path("configs/paper").mkdir(parents=True)
+    Path("configs/paper/main.yaml").write_text("seed: 17", encoding="utf-8")
+    assert load_config(Path("configs/paper/main.yaml")).seed == 17
+
+
 def test_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(AgileError, match="Is a directory"):
         load_config(tmp_path)

@@ -22,6 +22,7 @@ from agile.evaluate import (
     paired_difference,
     summarise,
 )
+from agile.published import clears
 from agile.types import Advice, AdviceStatus, Reward, Session, SessionStatus, Trajectory
 
 
@@ -220,7 +221,13 @@ def test_few_long_streams_differ_without_widening_the_interval() -> None:
         assert summarise(table(apart), 0.3)["score_ci"] == pytest.approx([0.5, 0.5])
     alone = summarise(table(apart[:, :1]), 0.3)["score_ci"]  # one question each: nothing else to draw from
     assert alone[0] < 0.2 and alone[1] > 0.8
-    assert summarise(table(apart[:1, :1]), 0.3)["score_ci"] == [0.0, 0.0]
+
+
+def test_one_question_says_nothing_of_others() -> None:
+    right, wrong = ([outcome("s", 0, value, length=1)] for value in (True, False))
+    assert summarise(right, 0.3)["score_ci"] == [-np.inf, np.inf]
+    assert paired_difference(right, wrong, 0.3) == {"difference": 1.0, "ci": [-np.inf, np.inf], "p": 1.0}
+    assert not clears(summarise(right, 0.3), {"score": 0.7})
 
 
 def test_paired_difference_in_closed_form() -> None:
