@@ -61,6 +61,11 @@ def test_outcomes_follow_reward_advice_and_failure() -> None:
     assert [o.advised for o in results] == [False, False, True, True, False]
     assert [o.failed for o in results] == [False, False, False, True, True]
     assert [(o.item_id, o.position, o.length) for o in results] == [(f"i{i}", i, 5) for i in range(5)]
+    assert summarise(results, 0.3)["failed"] == 2
+    graded = [session(i, Reward({"grade": grade})) for i, grade in enumerate((0.99, 1.0, 1.5, -1.0))]
+    results = outcomes([Trajectory("s", tuple(graded))])
+    assert [o.correct for o in results] == [False, True, True, False]
+    assert summarise(results, 0.3)["score"] == pytest.approx((0.99 + 1 + 1.5 - 1) / 4)  # grades count, not right or wrong
     with pytest.raises(ValueError, match=r"Session s/0 has no reward"):
         outcomes([Trajectory("s", (session(0, None),))])
 
