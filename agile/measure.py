@@ -24,7 +24,7 @@ from agile.types import Item, Usage, to_json
 
 By = dict[str, list[Outcome]]
 
-FIRST = "Of {} alone are the sessions to read, the details of agents and what experts are worth; all else is of all runs."
+FIRST = "Of {} alone are the sessions to read, details of agents and what experts are worth; all else is of all runs."
 
 
 @dataclass(slots=True)

@@ -65,7 +65,7 @@ def test_outcomes_follow_reward_advice_and_failure() -> None:
     graded = [session(i, Reward({"grade": grade})) for i, grade in enumerate((0.99, 1.0, 1.5, -1.0))]
     results = outcomes([Trajectory("s", tuple(graded))])
     assert [o.correct for o in results] == [False, True, True, False]
-    assert summarise(results, 0.3)["score"] == pytest.approx((0.99 + 1 + 1.5 - 1) / 4)  # grades count, not right or wrong
+    assert summarise(results, 0.3)["score"] == pytest.approx((0.99 + 1 + 1.5 - 1) / 4)  # grades count
     with pytest.raises(ValueError, match=r"Session s/0 has no reward"):
         outcomes([Trajectory("s", (session(0, None),))])
 
