@@ -245,11 +245,9 @@ def test_a_killed_server_loses_no_request_and_comes_back_with_the_current_weight
         return completion
 
     async def killed_midway() -> list[Completion]:
-        tasks = [asyncio.ensure_future(one(i)) for i in range(100)]
-        while policy._servers[1].active < 30:
-            await asyncio.sleep(0.005)
         assert servers[1].process is not None
         os.killpg(servers[1].process.pid, signal.SIGSTOP)  # or it may be through before the kill
+        tasks = [asyncio.ensure_future(one(i)) for i in range(100)]
         while len(answered) < 10:
             await asyncio.sleep(0.01)
         assert policy._servers[1].active > 10
@@ -283,11 +281,11 @@ def test_the_only_server_killed_ends_the_run_in_time_with_the_remedy(
     policy.update_weights(weights(lm), 50)
 
     async def killed() -> list[Completion | BaseException]:
+        assert servers[0].process is not None
+        os.killpg(servers[0].process.pid, signal.SIGSTOP)  # or it may be through with some before the kill
         tasks = [asyncio.ensure_future(policy.complete([7, i], max_tokens=100, stop=(), seed=i)) for i in range(20)]
         while policy._servers[0].active < 20:
             await asyncio.sleep(0.005)
-        await asyncio.sleep(0.05)  # until it works on some of them; none is through so soon
-        assert servers[0].process is not None
         os.killpg(servers[0].process.pid, signal.SIGKILL)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
