@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 
+from agile.advice import CallbackAdvisor
 from agile.batching import session_rows
 from agile.errors import AgileError
 from agile.gateway import Gateway, OpenTrajectory
@@ -332,6 +333,42 @@ def test_of_a_call_that_is_made_again_only_the_answer_that_arrived_is_learned_fr
     (session,) = g.ended
     assert len(session.segments) == 1 and sampled(session) == said(told) and len(told.calls) == 1
     assert g.counts == Counter(calls=2, unanswered=1)
+
+
+@pytest.mark.parametrize("earlier", [(), ("zero",)], ids=["first call", "later call"])
+def test_of_a_call_that_ended_while_its_expert_thought_nothing_is_learned(
+    learner: Learner, earlier: tuple[str, ...]
+) -> None:
+    """What had been sampled by then, the question to the expert, was acted on by nobody; the call is made again."""
+    started, gone = asyncio.Event(), asyncio.Event()
+
+    async def expert(request: Any) -> str:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            gone.set()
+        return ""
+
+    async def play(g: Gateway) -> None:
+        async with g, g.trajectory() as t:
+            messages = [user("a")]
+            for text in earlier:
+                assert await ask(t, *messages) == text
+                messages += [assistant(text), user("b")]
+            task = asyncio.ensure_future(ask(t, *messages))
+            await started.wait()
+            task.cancel()
+            await gone.wait()
+            assert await ask(t, *messages) == "one"
+            t.reward = 1
+
+    told = tell(learner, *earlier, call("seek_advice", question="steel ?"), "one")
+    g = gateway(learner, advisor=CallbackAdvisor(expert))
+    asyncio.run(asyncio.wait_for(play(g), 60))
+    (session,) = g.ended
+    assert len(session.segments) == 1, "the call that is made again joins as the first would have"
+    assert sampled(session) == [said(told)[i] for i in (*range(len(earlier)), -1)]
 
 
 @pytest.mark.parametrize("reward", [None, float("nan"), float("inf"), "1", True])
