@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import math
 import os
 import resource
 import subprocess
@@ -171,6 +172,14 @@ def test_too_many_bad_steps_end_the_run() -> None:
     train(engine, [0])
     with pytest.raises(AgileError, match=r"2 optimizer steps in a row were skipped .*guard.max_grad_norm.*--resume"):
         train(engine, [1])
+
+
+def test_bad_steps_with_a_good_one_between_do_not_end_it() -> None:
+    engine = Engine(net(), lr=0.1, max_skipped=2)
+    for factor in (math.nan, 1.0, math.nan, 1.0):
+        engine.backward((engine.forward(micro_batches(1)[0]) * factor).sum(), last=True)
+        engine.step()
+    assert engine.num_skipped == 2
 
 
 @LAYOUT
