@@ -1,4 +1,4 @@
-"""What a config says of PPO reaches the loop that learns, in `agile train` and in a learner."""
+"""What a config says of PPO reaches the loop that learns."""
 
 from __future__ import annotations
 
@@ -8,18 +8,15 @@ from typing import Any
 
 import pytest
 
-import agile.learner
 import agile.stages.ppo
 from agile.credit import Estimator
 from agile.errors import AgileError
-from agile.learner import Learner
 from agile.losses import PPOCoefficients
 from agile.stages.rewards import discounts
 from agile.train.kl import KLControl
 from agile.train.ppo import Discounts
 from agile.training import train
 from agile.types import SessionStatus
-from tests.gateway.agents import make_model
 from tests.runs import run_config
 
 # nothing as it is by default
@@ -89,29 +86,6 @@ def test_a_run_tells_the_loop_what_its_config_says(tmp_path: Path, monkeypatch: 
     train(run_config(*other, "ppo.kl_coef=0", "ppo.value_clip=null", "sft.num_steps=1"), tmp_path / "b")
     assert told["estimator"] is Estimator.REINFORCE and told["reference"] is None
     assert told["max_epoch_kl"] == told["coefficients"].value_clip == math.inf
-
-
-def test_a_learner_tells_the_loop_what_its_settings_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = str(make_model(tmp_path / "model"))
-    told = Told()
-    monkeypatch.setattr(agile.learner, "train_ppo", told)
-    with Learner(tmp_path / "a", model=model, ppo=UPDATE, temperature=0.9, seed=5) as learner:
-        learner.step([])
-        assert {name: told[name] for name in EXPECTED} == EXPECTED
-        assert told["discounts"] == Discounts(0.9, 0.8)
-        assert told["kl_control"] == KLControl(0.05, 0.01)
-        assert (told["first_iteration"], told["num_iterations"]) == (0, 1)
-        assert told["groups"] == [(1e-3, 0.125), (2e-3, 0.125)] and told["reference"] is not None
-        told["kl_control"].coef = 0.07
-        learner.step([])
-        assert (told["first_iteration"], told["num_iterations"]) == (1, 2)
-    with Learner(tmp_path / "a", model=model, ppo=UPDATE, temperature=0.9, seed=5, resume=True) as learner:
-        learner.step([])
-        assert told["kl_control"] == KLControl(0.07, 0.01) and told["first_iteration"] == 2
-    with Learner(tmp_path / "b", model=model, ppo={**NO_CRITIC, "kl_coef": 0}) as learner:
-        learner.step([])
-        assert told["estimator"] is Estimator.REINFORCE and told["reference"] is None
-        assert told["max_epoch_kl"] == math.inf
 
 
 @pytest.mark.parametrize(
