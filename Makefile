@@ -18,7 +18,7 @@ demo: .venv/.installed ## train an agent on the CPU and show what it learned (ru
 	@.venv/bin/agile demo
 
 test: lint ## lint, types and unit tests
-	@$(PYTEST) -n 2
+	@$(PYTEST) -n 2 --dist loadfile
 
 test-slow: .venv/.installed ## the tests that `make test` leaves out
 	@$(PYTEST) -n 2 --dist worksteal -m slow

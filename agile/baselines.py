@@ -43,8 +43,10 @@ def run_baselines(
     encoder: Encoder,
     task: AnswerKey,
     seed: int = 0,
+    *,
+    macro: bool = False,
 ) -> dict[float, dict[str, BaselineRun]]:
-    """Run the named baselines on the test streams at each price.
+    """Run the named baselines on the test streams at each price; `macro` as in `agile.evaluate.summarise`.
 
     Only `never_ask` and `calibrated_recall` read the train streams, only the latter and `recall` encode.
 
@@ -57,7 +59,7 @@ def run_baselines(
 
     def recalls() -> dict[float, BaselineRun]:
         swept = sweep_recall(test_streams, encoder, task)
-        return {price: best_recall(swept, price) for price in prices}
+        return {price: best_recall(swept, price, macro) for price in prices}
 
     run: dict[str, Callable[[], dict[float, BaselineRun]]] = {
         "always_ask": lambda: always(BaselineRun(always_ask(test_streams))),
@@ -134,8 +136,8 @@ def sweep_recall(streams: Sequence[Stream], encoder: Encoder, task: AnswerKey) -
     return swept
 
 
-def best_recall(swept: Swept, price: float) -> BaselineRun:
-    """Recall at the scope and threshold that score best for this price (mean of the streams' scores).
+def best_recall(swept: Swept, price: float, macro: bool = False) -> BaselineRun:
+    """Recall at the scope and threshold that score best for this price, weighed as the report is (`macro`).
 
     They are chosen on these very streams, which favours the baseline.
 
@@ -143,7 +145,7 @@ def best_recall(swept: Swept, price: float) -> BaselineRun:
         The outcomes at the best setting; `detail` holds its `scope` and `threshold`, and in `sweep` accuracy,
         advice rate and score of every setting.
     """
-    reached = {setting: rates(results, price, macro=True) for setting, results in swept.items()}
+    reached = {setting: rates(results, price, macro) for setting, results in swept.items()}
     scope, threshold = max(reached, key=lambda setting: reached[setting]["score"])
     sweep = [{"scope": s, "threshold": t, **figures} for (s, t), figures in reached.items()]
     return BaselineRun(swept[scope, threshold], {"scope": scope, "threshold": threshold, "sweep": sweep})

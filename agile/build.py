@@ -243,7 +243,7 @@ class Setup:
         if path := saved or model.path:
             try:
                 lm = load_lm(str(path), tokenizer, grow=saved is None, dtype=dtype)
-                check_context(lm, self.config.rollout.max_context_tokens)
+                check_context(lm.config, self.config.rollout.max_context_tokens)
                 return lm
             except AgileError as error:
                 if "mismatched_sizes" not in str(error):
@@ -466,16 +466,13 @@ class Setup:
     def _baselines(self) -> dict[str, tuple[dict[float, dict[str, BaselineRun]], float]]:
         """What each baseline does by price, and how many seconds that took."""
         found: dict[str, tuple[dict[float, dict[str, BaselineRun]], float]] = {}
-        for name in self.config.evaluate.baselines:
+        task, config = self.task, self.config
+        prices = list(dict.fromkeys((config.task.advice_price, *config.evaluate.prices)))
+        for name in config.evaluate.baselines:
             began = time.monotonic()
+            train = task.streams("train") if name in ("never_ask", "calibrated_recall") else ()
             runs = run_baselines(
-                [name],
-                self.task.streams("train") if name in ("never_ask", "calibrated_recall") else (),
-                self.task.streams("test"),
-                list(dict.fromkeys((self.config.task.advice_price, *self.config.evaluate.prices))),
-                self.encoder,
-                self.task,
-                self.config.seed,
+                [name], train, task.streams("test"), prices, self.encoder, task, config.seed, macro=task.macro
             )
             found[name] = runs, time.monotonic() - began
         return found

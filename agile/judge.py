@@ -30,7 +30,7 @@ ANSWERABLE = (
     "An assistant with general knowledge is asked this question and sees no more than what stands here:\n\n{shown}\n\n"
     "Can it be expected to answer correctly without asking an expert? Reply with one word, yes or no."
 )
-_VERDICT = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
+_VERDICT = re.compile(r"\W*(yes|no)\b(?![ \t]*[\w/])", re.IGNORECASE)  # neither `No idea` nor `yes or no`
 
 
 @dataclass(frozen=True, slots=True)

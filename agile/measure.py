@@ -24,6 +24,8 @@ from agile.types import Item, Usage, to_json
 
 By = dict[str, list[Outcome]]
 
+FIRST = "Of {} alone are the sessions to read, details of agents and what experts are worth; all else is of all runs."
+
 
 @dataclass(slots=True)
 class Measured:
@@ -271,4 +273,5 @@ def joined(parts: Mapping[str, Measured], *, same_questions: bool) -> Measured:
     whole.details, whole.examples = first.details, first.examples
     whole.experts, whole.skipped_rows = first.experts, first.skipped_rows
     whole.notes = list(dict.fromkeys(note for part in parts.values() for note in part.notes))
+    whole.notes.append(FIRST.format(next(iter(parts))))
     return whole

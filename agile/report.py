@@ -6,7 +6,7 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
     macro                whether figures weigh every group of questions alike, not every question
     advice_counts        when an advised session is right, as `task.advice_counts`: "always", or "if_right" (only if the
                          expert was); optional
-    agents               {name: {accuracy, advice_rate, score, score_ci: [lo, hi], n, failed,
+    agents               {name: {accuracy, advice_rate, score, score_ci: [lo, hi], nulls for one question, n, failed,
                          by_type: {kind: {accuracy, advice_rate, score, n}},
                          by_position: [{from, to, accuracy, advice_rate, score, n}], from and to in [0, 1]
                          usage: {prompt_tokens, cached_tokens, completion_tokens, cost} of all its sessions,
@@ -42,7 +42,7 @@ A report is a plain mapping; `report.json` is that mapping and nothing else. Its
     skipped_rows         [what is wrong with each row of the task's files that was left out]
     groups               {group: {price: {agent: {accuracy, advice_rate, score, score_ci, n, failed, along_stream (at
                          advice_price, optional)}}}}, at advice_price and every other price
-    details              {name: text, number or mapping}, such as {recall: {scope, threshold, sweep: [a row each]}}
+    details              {name: text, number or mapping}, such as {recall: {scope, threshold}}
     notes                [text]
     examples             [{heading, title, facts: [(name, text)], windows: [{end, parts: [{source, text, logprob}]}]}],
                          the `View` of `agile.show` under a heading; or {title, spans: [(source, text)]}, or bare lists

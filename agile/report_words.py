@@ -205,7 +205,8 @@ def summary_of(report: Mapping[str, Any], looks: Mapping[str, Look]) -> list[str
         f"person. A question to a person costs {price:g} of a right answer; what is left is its score, "
         f"{show_score(agent['score'])}."
     ]
-    pairs = {row["b"]: row for row in report.get("comparisons") or [] if row["a"] == name and row.get("ci")}
+    compared = [row for row in report.get("comparisons") or [] if row["a"] == name]
+    pairs = {row["b"]: row for row in compared if show_interval(row.get("ci"))}
     rivals = [n for n in with_scores(agents) if n in pairs and not looks[n].learned and n != "oracle"]
     worth = [row for row in (report.get("experts") or {}).get("gains") or [] if row["agent"] == name]
     if rivals:
@@ -218,10 +219,11 @@ def summary_of(report: Mapping[str, Any], looks: Mapping[str, Look]) -> list[str
             f"average, with a spread of {show_score(seeds['spread']['score'])} between them."
         )
     rows = (report.get("ablations") or {}).get("rows") or {}
-    lost = sorted((r["difference"], n) for n, r in rows.items() if r.get("difference") is not None and r["ci"][1] < 0)
+    known = {n: r for n, r in rows.items() if r.get("difference") is not None and show_interval(r.get("ci"))}
+    lost = sorted((r["difference"], n) for n, r in known.items() if r["ci"][1] < 0)
     if lost:
         sentences.append(f"What it would miss most: it scores {-lost[0][0]:.3f} less {_without(lost[0][1])}.")
-    elif rows:
+    elif known:
         sentences.append("It clearly misses nothing of what was taken away from it.")
     if against := [_without(n) for n, row in rows.items() if row.get("verdict") == "against the paper"]:
         sentences.append(f"The paper found the opposite {', '.join(against)}.")

@@ -7,6 +7,7 @@ in (policies, memories, tools, experts, tasks) is described by `agile.protocols`
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -191,6 +192,10 @@ class Span:
             raise ValueError(
                 f"Span by {self.source}: {len(self.token_ids)} token_ids but {len(self.logprobs)} logprobs, expected "
                 f"{expected}; sampled tokens have one logprob each, observed tokens none."
+            )
+        if odd := [p for p in self.logprobs if not math.isfinite(p)]:
+            raise ValueError(
+                f"Span: a logprob is {odd[0]}, expected finite ones; the policy's weights may have diverged."
             )
 
 

@@ -28,7 +28,7 @@ class JsonlTask:
 
     An answer is right if it is the gold one, letter case and white space folded; with options also by its letter. Where
     the gold answer is a list (names that a search may find, parted by commas), an answer is right that names some of
-    them and nothing else; an empty list is answered by `none`.
+    them and nothing else; an empty list is answered by `none`. A name may hold commas.
 
     Args:
         data: The file to train on.
@@ -123,16 +123,32 @@ def is_correct(item: Item, answer: str | None) -> bool:
     if answer is None:
         return False
     if isinstance(item.answer, list):
-        named = {name for part in answer.split(",") if (name := fold(part)) and name != "none"}
-        return named <= {fold(name) for name in item.answer} if named else not item.answer
+        return _names_only(answer, item.answer)
     if options := item.context.get("options"):
         chosen = read_choice(answer, options)
         return chosen is not None and fold(options[chosen]) == fold(item.answer)
     return fold(answer) == fold(item.answer)
 
 
+def _names_only(text: str, names: Sequence[str]) -> bool:
+    """Whether a text is some of the names, parted by commas, which a name may hold too; `none` if there are none."""
+    known = {_parts(name) for name in names} - {()} or {("none",)}
+    parts = tuple(part for part in _parts(text) if part != "none" or ("none",) in known)
+    ends = {0}  # up to where the text is names
+    for start in range(len(parts)):
+        if start in ends:
+            ends |= {start + len(name) for name in known if parts[start : start + len(name)] == name}
+    return len(parts) in ends and bool(parts or not names)
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part for part in map(fold, text.split(",")) if part)
+
+
 def _parse(row: Any, where: str, table: Table | None) -> Item:
     question, answer = field(row, "question", str, where), row.get("answer")
+    if not fold(question):
+        raise wrong(where, "question", "text that is not empty", question)
     if unknown := [name for name in row if name not in FIELDS]:
         raise AgileError(f"{where}, field {unknown[0]!r}: no such field; expected some of {', '.join(FIELDS)}.")
     options = _options(row.get("options"), where)

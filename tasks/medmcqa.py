@@ -17,7 +17,7 @@ from agile.errors import AgileError
 from agile.protocols import Tool
 from agile.tasks.choices import read_choice
 from agile.tasks.rows import cut, field, lines, optional_text, read_items, show, wrong
-from agile.tasks.scoring import AdviceCounts, question_reward
+from agile.tasks.scoring import AdviceCounts, fold, question_reward
 from agile.types import Item, Reward, Session, Stream
 
 GROUP = "medicine"  # one scope of memory for all questions, so that what one data set teaches serves another
@@ -153,12 +153,20 @@ def _medqa(row: Any, where: str) -> Item:
     if len(options) < 2 or sorted(options) != list(letters):
         raise wrong(where, "options", f"two to five options by the letters {LETTERS[0]} to {LETTERS[-1]}", options)
     options = {letter: field(options, letter, str, f"{where}, options") for letter in letters}
-    answer = field(row, "answer_idx" if "answer_idx" in row else "answer", str, where)
+    name = "answer_idx" if "answer_idx" in row else "answer"
+    answer = field(row, name, str, where)
     gold = read_choice(answer, options)
     if gold is None:
-        raise wrong(where, "answer", f"one of {', '.join(letters)} or the words of one option", answer)
-    number = where.rpartition(" ")[2]
-    question_id = str(row["id"]) if "id" in row else f"medqa-{number}"
+        raise wrong(where, name, f"one of {', '.join(letters)} or the words of one option", answer)
+    words = field(row, "answer", str, where) if "answer" in row else options[gold]
+    if fold(words) != fold(options[gold]) and read_choice(words, options) not in (gold, None):
+        raise wrong(where, "answer", f"the same option as answer_idx, {gold}", words)
+    if isinstance(question_id := row.get("id"), int) and not isinstance(question_id, bool):
+        question_id = str(question_id)
+    elif question_id is None:
+        question_id = f"medqa-{where.rpartition(' ')[2]}"
+    else:
+        question_id = field(row, "id", str, where)
     subject = optional_text(row, "source", where) or "medqa"
     explanation = optional_text(row, "exp", where)
     return _item(question_id, question, options, gold, subject, explanation, optional_text(row, "reflection", where))

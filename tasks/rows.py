@@ -88,9 +88,18 @@ def entries(path: Path, remedy: str = "expected a file with a JSON list") -> Ite
 
 
 class _Object(dict[str, Any]):
-    """A JSON object that knows which of its names stand twice."""
+    """A JSON object that knows which names stand twice, in it or in one of its objects."""
 
     twice: frozenset[str] = frozenset()
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> _Object:
+    found = _Object(pairs)
+    inner = [value.twice for value in found.values() if isinstance(value, _Object)]
+    if len(found) < len(pairs) or any(inner):
+        counts = Counter(name for name, _ in pairs)
+        found.twice = frozenset(name for name, count in counts.items() if count > 1).union(*inner)
+    return found
 
 
 def members(path: Path, noun: str, remedy: str, skipped: list[str] | None = None) -> dict[str, dict[str, Any]]:
@@ -101,18 +110,11 @@ def members(path: Path, noun: str, remedy: str, skipped: list[str] | None = None
         skipped: Takes what is wrong with each bad one, which is then left out. None: the first one ends the reading.
 
     Raises:
-        AgileError: The file is no such object, or an empty one; or a member is bad: none, longer than `MAX_ROW_BYTES`,
-            not in UTF-8, there twice, or with a field that is.
+        AgileError: The file is no such object, or an empty one; or a member is bad: none, there twice, or as
+            `row_value` says.
     """
-
-    def object_of(pairs: list[tuple[str, Any]]) -> _Object:
-        found = _Object(pairs)
-        if len(found) < len(pairs):
-            found.twice = frozenset(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        return found
-
     expected = f"a JSON object with one object per {noun}"
-    table = parse_json(read_bytes(path, remedy), str(path), expected, object_of)
+    table = parse_json(read_bytes(path, remedy), str(path), expected)
     if not isinstance(table, _Object) or not table:
         raise AgileError(f"{path}: expected {expected}, found {show(table)}.")
     found: dict[str, dict[str, Any]] = {}
@@ -123,8 +125,6 @@ def members(path: Path, noun: str, remedy: str, skipped: list[str] | None = None
                 raise AgileError(f"{where}: expected it once, found it again. Which one is right cannot be told.")
             if not isinstance(row_value(member, where), _Object):
                 raise AgileError(f"{where}: expected an object, found {show(member)}.")
-            if member.twice:
-                raise AgileError(f"{where}, field {min(member.twice)!r}: expected it once, found it again.")
             found[name] = member
     return found
 
@@ -134,7 +134,8 @@ def row_value(row: Any, where: str) -> Any:
 
     Raises:
         AgileError: It is no JSON, or longer than `MAX_ROW_BYTES` (its longest field is named), or holds text that is
-            not UTF-8 (the field is named): JSON may spell lone surrogates, and broken bytes are kept as such.
+            not UTF-8 (the field is named): JSON may spell lone surrogates, and broken bytes are kept as such. Or a
+            field stands twice.
     """
     value = parse_json(row, where) if isinstance(row, bytes) else row
     named = value if isinstance(value, dict) else {}
@@ -154,6 +155,8 @@ def row_value(row: Any, where: str) -> Any:
         raise AgileError(
             f"{where}, field {longest!r}: expected {limit}, found {size:,}, {lengths[longest]:,} of them in it."
         )
+    if isinstance(value, _Object) and value.twice:
+        raise AgileError(f"{where}, field {min(value.twice)!r}: expected it once, found it again.")
     return value
 
 
@@ -177,20 +180,17 @@ def read_bytes(path: Path, remedy: str) -> bytes:
         raise AgileError(f"{path}: cannot be read ({error.strerror}); expected a readable file.") from None
 
 
-def parse_json(
-    data: bytes, where: str, expected: str = "JSON in UTF-8", object_of: Callable[..., Any] | None = None
-) -> Any:
+def parse_json(data: bytes, where: str, expected: str = "JSON in UTF-8") -> Any:
     """The value of a JSON text; bytes that are not UTF-8 become lone surrogates, whose field `row_value` names.
 
     Args:
         expected: What a file should hold that is empty.
-        object_of: Makes an object of its pairs.
     """
     text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
     if not text.strip():
         raise AgileError(f"{where}: expected {expected}, found an empty file.")
     try:
-        return json.loads(text, object_pairs_hook=object_of)
+        return json.loads(text, object_pairs_hook=_object_of)
     except (ValueError, RecursionError) as error:
         raise AgileError(f"{where}: expected JSON in UTF-8, found {show(text[:1000])} ({error}).") from None
 

@@ -18,7 +18,7 @@ from agile.baselines import (
     sweep_recall,
 )
 from agile.errors import AgileError
-from agile.evaluate import by_stream, rates
+from agile.evaluate import Outcome, by_stream, rates
 from agile.memory.encoders import Vectors, make_encoder
 from agile.tasks.medmcqa import MedMCQA
 from agile.tasks.productqa import ProductQA
@@ -178,6 +178,21 @@ def test_recall_forgets_between_streams_and_needs_no_questions() -> None:
     assert all(o.correct and o.advised for o in run.outcomes)
     sums = stream(item("4", "4", "sum"))
     assert rates(best_recall(sweep_recall([sums], Angles(), Sums()), 0.3).outcomes, 0.3)["score"] == 1.0
+
+
+def test_the_best_recall_is_that_of_the_measure_that_is_reported() -> None:
+    def swept(short: bool, long: int) -> list[Outcome]:
+        """One question in a stream, right or not, and four in another, of which so many are right."""
+        return [Outcome("0", "s", 0, 1, "k", short, False)] + [
+            Outcome(str(i), "t", i, 4, "k", i < long, False) for i in range(4)
+        ]
+
+    both = {
+        ("product", 0.5): swept(True, 2),
+        ("group", 0.9): swept(False, 4),
+    }  # .75, .5 by stream; .6, .8 by item
+    assert best_recall(both, 0.3, macro=True).detail["scope"] == "product"
+    assert best_recall(both, 0.3).detail["scope"] == "group"
 
 
 def fact(answer: str, key: str | None, prior: float = 0.5, guess: str = "yes") -> Item:

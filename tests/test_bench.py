@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -289,6 +291,17 @@ def test_report_of_a_training_run_is_not_overwritten(tiny_run: TinyRun) -> None:
     before = (tiny_run.path / "report.json").read_bytes()
     assert "its report stays" in refused(tiny_run.path / "config.yaml", f"out={tiny_run.path}")
     assert (tiny_run.path / "report.json").read_bytes() == before
+
+
+def test_two_benches_in_one_folder_are_refused(tmp_path: Path) -> None:
+    words = ["evaluate.baselines=[router]", "memory.encoder=hashing", f"out={tmp_path}"]
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        assert f"Another process works in {tmp_path}" in refused("configs/demo.yaml", *words)
+        other.kill()
 
 
 @pytest.mark.usefixtures("no_drawing")

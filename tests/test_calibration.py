@@ -39,6 +39,8 @@ def test_by_hand() -> None:
 def test_edges_of_bins() -> None:
     assert [b["from"] for b in reliability([belief(0.0, True), belief(0.5, True), belief(1.0, True)], 2)] == [0.0, 0.5]
     assert [b["n"] for b in reliability([belief(0.0, True), belief(0.5, True), belief(1.0, True)], 2)] == [1, 2]
+    found = reliability([belief(value, True) for value in (0.26, 0.3, 0.39, 0.96)])
+    assert [(b["from"], b["to"], b["n"]) for b in found] == [(0.2, 0.3, 1), (0.3, 0.4, 2), (0.9, 1.0, 1)]
 
 
 def test_a_policy_that_knows_has_no_error() -> None:

@@ -122,6 +122,7 @@ def test_last_override_wins_and_the_file_comes_first(tmp_path: Path) -> None:
         ("lora.rank=16", ["without model.path", "set model.path=MODEL, or leave lora out"]),
         ("expert=gpt", ["expert names 'gpt'", "experts has gold", "add it to experts"]),
         ("evaluate.experts=[gold,me]", ["evaluate.experts names 'me'", "experts has gold"]),
+        ("task.test_groups=[pans,pans]", ["test_groups are pans, pans, expected each once"]),
         ("experts.me.kind=recorded", ["experts.me", "answers is missing"]),
         ("experts.me.kind=model", ["experts.me", "endpoint.model is missing"]),
         ("experts.me.knd=model", ["Unknown key experts.me.knd", "experts.me.kind"]),
@@ -152,6 +153,7 @@ def test_wrong_override_names_key_value_and_remedy(override: str, parts: list[st
         ),
         (["stages=[sft]", "validation.every=1"], "validation.every watch over PPO, but stages has no ppo"),
         (["stages=[sft]", "guard.min_entropy=0.1"], "guard.min_entropy"),
+        (["evaluate.experts=[router]", "experts.router={kind: noisy}"], "names 'router', an agent's name"),
         (["stages=[sft]", "guard.action=rollback"], "guard.action"),
     ],
 )
@@ -195,6 +197,16 @@ def test_unusable_file(tmp_path: Path, content: bytes | None, parts: list[str]) 
         load_config(path)
     for part in (str(path), *parts):
         assert part in str(caught.value)
+
+
+def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(Path("configs/paper/main.yaml"), ["task.data=x"]).sft.num_steps > 1000
+    with pytest.raises(AgileError, match=r"Cannot read the config configs/none\.yaml"):
+        load_config(Path("configs/none.yaml"))
+    Path("configs/paper").mkdir(parents=True)
+    Path("configs/paper/main.yaml").write_text("seed: 17", encoding="utf-8")
+    assert load_config(Path("configs/paper/main.yaml")).seed == 17
 
 
 def test_folder_is_no_file(tmp_path: Path) -> None:

@@ -270,6 +270,14 @@ def test_a_torn_checkpoint_is_refused(tmp_path: Path, kept: float) -> None:
         engine.load(tmp_path, "mine")
 
 
+def test_a_torn_layout_is_refused_with_the_folder_to_remove(tmp_path: Path) -> None:
+    engine = Engine(net(), lr=0.1)
+    engine.save(tmp_path, "mine")
+    (tmp_path / "mine.json").write_text('{"proc')
+    with pytest.raises(AgileError, match=rf"mine\.json is damaged.* you have removed {tmp_path}\."):
+        engine.load(tmp_path, "mine")
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """As if the disk were full after `size` bytes of each file."""

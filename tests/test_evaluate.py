@@ -22,6 +22,7 @@ from agile.evaluate import (
     paired_difference,
     summarise,
 )
+from agile.published import clears
 from agile.types import Advice, AdviceStatus, Reward, Session, SessionStatus, Trajectory
 
 
@@ -60,6 +61,11 @@ def test_outcomes_follow_reward_advice_and_failure() -> None:
     assert [o.advised for o in results] == [False, False, True, True, False]
     assert [o.failed for o in results] == [False, False, False, True, True]
     assert [(o.item_id, o.position, o.length) for o in results] == [(f"i{i}", i, 5) for i in range(5)]
+    assert summarise(results, 0.3)["failed"] == 2
+    graded = [session(i, Reward({"grade": grade})) for i, grade in enumerate((0.99, 1.0, 1.5, -1.0))]
+    results = outcomes([Trajectory("s", tuple(graded))])
+    assert [o.correct for o in results] == [False, True, True, False]
+    assert summarise(results, 0.3)["score"] == pytest.approx((0.99 + 1 + 1.5 - 1) / 4)  # grades count
     with pytest.raises(ValueError, match=r"Session s/0 has no reward"):
         outcomes([Trajectory("s", (session(0, None),))])
 
@@ -184,6 +190,16 @@ def test_intervals_cover_and_tests_reject_as_often_as_they_say(lengths: list[int
     assert 0.035 <= rejected / trials <= 0.065, f"rejected {rejected} of {trials}"
 
 
+def test_intervals_of_a_short_stream_cover_too() -> None:
+    """20 questions, one stream, .7 of them right: of two blocks alone, one interval in six had no width."""
+    rng, ends = np.random.default_rng(5), []
+    for _ in range(300):
+        ends.append(summarise(table(rng.random((1, 20)) < 0.7), 0.3, num_resamples=300)["score_ci"])
+    low, high = np.array(ends).T
+    assert np.mean((low <= 0.7) & (high >= 0.7)) > 0.9
+    assert np.mean(high - low < 1e-9) < 0.02 and np.mean(high - low) < 0.6  # 1.96 standard errors each way are .4
+
+
 def test_runs_on_the_same_questions_say_no_more_of_other_questions_than_one() -> None:
     """Four streams played by three runs that do the same: still four streams, not twelve."""
     one = table(np.random.default_rng(3).random((4, 100)) < 0.5)
@@ -205,11 +221,18 @@ def test_few_streams_widen_the_interval_by_student_s_t() -> None:
 
 def test_few_long_streams_differ_without_widening_the_interval() -> None:
     """Fewer than 10 streams are the population: that they differ is no uncertainty about their own mean."""
-    apart = np.repeat(np.arange(4)[:, None] % 2, 100, axis=1)
-    assert summarise(table(apart), 0.3)["score_ci"] == pytest.approx([0.5, 0.5])
+    for length in (100, 103):  # in blocks of one size or two
+        apart = np.repeat(np.arange(4)[:, None] % 2, length, axis=1)
+        assert summarise(table(apart), 0.3)["score_ci"] == pytest.approx([0.5, 0.5])
     alone = summarise(table(apart[:, :1]), 0.3)["score_ci"]  # one question each: nothing else to draw from
     assert alone[0] < 0.2 and alone[1] > 0.8
-    assert summarise(table(apart[:1, :1]), 0.3)["score_ci"] == [0.0, 0.0]
+
+
+def test_one_question_says_nothing_of_others() -> None:
+    right, wrong = ([outcome("s", 0, value, length=1)] for value in (True, False))
+    assert summarise(right, 0.3)["score_ci"] == [-np.inf, np.inf]
+    assert paired_difference(right, wrong, 0.3) == {"difference": 1.0, "ci": [-np.inf, np.inf], "p": 1.0}
+    assert not clears(summarise(right, 0.3), {"score": 0.7})
 
 
 def test_paired_difference_in_closed_form() -> None:

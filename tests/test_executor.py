@@ -419,6 +419,21 @@ def test_a_reward_that_is_no_number_fails_the_session_which_is_masked_and_counte
     assert status_counts(played)[SessionStatus.FAILED] == 1
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_policy_whose_logprobs_are_no_numbers_fails_the_session(value: float) -> None:
+    class Diverged:
+        async def complete(
+            self, prompt_ids: Sequence[int], *, max_tokens: int, stop: Collection[int], seed: int
+        ) -> Completion:
+            return Completion((7,), (value,), "length")
+
+    session = play(make_executor(), Diverged())
+    assert session.status == SessionStatus.FAILED
+    assert session.error == (
+        f"policy: ValueError: Span: a logprob is {value}, expected finite ones; the policy's weights may have diverged."
+    )
+
+
 def test_a_tool_that_raises_is_an_error_observation() -> None:
     executor = make_executor(tools={"SearchProduct": Raises()})
     session = play(executor, script(executor.codec, SEARCH, PREDICT))

@@ -33,6 +33,8 @@ CASES = [
     played("Loire"),
     played("Marne"),
     played("perhaps"),
+    played("Oise"),
+    played("Aisne"),
 ]
 
 
@@ -43,6 +45,8 @@ def reply(body: dict[str, Any]) -> Reply:
         "Loire": " **no**, it is another",
         "Marne": "I would say so",
         "perhaps": "yesterday",
+        "Oise": "No idea",
+        "Aisne": "Yes or no",
     }
     return said(next(text for answer, text in answers.items() if f"Given answer: {answer}\n" in content))
 
@@ -53,15 +57,15 @@ def test_verdicts_are_read_or_left_out_and_shown(tmp_path: Path) -> None:
         prices = TokenPrices(input=10, output=30)
         config = PromptedConfig(base_url=stub.url, model="judge", api_key_env=None, prices=prices)
         found = judged(config, tmp_path, CASES)
-        assert found["judge cost"] == pytest.approx(4 * 1300 / 1e6)  # 100 tokens read and 10 written, each time
-        assert len(stub.requests) == found["answers judged"] == 4, "right, advised and failed ones need no judge"
-        assert found["verdicts that could not be read"] == 2
-        assert found["said instead"] == "I would say so | yesterday"
+        assert found["judge cost"] == pytest.approx(6 * 1300 / 1e6)  # 100 tokens read and 10 written, each time
+        assert len(stub.requests) == found["answers judged"] == 6, "right, advised and failed ones need no judge"
+        assert found["verdicts that could not be read"] == 4
+        assert found["said instead"] == "I would say so | yesterday | No idea"
         assert found["judged right"] == pytest.approx(3 / 5)
         assert found["judge"] == "judge"
         again = judged(config, tmp_path, CASES)
         assert "judge cost" not in again
-        assert len(stub.requests) == 4, "what was answered is kept"
+        assert len(stub.requests) == 6, "what was answered is kept"
         assert again["judged right"] == found["judged right"]
 
 
@@ -70,7 +74,7 @@ def test_a_judge_that_rejects_a_case_says_nothing_of_it_and_one_without_a_key_en
         config = PromptedConfig(base_url=stub.url, model="judge", api_key_env=None)
         stub.reply = lambda body: refused(400, "content policy") if "Marne" in str(body) else reply(body)
         found = judged(config, tmp_path, CASES)
-        assert "content policy" in found["said instead"] and found["verdicts that could not be read"] == 2
+        assert "content policy" in found["said instead"] and found["verdicts that could not be read"] == 4
         stub.reply = lambda body: refused(401, "no credit")
         with pytest.raises(AgileError, match=r"no credit.*task\.judge\.base_url"):
             judged(config, tmp_path / "other", CASES)

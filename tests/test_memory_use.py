@@ -109,6 +109,18 @@ def test_what_was_read_but_not_shown_does_not_count() -> None:
     assert not uses_by_similarity([hidden])[0].retrieved
 
 
+def test_the_threshold_itself_is_similar_enough() -> None:
+    trajectory = Trajectory("s", (session(0, [entry(1, 0.46)]), session(1, [entry(1, 0.459)])))
+    assert [u.retrieved for u in uses_by_similarity([trajectory])] == [True, False]
+
+
+def test_advice_that_was_not_kept_is_not_held() -> None:
+    """Such as advice that could not be read."""
+    trajectory = Trajectory("s", (session(0, [], asked=True), session(1, [], right=False)))
+    items = {("s", f"q{k}"): item(k, settled_by="p1/heavy") for k in range(2)}
+    assert [u.held for u in exact_uses([trajectory], items)] == [False, False]
+
+
 def test_counts_part_the_sessions() -> None:
     uses = [
         Use("a", k, 8, retrieved, None, asked, right)

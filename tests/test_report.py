@@ -51,6 +51,20 @@ def bare_report(**more: Any) -> dict[str, Any]:
     return {"task": "minishop", "advice_price": PRICE, "agents": agents, "seconds": 1.5, **more}
 
 
+def test_intervals_that_nobody_knows(no_plots: None) -> None:
+    """Of a single question."""
+    report, endless = made_up_report(), [-math.inf, math.inf]
+    for agent in report["agents"].values():
+        agent["score_ci"] = endless
+    for row in (*report["comparisons"], *report["ablations"]["rows"].values()):
+        row["ci"] = endless
+    page = render_html(report)
+    render_table(report, console := Console(record=True, width=140))
+    for text in (page, console.export_text()):
+        assert "inf" not in text.replace("information", "")
+    assert "is not clearly better" not in page and "It clearly misses" not in page and "What it would miss" not in page
+
+
 class Elements(HTMLParser):
     """Start tags with their attributes, ids, and the tags left open."""
 

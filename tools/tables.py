@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import warnings
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,16 +78,18 @@ def _read_file(path: Path) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
         _check_utf8(path)
     try:
         match path.suffix.lower():
-            case ".csv":
-                frame = pandas.read_csv(path)
-            case ".tsv":
-                frame = pandas.read_csv(path, sep="\t")
+            case ".csv" | ".tsv" as kind:
+                with warnings.catch_warnings():  # pandas drops what a row has beyond the columns, and warns of it
+                    warnings.simplefilter("error", pandas.errors.ParserWarning)
+                    frame = pandas.read_csv(path, sep="," if kind == ".csv" else "\t", index_col=False)
             case ".json" | ".jsonl":
                 frame = pandas.read_json(path, lines=path.suffix.lower() == ".jsonl", dtype=False)
             case ".parquet":
                 frame = pandas.read_parquet(path)
             case other:
                 raise AgileError(f"{path}: a table of the kind {other or 'without a name'!r}; expected {FILES}.")
+    except pandas.errors.ParserWarning:
+        raise AgileError(f"{path}: cannot be read as a table (a row has more cells than there are columns).") from None
     except (ValueError, OSError, ImportError) as error:  # pandas' own errors are ValueErrors
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise AgileError(f"{path}: cannot be read as a table ({reason}). Expected {FILES}, in UTF-8.") from None

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from agile.config.section import Count, Price, Section, UserPath
+
+Agent = Literal["sft", "ppo", "dpo", "prompted"]
+Baseline = Literal["always_ask", "never_ask", "router", "recall", "calibrated_recall", "oracle"]
+AGENTS, BASELINES = get_args(Agent), get_args(Baseline)
 
 
 class TokenPrices(Section):
@@ -37,15 +41,8 @@ class PromptedConfig(Section):
 
 
 class EvaluateConfig(Section):
-    baselines: tuple[Literal["always_ask", "never_ask", "router", "recall", "calibrated_recall", "oracle"], ...] = (
-        "always_ask",
-        "never_ask",
-        "router",
-        "recall",
-        "calibrated_recall",
-        "oracle",
-    )
-    agents: tuple[Literal["sft", "ppo", "dpo", "prompted"], ...] = ("sft", "ppo", "dpo")
+    baselines: tuple[Baseline, ...] = BASELINES
+    agents: tuple[Agent, ...] = ("sft", "ppo", "dpo")
     checkpoint: tuple[UserPath, ...] = Field(
         (), description="Run folder whose agents `agile bench` scores; several, of different seeds, are pooled."
     )

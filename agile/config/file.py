@@ -16,9 +16,13 @@ from agile.errors import AgileError
 
 C = TypeVar("C", bound=BaseModel)
 
+_PACKAGE = Path(__file__).parent.parent
+
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file of a run, apply `a.b=value` overrides and check the result.
+
+    `configs/NAME.yaml` is the file of the package where the folder that one works in has none.
 
     Raises:
         AgileError: The file is missing or not YAML, a key is unknown (with the nearest right one), a value is wrong.
@@ -75,8 +79,9 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\
 
 
 def _read(kind: type[BaseModel], path: Path) -> dict[str, Any]:
+    shipped = path.parts[:1] == ("configs",) and not path.exists() and (_PACKAGE / path).is_file()
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        loaded = yaml.load((_PACKAGE / path if shipped else path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise AgileError(f"Cannot read the config {path}: {error.strerror}. Give a YAML file, see configs/.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

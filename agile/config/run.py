@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from agile.config.evaluate import EvaluateConfig
+from agile.config.evaluate import AGENTS, BASELINES, EvaluateConfig
 from agile.config.expert import GOLD, ExpertConfig
 from agile.config.learner import TrainingConfig
 from agile.config.rollout import ModelConfig, RolloutConfig, VLLMConfig
@@ -113,6 +113,10 @@ class RunConfig(TrainingConfig):
             for name in names:
                 if name not in known:
                     raise ValueError(f"{key} names {name!r}, but experts has {', '.join(known)}; add it to experts")
+        if taken := sorted({*self.evaluate.experts} & {*AGENTS, *BASELINES}):
+            raise ValueError(
+                f"evaluate.experts names {taken[0]!r}, an agent's name in the report; call the expert otherwise"
+            )
         if self.sft.stronger_model is not None:
             stronger = self.experts.get(self.sft.stronger_model)
             if stronger is None or stronger.kind not in ("recorded", "model"):

@@ -110,6 +110,13 @@ class TaskConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _groups_stand_once(self) -> TaskConfig:
+        for key, groups in (("train_groups", self.train_groups), ("test_groups", self.test_groups)):
+            if groups is not None and len(set(groups)) < len(groups):
+                raise ValueError(f"{key} are {', '.join(groups)}, expected each once; remove what stands twice")
+        return self
+
+    @model_validator(mode="after")
     def _data_is_given(self) -> TaskConfig:
         if self.name == "rft":
             if missing := [n for n in ("data", "validation_data", "grader") if getattr(self, n) is None]:

@@ -229,7 +229,7 @@ class VLLMPolicy:
     def _completion(self, output: Any) -> Completion:
         sampled = output.outputs[0]
         ids = tuple(int(i) for i in sampled.token_ids)
-        logprobs = tuple(min(0.0, row[i].logprob) for i, row in zip(ids, sampled.logprobs, strict=True))
+        logprobs = tuple(min(row[i].logprob, 0.0) for i, row in zip(ids, sampled.logprobs, strict=True))
         usage = Usage(len(output.prompt_token_ids), output.num_cached_tokens or 0, len(ids))
         return Completion(ids, logprobs, sampled.finish_reason, self.version, usage)
 

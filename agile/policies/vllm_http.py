@@ -207,7 +207,7 @@ def read_completion(response: httpx2.Response, version: int) -> tuple[Completion
     with reading():
         (choice,) = answer["choices"]
         ids = tuple(int(i) for i in choice["token_ids"])
-        logprobs = tuple(min(0.0, float(row["logprob"])) for row in choice["logprobs"]["content"])
+        logprobs = tuple(min(float(row["logprob"]), 0.0) for row in choice["logprobs"]["content"])
         labels = {str(span["version"]) for span in choice["weight_versions"]}
         usage = answer["usage"]
         cached = (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0

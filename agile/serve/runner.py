@@ -134,7 +134,7 @@ class Runner:
         self._unlogged: list[str] = []
         self._log = _whole_log(folder / LOG, database, served.checkpoint)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="agile-agent")
+        self._thread = threading.Thread(target=self._work, daemon=True, name="agile-agent")
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> int:
@@ -147,6 +147,12 @@ class Runner:
                 agents[question.deployment] = self._earlier(question.deployment)
             self._begin(question, self._take(agents[question.deployment]), fresh=False)
         return len(left)
+
+    def _work(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
 
     def _earlier(self, deployment: int | None) -> Served:
         if self._load is None or deployment is None:

@@ -188,6 +188,14 @@ def test_bad_entries_are_named_or_left_out_and_listed(tmp_path: Path, bad: Any, 
     assert task.skipped == [str(error.value)]
 
 
+def test_a_field_that_stands_twice_spoils_no_more_than_its_entry(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.json", [row(0), row(1), row(2)])
+    path.write_bytes(path.read_bytes().replace(b'"_id": "q1"', b'"_id": "q1", "answer": "x"'))
+    task = HotPotQA(path, rank=bm25, skip_bad_rows=True)
+    assert [i.id for split in ("train", "test") for s in task.streams(split) for i in s.items] == ["q0", "q2"]
+    assert task.skipped == [f"{path}, entry 2, field 'answer': expected it once, found it again."]
+
+
 def test_the_number_of_a_sentence_may_be_out_of_range_as_once_in_the_official_dev_file(tmp_path: Path) -> None:
     facts = [["France", 902], ["Paris", 0]]
     task = make(tmp_path / "f.json", [row(), row(1, supporting_facts=facts)])

@@ -8,7 +8,7 @@ import pytest
 
 from agile.agents.own_qa import OwnQAAgent, own_spec
 from agile.errors import AgileError
-from agile.tasks.jsonl import JsonlTask
+from agile.tasks.jsonl import JsonlTask, is_correct
 from agile.tools.tables import open_table
 from agile.types import Advice, AdviceStatus, Item, MemoryKind, Session, SessionStatus
 
@@ -170,6 +170,7 @@ GOOD = {"question": "?", "answer": "yes"}
         ({**GOOD, "question": 7}, "line 2, field 'question': expected text, found 7"),
         ({**GOOD, "answer": 7}, "line 2, field 'answer': expected text, found 7"),
         ({**GOOD, "answer": " "}, "line 2, field 'answer': expected text that is not empty, found ' '"),
+        ({**GOOD, "question": " "}, "line 2, field 'question': expected text that is not empty, found ' '"),
         ({**GOOD, "answer": ["a", 1]}, "line 2, field 'answer': expected text, or a list of texts, found"),
         ({**GOOD, "answr": "x"}, "line 2, field 'answr': no such field; expected some of question, answer"),
         ({**GOOD, "options": ["no", "never"]}, "line 2, field 'answer': expected one of the options .*, found 'yes'"),
@@ -201,6 +202,8 @@ def test_bad_lines_are_named_or_left_out_and_listed(tmp_path: Path, table: Path,
         (b'{"question": "\xff"}\n', r"line 1, field 'question': expected text in UTF-8, found '\\udcff'"),
         (b'\xef\xbb\xbf{"question": "?"}\n', "line 1, field 'answer': expected text, found no such field"),
         (b'{"question": "?"\n', "line 1: expected JSON in UTF-8"),
+        (b'{"question": "?", "answer": "yes", "answer": "no"}\n', "line 1, field 'answer': expected it once, found it"),
+        (b'{"question": "?", "options": {"A": "x", "A": "y"}}', "line 1, field 'A': expected it once, found it again"),
         (None, "no such file; expected a file of JSON lines"),
     ],
 )
@@ -219,6 +222,21 @@ def test_sql_needs_a_table(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Tables
+
+
+def test_names_may_hold_commas(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text('name,color\n"Merlot, 2019",red\nChianti,red\n', encoding="utf-8")
+    sql = "SELECT name FROM products"
+    path = write(tmp_path, [{"question": "Which are red?", "answer": ["Chianti", "Merlot, 2019"], "sql": sql}])
+    task = JsonlTask(path, path, database=table)
+    item = task.streams("test")[0].items[0]
+    said = task.tool_answer(item)
+    assert said == "Merlot, 2019 , Chianti"
+    answers = (said, "Chianti, merlot,2019", "Merlot, 2019", "Merlot", "2019", "Chianti, Merlot", "none", "")
+    assert [task.is_correct(item, answer, True) for answer in answers] == [True] * 3 + [False] * 5
+    called_none = Item("1", "Which?", ["None", "a"], "search")
+    assert [is_correct(called_none, text) for text in ("none", "a, none", "a", "")] == [True] * 3 + [False]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet", "db"])
@@ -266,6 +284,8 @@ def test_every_kind_of_table_file_gives_the_same_table(tmp_path: Path, table: Pa
             b"name,color\na,red\nb," + b"x" * 1_000_001 + b"\n",
             "row 2, column 'color': expected a row of at most 1,000,000 bytes, found 1,000,002, 1,000,001",
         ),
+        ("t.csv", b"name,color\na,red,12\n", "a row has more cells than there are columns"),
+        ("t.tsv", b"name\tcolor\na\tred\t12\n", "a row has more cells than there are columns"),
         ("t.json", b"nope", "cannot be read as a table"),
         ("t.json", b'[{"name": "a", "x": [1]}]', "cannot be made a table"),
         ("t.parquet", b"nope", "cannot be read as a table"),

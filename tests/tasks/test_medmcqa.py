@@ -66,8 +66,11 @@ def test_rows_may_hold_what_they_teach(tmp_path: Path) -> None:
 
 def test_medqa_rows_have_five_options_and_reflections(tmp_path: Path) -> None:
     by_words = {**MEDQA, "answer": "salt", "id": "own"}
-    task = MedMCQA(tmp_path, write(tmp_path / "medqa.jsonl", MEDQA, by_words, {**MEDQA, "answer_idx": "D"}))
-    first, second, third = task.streams("test")[0].items
+    groups = {"question": "Which group?", "options": {"A": "B", "B": "A"}, "answer": "A", "answer_idx": "B", "id": None}
+    rows = (MEDQA, by_words, {**MEDQA, "answer": "Rest", "answer_idx": "D", "id": 7}, groups)
+    task = MedMCQA(tmp_path, write(tmp_path / "medqa.jsonl", *rows))
+    first, second, third, fourth = task.streams("test")[0].items
+    assert (third.id, fourth.id, fourth.answer) == ("7", "medqa-4", "B")
     assert (first.id, second.id) == ("medqa-1", "own")
     assert (first.answer, second.answer, third.answer) == ("E", "C", "D")
     assert (first.context["reflection"], first.kind) == ("First, do no harm.", "medqa")
@@ -131,6 +134,13 @@ def without(name: str) -> dict[str, Any]:
         ({**MEDQA, "options": {"A": "x", "B": 2}}, "line 2, options, field 'B': expected text, found 2"),
         ({**MEDQA, "answer": "F"}, "line 2, field 'answer': expected one of A, B, C, D, E or the words .*, found 'F'"),
         ({**MEDQA, "answer": "Fire"}, "line 2, field 'answer': expected one of"),
+        ({**MEDQA, "answer_idx": "F"}, "line 2, field 'answer_idx': expected one of A, B, C, D, E or the words"),
+        (
+            {**MEDQA, "answer": "B", "answer_idx": "A"},
+            "line 2, field 'answer': expected the same option as",
+        ),
+        ({**MEDQA, "id": ["q1"]}, r"line 2, field 'id': expected text, found \['q1'\]"),
+        (b'{"question": "?", "question": "!"}', "line 2, field 'question': expected it once, found it again"),
     ],
 )
 def test_bad_rows_are_named_or_left_out_and_listed(
