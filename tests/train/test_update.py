@@ -135,7 +135,8 @@ def test_mismatch_by_hand() -> None:
     rows = random_rows(2, seed=1)
     rows = [replace(row, logprobs=np.full(n, -1, np.float32)) for row, n in zip(rows, (3, 1), strict=True)]
     ratios = [[0.95, 1.2, 1.0], [0.5]]
-    scored = [Scored(np.log(r, dtype=np.float32) - 1, np.zeros(0), np.zeros(0), 0.0) for r in ratios]
+    none = np.zeros(0, np.float32)
+    scored = [Scored(np.log(r, dtype=np.float32) - 1, none, none, 0.0) for r in ratios]
     found = mismatch(rows, scored)
     assert found["rollout_ratio"] == pytest.approx(3.65 / 4)
     assert found["rollout_outside"] == 0.5 and found["rollout_difference"] == pytest.approx(math.log(2))
