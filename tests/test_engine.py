@@ -122,6 +122,16 @@ def test_the_schedule_scales_every_group() -> None:
     assert [g["lr"] for g in engine.optimizer.param_groups] == pytest.approx([0.1 * SCHEDULE(7), 0.3 * SCHEDULE(7)])
 
 
+def test_a_scale_holds_from_the_next_step_on_for_every_group() -> None:
+    module = net()
+    engine = Engine(module, lr=0.1, groups=groups(module), schedule=lambda step: 1 / (1 + step))
+    train(engine, [0])
+    engine.scale_lr(0.5)
+    assert [g["lr"] for g in engine.optimizer.param_groups] == pytest.approx([0.1 / 4, 0.3 / 4])
+    engine.scale_lr(0.2)  # of every learning rate, not of what it was scaled to
+    assert train(engine, range(1, 3))[1] == pytest.approx([0.02 / 2, 0.02 / 3])
+
+
 def test_parameters_out_of_the_groups_stay() -> None:
     module = net()
     before = weights(module)
