@@ -336,19 +336,30 @@ def test_of_a_call_that_is_made_again_only_the_answer_that_arrived_is_learned_fr
 
 
 @pytest.mark.parametrize("earlier", [(), ("zero",)], ids=["first call", "later call"])
-def test_of_a_call_that_ended_while_its_expert_thought_nothing_is_learned(
-    learner: Learner, earlier: tuple[str, ...]
+@pytest.mark.parametrize("advised", [False, True], ids=["while the expert thinks", "once he has answered"])
+def test_of_a_call_that_ended_after_it_asked_an_expert_nothing_is_learned(
+    learner: Learner, earlier: tuple[str, ...], advised: bool
 ) -> None:
-    """What had been sampled by then, the question to the expert, was acted on by nobody; the call is made again."""
-    started, gone = asyncio.Event(), asyncio.Event()
+    """Nobody acted on what had been sampled by then, so it takes no price either; the call is made again."""
+    told = tell(learner, *earlier, call("seek_advice", question="steel ?"), "one")
+    started, gone, complete = asyncio.Event(), asyncio.Event(), told.complete
 
-    async def expert(request: Any) -> str:
+    async def hang() -> None:
         started.set()
         try:
             await asyncio.Event().wait()
         finally:
             gone.set()
-        return ""
+
+    async def expert(request: Any) -> str:
+        if not advised:
+            await hang()
+        return "yes"
+
+    async def held(prompt_ids: Any, **options: Any) -> Any:
+        if len(told.calls) == len(earlier) + 1 and not started.is_set():
+            await hang()
+        return await complete(prompt_ids, **options)
 
     async def play(g: Gateway) -> None:
         async with g, g.trajectory() as t:
@@ -363,12 +374,13 @@ def test_of_a_call_that_ended_while_its_expert_thought_nothing_is_learned(
             assert await ask(t, *messages) == "one"
             t.reward = 1
 
-    told = tell(learner, *earlier, call("seek_advice", question="steel ?"), "one")
+    told.complete = held  # type: ignore[method-assign]
     g = gateway(learner, advisor=CallbackAdvisor(expert))
     asyncio.run(asyncio.wait_for(play(g), 60))
     (session,) = g.ended
     assert len(session.segments) == 1, "the call that is made again joins as the first would have"
     assert sampled(session) == [said(told)[i] for i in (*range(len(earlier)), -1)]
+    assert session.reward is not None and session.reward.components == {"reward": 1.0} and not session.advised
 
 
 @pytest.mark.parametrize("reward", [None, float("nan"), float("inf"), "1", True])
