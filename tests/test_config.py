@@ -183,6 +183,9 @@ def test_all_problems_are_named_at_once_with_their_file(tmp_path: Path) -> None:
     [
         (None, ["Cannot read", "No such file"]),
         (b"a: [1\nb: 2", ["is not YAML", "line 2"]),
+        (b"seed: 1\nppo: {lr: 1e-3}\nseed: 2", ["the key seed stands twice", "line 3"]),
+        (b"seed: 4294967296", ["seed is 4294967296", "less than 4294967296"]),
+        (b"? [a]\n: 1", ["is not YAML"]),
         (b"\xff\xfe\x00a", ["is not YAML"]),
         (b"- 1", ["holds a list", "expected a mapping"]),
         (b"just text", ["holds a str"]),

@@ -14,7 +14,7 @@ from agile.config.training import CheckpointsConfig, EngineConfig, TrackingConfi
 class TrainingConfig(Section):
     """What a folder of training is about, whoever plays."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     threads: int | None = Field(None, ge=1, description="CPU threads of torch.")
     lora: LoRAConfig | None = Field(None, description="null trains all weights.")
     engine: EngineConfig = EngineConfig()
