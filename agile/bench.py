@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import IO, Any
 
 from agile.build import Setup
 from agile.calibration import calibration
@@ -58,12 +59,12 @@ def bench(config: RunConfig, out: Path, checkpoints: Sequence[Path] = ()) -> dic
     configs = _configs_of(config, checkpoints)
     for run, own in configs.items():
         _trained(own, run)
-    _claim(out, config)
     parts: dict[str, Measured] = {}
-    for run, own in configs.items():
-        began = time.monotonic()
-        parts[run.name] = _measure(own, out / run.name, run)
-        _written(_report(own, parts[run.name], began), out / run.name)
+    with _claim(out, config):
+        for run, own in configs.items():
+            began = time.monotonic()
+            parts[run.name] = _measure(own, out / run.name, run)
+            _written(_report(own, parts[run.name], began), out / run.name)
     same = config.task.data is not None  # each seed has MiniShop worlds of its own
     report = _report(config, joined(parts, same_questions=same), started, num_runs=len(parts))
     report["seeds"] = _seeds(config, parts, [own.seed for own in configs.values()])
@@ -78,9 +79,9 @@ def _written(report: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _measure(config: RunConfig, out: Path, run: Path | None) -> Measured:
     folders = {} if run is None else _trained(config, run)
-    if run is None or run.resolve() != out.resolve():
-        _claim(out, config)
-    return measure(Setup(config, run if run is not None and config.task.data is None else out), out, folders)
+    others = run is None or run.resolve() != out.resolve()
+    with _claim(out, config) if others else nullcontext():
+        return measure(Setup(config, run if run is not None and config.task.data is None else out), out, folders)
 
 
 def _configs_of(config: RunConfig, runs: Sequence[Path]) -> dict[Path, RunConfig]:
@@ -127,10 +128,11 @@ def _trained(config: RunConfig, run: Path) -> dict[str, Path]:
     return {name: run / name for name in names}
 
 
-def _claim(out: Path, config: RunConfig) -> None:
+def _claim(out: Path, config: RunConfig) -> IO[str]:
+    """A lock on the folder, which is this bench's until it is closed."""
     if (out / "checkpoints").exists():
         raise AgileError(f"{out} is a run of `agile train`; its report stays. Choose another out=DIR.")
-    claim(out, config).close()
+    return claim(out, config)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ class Setup:
         if path := saved or model.path:
             try:
                 lm = load_lm(str(path), tokenizer, grow=saved is None, dtype=dtype)
-                check_context(lm, self.config.rollout.max_context_tokens)
+                check_context(lm.config, self.config.rollout.max_context_tokens)
                 return lm
             except AgileError as error:
                 if "mismatched_sizes" not in str(error):

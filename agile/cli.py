@@ -14,7 +14,7 @@ import typer
 from agile import __version__, cli_grade, cli_rft, cli_serve, ranks
 from agile.cli_words import Config, Overrides, parse
 from agile.errors import AgileError
-from agile.screen import console, one_screen
+from agile.screen import BEGINS_AGAIN, GOES_ON, RESUMES, console, one_screen
 
 if TYPE_CHECKING:
     from agile.config import RunConfig
@@ -128,7 +128,7 @@ def demo(
     - `agile demo --seed 1 out=runs/demo-1`
     - `agile demo --resume`
     """
-    with one_screen():
+    with one_screen(RESUMES):
         config, out = _load(Path(__file__).parent / "configs" / "demo.yaml", overrides, "runs/demo", seed=seed)
 
         from agile.demo import run_demo
@@ -159,7 +159,7 @@ def train(
     - `agile train configs/demo.yaml ppo.lr=1e-4 evaluate.baselines=[router] out=runs/mine`
     - `torchrun --nproc-per-node 8 -m agile.cli train CONFIG engine.zero_stage=2`
     """
-    with one_screen():
+    with one_screen(RESUMES):
         ranks.join()
         loaded, out = _load(config, overrides, f"runs/{config.stem}", skip_bad_rows=skip_bad_rows)
         if loaded.task.desk is not None:
@@ -241,7 +241,7 @@ def bench(
     - `agile bench configs/productqa-prompted.yaml task.data=DIR evaluate.prompted.model=NAME`
     - `agile bench configs/paper/main.yaml task.data=DIR --dry-run`
     """
-    with one_screen():
+    with one_screen(BEGINS_AGAIN):
         loaded, out = _load(config, overrides, f"runs/{config.stem}-bench", skip_bad_rows=skip_bad_rows)
         if dry_run:
             from agile.dry_run import print_plan
@@ -400,7 +400,7 @@ def sft_data(
     - `agile sft-data configs/productqa-qwen2.5-7b.yaml task.data=DIR --workers 16`
     - `agile sft-data configs/hotpotqa-tiny.yaml task.data=FILE sft.teacher.model=NAME`
     """
-    with one_screen():
+    with one_screen(GOES_ON):
         loaded, out = _load(config, overrides, f"runs/{config.stem}-sft-data", skip_bad_rows=skip_bad_rows)
 
         from agile.sft_data import build_sft_data, render_summary

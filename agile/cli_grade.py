@@ -113,6 +113,7 @@ def serve(
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind((http.HOST, port))
+                listener.listen()  # from here on nobody is refused
             except OSError as error:
                 raise AgileError(
                     f"Cannot listen on {http.HOST}:{port}: {error.strerror}. Choose another --port."

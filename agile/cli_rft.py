@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from agile.cli_words import parse
-from agile.screen import console, one_screen
+from agile.screen import RESUMES, console, one_screen
 
 
 def add_to(app: typer.Typer) -> None:
@@ -53,7 +53,7 @@ def rft(
     - `agile rft --train t.jsonl --validation v.jsonl --grader g.json --model DIR n_epochs=50`
     - `agile rft --train t.jsonl --validation v.jsonl --grader g.json --imitate s.jsonl out=runs/mine`
     """
-    with one_screen():
+    with one_screen(RESUMES):
         out, rest = parse(words or [], "runs/rft")
 
         from agile.rft_files import Files, rft_config

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 # what torch and DeepSpeed raise for a checkpoint of another shape, torn, empty or gone
 _UNREADABLE = (RuntimeError, KeyError, ValueError, AssertionError, EOFError, OSError, pickle.UnpicklingError)
 
+# the remedy for a damaged checkpoint, before its folder
+REMOVE = "--resume goes on from the checkpoint before a damaged one, or anew, once you have removed "
+
 
 def _join_processes() -> None:
     """Without a launcher there is one process: it needs no port, which two runs could fight over."""
@@ -310,13 +313,17 @@ class Engine:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise AgileError(
                 f"The checkpoint {folder / tag} is damaged or does not fit this model. Use the model and tokenizer "
-                f"sections it was made with (config.yaml of its run). {reason[:500]}"
+                f"sections it was made with (config.yaml of its run). {REMOVE}{folder}. "
+                f"{reason[:500]}"
             ) from None
         self.num_skipped, self._skipped_in_a_row = counts["num_skipped"], counts["skipped_in_a_row"]
 
     def _check_layout(self, path: Path) -> None:
-        saved = json.loads(path.read_text()) if path.exists() else {}
         checkpoint = path.with_suffix("")
+        try:
+            saved = json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise AgileError(f"{path} is damaged: it is no JSON ({error}). {REMOVE}{path.parent}.") from None
         ranks.check_same_number(f"The checkpoint {checkpoint}", saved.get("processes", ranks.world_size()))
         for name, value in self._layout.items():
             if saved.get(name, value) != value:

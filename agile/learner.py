@@ -201,11 +201,17 @@ def imitate(
         on_step: Called with the number of each step (from 1) and its loss, nats a token.
 
     Raises:
-        AgileError: The model cannot be loaded, or its chat template does not take the conversations.
+        AgileError: The model cannot be loaded, its chat template does not take the conversations, or the assistant has
+            no turn in them.
     """
     tokenizer = load_tokenizer(str(model))
     chat = ChatFormat(tokenizer)
     rows = [_row(chat.spoken([for_template(m) for m in messages], tools)) for messages in conversations]
+    if not any(row.num_actions for row in rows):
+        raise AgileError(
+            f"None of the {len(rows)} conversations holds a turn of the assistant, from which to learn; give some "
+            "that do."
+        )
     torch.manual_seed(seed)
     module = ActorCritic(load_lm(str(model), tokenizer, dtype="float32"))
     engine = Engine(

@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -182,13 +183,13 @@ def load_lm(
     return lm
 
 
-def check_context(lm: PreTrainedModel, max_context_tokens: int) -> None:
+def check_context(shape: PretrainedConfig, max_context_tokens: int) -> None:
     """Whether a model can read contexts of this length.
 
     Raises:
         AgileError: It cannot.
     """
-    longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(shape.get_text_config(), "max_position_embeddings", None)
     if longest is not None and max_context_tokens > longest:
         raise AgileError(
             f"rollout.max_context_tokens is {max_context_tokens}, but the model reads at most {longest} tokens "

@@ -16,6 +16,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 from agile.activations import activation_bytes, shaped
 from agile.config import RunConfig, load_config
 from agile.errors import AgileError
+from agile.model import check_context
 from agile.training import check_processes
 
 GIB = 2**30
@@ -79,7 +80,7 @@ def architecture(config: RunConfig) -> PretrainedConfig:
     """What `model.path` says of the model's shape: a folder, a model that was downloaded before, or one known here.
 
     Raises:
-        AgileError: Nothing says it.
+        AgileError: Nothing says it, or the model reads shorter contexts than the run's.
     """
     model = config.model
     if model.path is None:
@@ -98,13 +99,14 @@ def architecture(config: RunConfig) -> PretrainedConfig:
             shape: PretrainedConfig = AutoConfig.for_model(**json.loads(known.read_text()))
         else:
             shape = AutoConfig.from_pretrained(model.path, local_files_only=True)
-        return shape
-    except (OSError, ValueError) as error:
+    except Exception as error:  # configs of models have checks of their own
         shipped = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
         raise AgileError(
             f"The shape of model.path={model.path} is not known: {str(error).partition(chr(10))[0]} Give a folder with "
             f"config.json (no weights are needed), or one of {shipped}."
         ) from None
+    check_context(shape, config.rollout.max_context_tokens)
+    return shape
 
 
 @dataclass(frozen=True, slots=True)

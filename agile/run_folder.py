@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import yaml
 
 from agile import ranks
 from agile.config import TrainingConfig, differences, flat, load_section
-from agile.engine import Engine
+from agile.engine import REMOVE, Engine
 from agile.errors import AgileError
 from agile.session_log import JsonLines, append_sessions, read_lines, session_from_json
 from agile.tracking import Tracking, check_installed
@@ -98,15 +99,17 @@ def claim(path: Path, config: TrainingConfig) -> IO[str]:
             lock.close()
             raise AgileError(f"Another process works in {path}. Wait for it, or choose another out=DIR.") from None
         if changes or not (known and started):
+            if not started:  # worlds of a start that failed, whose config may have been another
+                shutil.rmtree(path / "minishop", ignore_errors=True)
             write_atomically(saved, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     return lock
 
 
 def _started(path: Path) -> bool:
-    """Whether a run has left anything to keep; one that failed at once leaves its config and empty files."""
-    caches = ("config.yaml", "embeddings.", "answers.")
-    files = (f for f in path.rglob("*") if f.is_file() and not f.name.startswith(caches))
-    return any(f.stat().st_size for f in files)
+    """Whether a run has left anything to keep; one that failed at once leaves what is made anew, and empty files."""
+    made_anew = ("config.yaml", "embeddings.", "answers.", "minishop", ".minishop-")
+    files = (f for f in path.rglob("*") if not any(p.startswith(made_anew) for p in f.relative_to(path).parts))
+    return any(f.is_file() and f.stat().st_size for f in files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,8 @@ class RunFolder:
         lock = claim(path, config)
         with writing(path):
             (path / "checkpoints").mkdir(exist_ok=True)
-            for unfinished in (*path.glob("checkpoints/.*"), *path.glob(".*.draft"), *path.glob(".minishop-*")):
+            drafts = ("checkpoints/.*.draft", ".*.draft", ".minishop-*")
+            for unfinished in (draft for pattern in drafts for draft in path.glob(pattern)):
                 shutil.rmtree(unfinished)
             metrics = JsonLines(path / "metrics.jsonl")
             num_sent = len(self._logged())
@@ -172,13 +176,12 @@ class RunFolder:
     def _rewind(self) -> None:
         """Cut the logs of all processes back to the last checkpoint, and note where that was."""
         found = checkpoints(self.path)
-        saved = json.loads((found[-1] / "state.json").read_text()) if found else {"sizes": {}}
+        place, saved = _read_state(found[-1]) if found else (None, {"sizes": {}, "state": {}})
         if found:
             ranks.check_same_number(f"The checkpoint {found[-1]}", saved.get("processes", 1))
         for log in (*self.path.glob("sessions-*.jsonl"), self.path / "metrics.jsonl"):
             os.truncate(log, min(saved["sizes"].get(log.name, 0), log.stat().st_size))  # less if somebody cut it
-        if found:
-            self.place, self.state = Place(**saved["place"]), saved["state"]
+        self.place, self.state = place, saved["state"]
 
     # ---------------------------------------------------------------------------------------------------------------
 
@@ -286,10 +289,25 @@ class RunFolder:
 
 
 def checkpoints(path: Path) -> list[Path]:
-    """Complete checkpoints of a run folder, oldest first (`ppo` follows `sft`)."""
-    order = {"sft": 0, "ppo": 1}
+    """Complete checkpoints of a run folder, oldest first (`ppo` follows `sft`); copies under other names are none."""
     folders = [p.parent for p in (path / "checkpoints").glob("*/state.json")]
-    return sorted(folders, key=lambda p: (order[p.name.split("-")[0]], p.name))
+    whole = [p for p in folders if re.fullmatch(r"(sft|ppo)-\d{6,}", p.name)]
+    return sorted(whole, key=lambda p: (p.name.startswith("ppo"), int(p.name[4:])))
+
+
+def _read_state(checkpoint: Path) -> tuple[Place, dict[str, Any]]:
+    """Its place, and what else stands in its state.json.
+
+    Raises:
+        AgileError: That file is damaged.
+    """
+    try:
+        saved = json.loads((checkpoint / "state.json").read_text())
+        return Place(**saved["place"]), {"sizes": {**saved["sizes"]}, **saved}
+    except (ValueError, KeyError, TypeError) as error:
+        raise AgileError(
+            f"The checkpoint {checkpoint} is damaged: its state.json cannot be read ({error!r}). {REMOVE}{checkpoint}."
+        ) from None
 
 
 @contextmanager

@@ -17,9 +17,15 @@ console = Console(emoji=False, highlight=False)
 _errors = Console(stderr=True, emoji=False, highlight=False)
 
 
+# what the same command does after Ctrl-C
+RESUMES = "the same command with --resume goes on from there."
+GOES_ON = "the same command goes on from there."
+BEGINS_AGAIN = "the same command begins again, but asks no model's endpoint twice for an answer."
+
+
 @contextmanager
-def one_screen() -> Iterator[None]:
-    """What a user can mend is printed without a traceback; exit code 2."""
+def one_screen(afterwards: str = "") -> Iterator[None]:
+    """What a user can mend is printed without a traceback, exit code 2; after Ctrl-C, what comes `afterwards`."""
     try:
         yield
     except AgileError as error:
@@ -30,7 +36,8 @@ def one_screen() -> Iterator[None]:
     except KeyboardInterrupt:
         with ranks.failing() as first:
             if first:
-                _errors.print("\nStopped. What was saved is complete; demo and train go on from there by --resume.")
+                saved = f" What was saved is complete; {afterwards}" if afterwards else ""
+                _errors.print(f"\nStopped.{saved}", soft_wrap=True)
         raise typer.Exit(130) from None
     except Exception:
         if ranks.world_size() == 1:

@@ -149,7 +149,9 @@ def read_lines(path: Path) -> Iterator[Any]:
                 yield json.loads(line)
             except ValueError:
                 if line.endswith(b"\n"):
-                    raise AgileError(f"{path}, line {number}: expected a JSON object, found {line[:80]!r}.") from None
+                    raise AgileError(
+                        f"{path}, line {number}: expected a JSON object, found {line[:80]!r}. Restore or mend the file."
+                    ) from None
                 logger.warning("%s: the last line is torn (the run was killed while it wrote) and is skipped.", path)
 
 

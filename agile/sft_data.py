@@ -11,10 +11,12 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -197,19 +199,28 @@ def _play(
         args = (setup.config, setup.folder, tokenizer, setup.train_streams, setup.verdicts)
         with ProcessPoolExecutor(min(workers, len(todo) // CHUNK), spawn, _start_worker, args) as pool:
             starts = range(first, first + len(todo), CHUNK)
-            yield from pool.map(_play_numbers, starts, [min(s + CHUNK, first + len(todo)) for s in starts])
+            ends = [min(start + CHUNK, first + len(todo)) for start in starts]
+            with _deaf_to_interrupts():  # all workers start here
+                played = pool.map(_play_numbers, starts, ends)
+            yield from played
         return
     imitation = setup.imitation(setup.executor(tokenizer))
     concurrent = 1 if setup.config.sft.teacher is None else setup.config.sft.teacher.max_concurrent
-    loop = asyncio.new_event_loop()
-    try:
-        chunks = _chunks(imitation, todo, concurrent)
-        while (records := loop.run_until_complete(anext(chunks, None))) is not None:
-            yield records
-    finally:
+    chunks = _chunks(imitation, todo, concurrent)
+
+    async def chunk() -> list[dict[str, Any]] | None:
+        return await anext(chunks, None)
+
+    async def close() -> None:
         if imitation.close is not None:
-            loop.run_until_complete(asyncio.ensure_future(imitation.close(), loop=loop))
-        loop.close()
+            await imitation.close()
+
+    with asyncio.Runner() as runner:  # it ends what is being played, also after Ctrl-C
+        try:
+            while (records := runner.run(chunk())) is not None:
+                yield records
+        finally:
+            runner.run(close())
 
 
 async def _chunks(imitation: Imitation, todo: Sequence[Job], concurrent: int) -> AsyncIterator[list[dict[str, Any]]]:
@@ -222,6 +233,16 @@ async def _chunks(imitation: Imitation, todo: Sequence[Job], concurrent: int) ->
                 return _record(imitation, await imitation.play(job))
 
         yield list(await asyncio.gather(*map(play, todo[start : start + size])))
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started meanwhile do not hear of Ctrl-C, which is for the one that started them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: tuple[Imitation, list[Job]] | None = None  # of this process

@@ -66,7 +66,7 @@ class Tracking:
         self._num_lines = num_lines
         self._trackers: dict[tuple[str, str], Any] = {}
         self._file = folder / "tracking.json"
-        self._kept: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self._kept = self._read()
         self._known = self._kept.keys() - {"tensorboard"}  # that have what was sent
         if self._kept:  # a second kill may come before the place of the first is reached
             self._keep(num_sent=max(num_sent, self._kept["num_sent"]))
@@ -116,6 +116,16 @@ class Tracking:
             run_id = known or uuid.uuid4().hex[:12]
             return WandBTracker(self._project, name=self._run_name, id=run_id, resume="allow", dir=str(self._folder))
         return MLflowTracker(self._project, run_name=self._run_name, run_id=known)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            kept: dict[str, Any] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        except ValueError:
+            raise AgileError(
+                f"{self._file} is damaged: it is no JSON. Remove it; W&B and MLflow then show what follows as a run of "
+                "its own."
+            ) from None
+        return kept
 
     def _keep(self, **values: Any) -> None:
         self._kept = {"num_sent": 0, **self._kept, **values}

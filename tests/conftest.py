@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from tests.tiny import TinyRun
@@ -18,18 +18,34 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+# What is printed is looked at: neither colours nor the width are those of whoever runs the tests.
+for name in (
+    "FORCE_COLOR",
+    "CLICOLOR_FORCE",
+    "PY_COLORS",
+    "GITHUB_ACTIONS",
+    "TTY_COMPATIBLE",
+    "COLUMNS",
+    "TERMINAL_WIDTH",
+):
+    os.environ.pop(name, None)
+# Servers of tests are on this machine, which no proxy reaches.
+for name in ("no_proxy", "NO_PROXY"):
+    os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1", "localhost")))
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-settings.register_profile("agile", deadline=None)  # a busy machine is not a failure
+# a busy machine is not a failure
+settings.register_profile("agile", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("agile")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests start processes, each of which takes a while, and may be beside others."""
     for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(900))
+        slow = any(item.get_closest_marker(name) for name in ("slow", "vllm", "frameworks"))
+        if slow and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(autouse=True)

@@ -191,6 +191,12 @@ def assert_same(actor: ActorCritic, found: Outputs, expected: Outputs) -> None:
         assert float((gradients[name] - gradient).abs().max()) < bound, name
 
 
+def test_a_row_that_is_one_token_longer_than_the_window_does_not_see_its_first() -> None:
+    actor, rng = model("mistral, window"), np.random.default_rng(0)
+    rows = [row(rng, rng.integers(1, 40, length).tolist()) for length in (10, 9)]
+    assert_same(actor, together(actor, rows, share_prefixes=False), alone(actor, rows))
+
+
 @pytest.mark.parametrize("share_prefixes", [False, True], ids=["packed", "shared"])
 @pytest.mark.parametrize(
     ("family", "critic"), [*((family, "shared") for family in FAMILIES), ("llama, grouped heads", "separate")]

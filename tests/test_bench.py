@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -291,13 +293,25 @@ def test_report_of_a_training_run_is_not_overwritten(tiny_run: TinyRun) -> None:
     assert (tiny_run.path / "report.json").read_bytes() == before
 
 
+def test_two_benches_in_one_folder_are_refused(tmp_path: Path) -> None:
+    words = ["evaluate.baselines=[router]", "memory.encoder=hashing", f"out={tmp_path}"]
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        assert f"Another process works in {tmp_path}" in refused("configs/demo.yaml", *words)
+        other.kill()
+
+
 @pytest.mark.usefixtures("no_drawing")
 def test_report_of_another_bench_is_not_overwritten(tmp_path: Path) -> None:
     words = ["evaluate.baselines=[router]", "memory.encoder=hashing", f"out={tmp_path / 'out'}"]
     words += ["task.num_train_worlds=1", "task.num_test_worlds=1"]
     assert agile("bench", "configs/demo.yaml", *words).exit_code == 0
     assert agile("bench", "configs/demo.yaml", *words).exit_code == 0  # the same again
-    message = refused("configs/demo.yaml", *words, "seed=1")  # its worlds would be those of seed 0
+    (tmp_path / "out" / "report.json").write_text("{}")  # which is not drawn here
+    message = refused("configs/demo.yaml", *words, "seed=1")
     assert "seed was 0, is now 1" in message
 
 

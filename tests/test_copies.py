@@ -26,6 +26,7 @@ def test_copies_stand_side_by_side_and_know_their_original() -> None:
 def test_one_copy_is_the_stream_itself() -> None:
     two = streams(2, 3)
     assert copies(two, 1) == two and original_id("s0") == "s0"
+    assert original_id("page#top#3") == original_id("page#top") == "page#top"
     assert copies([replace(two[0], id="shop#1")], 1)[0].id == "shop#1"
 
 

@@ -25,6 +25,7 @@ from agile.types import (
     MemoryKind,
     Observation,
     Retrieved,
+    Scope,
     Session,
     SessionStatus,
     ToolResult,
@@ -197,6 +198,26 @@ def test_an_agent_that_writes_while_it_recalls_is_told_so() -> None:
     )
     session = play(executor, script(executor.codec, PREDICT))
     assert session.status is SessionStatus.FAILED and "recall wrote to memory" in session.error
+
+
+class Counting(NoteAgent):
+    def recall(self, item: Item, memory: Memory) -> tuple[list[Retrieved], str]:
+        scope = Scope(MemoryKind.HISTORY, "shop")
+        found = memory.retrieve("how long ?", 1, scope)
+        return found, f"similar {memory.count_similar(item.question, 0.46, scope)}"
+
+
+def test_what_another_query_found_stays_in_a_count() -> None:
+    """Nobody knows how similar it is to this one."""
+    plain = notes_executor(EARLY)
+    spec = AgentSpec(
+        "counting",
+        (ActionSpec(Fn.RETRIEVE_MEMORY, "Look.", (Fn.PREDICT_ANSWER,)), *EARLY.actions[-2:]),
+    )
+    executor = Executor(Counting(spec=spec), make_codec("bpe", spec), {}, plain.desk, plain.score, counterfactual=True)
+    session = play(executor, script(executor.codec, PREDICT), memory=ListMemory(MEMORY))
+    assert [entry for entry, _ in session.retrieved] == [4]
+    assert shown(executor, session) == "[RetrieveMemory]similar 3[PredictAnswer]"
 
 
 @pytest.mark.parametrize("spec", [EARLY, NOTES])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import math
 import os
 import resource
 import subprocess
@@ -121,6 +122,16 @@ def test_the_schedule_scales_every_group() -> None:
     assert [g["lr"] for g in engine.optimizer.param_groups] == pytest.approx([0.1 * SCHEDULE(7), 0.3 * SCHEDULE(7)])
 
 
+def test_a_scale_holds_from_the_next_step_on_for_every_group() -> None:
+    module = net()
+    engine = Engine(module, lr=0.1, groups=groups(module), schedule=lambda step: 1 / (1 + step))
+    train(engine, [0])
+    engine.scale_lr(0.5)
+    assert [g["lr"] for g in engine.optimizer.param_groups] == pytest.approx([0.1 / 4, 0.3 / 4])
+    engine.scale_lr(0.2)  # of every learning rate, not of what it was scaled to
+    assert train(engine, range(1, 3))[1] == pytest.approx([0.02 / 2, 0.02 / 3])
+
+
 def test_parameters_out_of_the_groups_stay() -> None:
     module = net()
     before = weights(module)
@@ -171,6 +182,14 @@ def test_too_many_bad_steps_end_the_run() -> None:
     train(engine, [0])
     with pytest.raises(AgileError, match=r"2 optimizer steps in a row were skipped .*guard.max_grad_norm.*--resume"):
         train(engine, [1])
+
+
+def test_bad_steps_with_a_good_one_between_do_not_end_it() -> None:
+    engine = Engine(net(), lr=0.1, max_skipped=2)
+    for factor in (math.nan, 1.0, math.nan, 1.0):
+        engine.backward((engine.forward(micro_batches(1)[0]) * factor).sum(), last=True)
+        engine.step()
+    assert engine.num_skipped == 2
 
 
 @LAYOUT
@@ -258,6 +277,14 @@ def test_a_torn_checkpoint_is_refused(tmp_path: Path, kept: float) -> None:
     data = file.read_bytes()
     file.write_bytes(data[: int(kept * len(data))])
     with pytest.raises(AgileError, match="is damaged or does not fit"):
+        engine.load(tmp_path, "mine")
+
+
+def test_a_torn_layout_is_refused_with_the_folder_to_remove(tmp_path: Path) -> None:
+    engine = Engine(net(), lr=0.1)
+    engine.save(tmp_path, "mine")
+    (tmp_path / "mine.json").write_text('{"proc')
+    with pytest.raises(AgileError, match=rf"mine\.json is damaged.* you have removed {tmp_path}\."):
         engine.load(tmp_path, "mine")
 
 

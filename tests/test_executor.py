@@ -469,3 +469,11 @@ def test_specs_that_cannot_be_played_are_refused() -> None:
     )
     with pytest.raises(AgileError, match="nothing to continue in an empty context"):
         make_executor(replace(AGENT, spec=AgentSpec("choosy", table)))
+
+
+def test_an_expert_is_asked_once_unless_nothing_else_may_follow() -> None:
+    only = AgentSpec("only", (ActionSpec("Think", "", (Fn.SEEK_ADVICE,)), *SPEC.actions))
+    assert only.legal_after("Think", advised=True) == (Fn.SEEK_ADVICE,)
+    either = AgentSpec("either", (ActionSpec("Think", "", (Fn.SEEK_ADVICE, Fn.PREDICT_ANSWER)), *SPEC.actions))
+    assert either.legal_after("Think") == (Fn.SEEK_ADVICE, Fn.PREDICT_ANSWER)
+    assert either.legal_after("Think", advised=True) == (Fn.PREDICT_ANSWER,)

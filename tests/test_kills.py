@@ -146,7 +146,7 @@ def test_a_run_killed_at_random_moments_is_the_same_run(
     assert len(scores) > 1 and max(scores) > 0.2, "there is something to learn"
     killer = Killer(words, num, seconds)
     done = num_runs = 0
-    while done < num_kills or (done < 3 * num_kills and not all(killer.fell[w] for w in DOINGS)):
+    while done < num_kills or (done < 8 * num_kills and not all(killer.fell[w] for w in DOINGS)):
         if killer.ended(out):
             assert_same_run(out, whole)
             num_runs += 1

@@ -173,6 +173,12 @@ def test_k3_is_never_negative_and_in_closed_form() -> None:
     assert (policy * k3(policy.log(), reference.log())).sum() == pytest.approx(exact.item())
 
 
+def test_the_kl_that_is_logged_is_of_the_policy_that_played() -> None:
+    """k3 of the old policy (its samples are what it is a mean of), whatever the policy in training has become."""
+    _, _, metrics = loss_and_grads(one_token(logprobs=-1, old_logprobs=-2, ref_logprobs=-3), 1)
+    assert metrics["kl"] == pytest.approx(math.exp(-1) + 1 - 1)
+
+
 def test_loss_is_the_formula_token_by_token(batch: Batch) -> None:
     c, total = COEFFICIENTS, 0.0
     for index in batch["action_mask"].nonzero().tolist():

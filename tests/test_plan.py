@@ -186,6 +186,12 @@ def test_a_folder_needs_no_weights(tmp_path: Path) -> None:
     assert architecture(config).hidden_size == SMALL.hidden_size
     with pytest.raises(AgileError, match="not known"):
         architecture(load_config(None, [f"model.path={tmp_path}/none"]))
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL.to_dict(), "hidden_size": "large"}))
+    with pytest.raises(AgileError, match=r"not known: .*hidden_size"):
+        architecture(config)
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL.to_dict(), "max_position_embeddings": 8}))
+    with pytest.raises(AgileError, match="the model reads at most 8 tokens"):
+        architecture(config)
 
 
 def test_servers_take_memory_where_they_share_the_gpus() -> None:

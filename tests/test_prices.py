@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,16 @@ def test_rollouts_draw_a_price_each_unless_they_are_compared() -> None:
     assert set().union(*compared.values()) == {0.1, 0.5}
 
 
+def test_each_iteration_has_streams_of_its_own_and_the_last_has_the_price_itself() -> None:
+    task = SimpleNamespace(advice_price=0.3, first_price=0.1, training_prices=())
+    knobs = SimpleNamespace(streams_per_iteration=4, rollouts_per_stream=1, num_iterations=3, estimator="gae")
+    setup: Any = SimpleNamespace(config=SimpleNamespace(seed=0, ppo=knobs, task=task), train_streams=STREAMS)
+    found = [chosen_streams(setup, i) for i in range(3)]
+    assert [streams[0].price for streams in found] == pytest.approx([0.1, 0.2, 0.3])
+    assert len({tuple(s.id for s in streams) for streams in found}) == 3
+    assert found == [chosen_streams(setup, i) for i in range(3)]
+
+
 def test_the_price_of_a_stream_is_shown_paid_and_logged() -> None:
     agent = ProductQAAgent(show_schema=False, show_price=True)
     executor = make_executor(agent, codec=make_codec())
@@ -85,6 +96,11 @@ def test_validation_plays_at_the_prices_of_training_in_turn() -> None:
         def play_now(self, play: Any, version: int) -> Any:
             return run_loop(play())
 
+    def noted(policy: Any, decide: Any, temperatures: list[float], context: str) -> Action:
+        temperatures.append(policy.temperature)
+        action: Action = decide(context)
+        return action
+
     drawn = ["agent.show_price=true", "task.training_prices=[0.1,0.5]", "task.advice_price=0.3"]
     executor = make_executor(ProductQAAgent(show_schema=False, show_price=True), codec=make_codec())
     for overrides, score in ((drawn, 1 - (0.1 + 0.5 + 0.1) / 3), (["task.advice_price=0.3"], 0.7)):
@@ -93,8 +109,11 @@ def test_validation_plays_at_the_prices_of_training_in_turn() -> None:
         )
         asking: Any = script(executor.codec, *3 * ASK)
         asking.temperature = 1.0
+        temperatures: list[float] = []
+        asking.decide = partial(noted, asking, asking.decide, temperatures)
         collector: Any = Now()
         assert validate(setup, executor, asking, collector, 1)["validation/score"] == pytest.approx(score)
+        assert set(temperatures) == {0.0} and asking.temperature == 1.0, "greedy, and only while it is validated"
 
 
 def test_a_rate_may_have_a_price_for_each_outcome() -> None:

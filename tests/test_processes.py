@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from agile.errors import AgileError
 from agile.session_log import logged_sessions
 from agile.training import check_processes, check_streams
 from tests.doors import actor_critic
+from tests.machine import free_port
 from tests.processes import Processes
 from tests.tiny import TINY
 from tests.train_doors import train_doors
@@ -65,9 +65,7 @@ def trained(out: Path, *words: str, num: int = 1) -> Path:
 
 def nodes(launcher: str, out: Path) -> list[list[str]]:
     """What a user types on each of two machines with one process each; both are this one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     if launcher == "torchrun":
         meet = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=mine"]
         return [["torch.distributed.run", *meet, f"--rdzv-endpoint=127.0.0.1:{port}", "-m"]] * 2
@@ -92,7 +90,7 @@ def trained_on_two_nodes(launcher: str, out: Path, *words: str) -> Path:
         for node, log in zip(nodes(launcher, out), logs, strict=True)
     ]
     try:
-        codes = [process.wait(timeout=400) for process in running]
+        codes = [process.wait(timeout=900) for process in running]
     finally:
         for process in running:
             with suppress(ProcessLookupError):

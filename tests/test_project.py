@@ -191,7 +191,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "agile.subjects": (*NOUNS, "agile.conversation", "agile.tasks"),
     "agile.session_log": NOUNS,
     "agile.activations": (*NOUNS, "agile.losses"),
-    "agile.plan": (*NOUNS, "agile.activations", "agile.config", "agile.lora", "agile.training"),
+    "agile.plan": (*NOUNS, "agile.activations", "agile.config", "agile.lora", "agile.model", "agile.training"),
     "agile.tracking": NOUNS,
     "agile.run_folder": (
         *NOUNS,

@@ -39,7 +39,7 @@ def test_one_process_is_the_first_of_one() -> None:
         assert first
 
 
-def launch(program: str, *words: object, num: int = 2, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+def launch(program: str, *words: object, num: int = 2, timeout: float = 900) -> subprocess.CompletedProcess[str]:
     """Run a program in several processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}", "--no-python"]
     command = [*launcher, sys.executable, "-c", program, *map(str, words)]
@@ -95,4 +95,4 @@ except typer.Exit as end:
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count("Error: the well is dry") == 1
     assert "RuntimeError" not in done.stderr.partition("torch.distributed.elastic")[0]
-    assert took < 20
+    assert took < 300, "the others wait for days at a barrier, unless they are told"

@@ -134,7 +134,7 @@ class NoWrites(ListMemory):
 
 ASK = (Action(Fn.SEEK_ADVICE), Action(Fn.REFLECTION, "steel"), Action(Fn.PREDICT_ANSWER, "yes"))
 SEARCH = (Action("SearchProduct", "SELECT 1"), Action(Fn.PREDICT_ANSWER, "yes"))
-HURRY = Limits(max_stage_s=0.05)
+HURRY = Limits(max_stage_s=0.2)
 
 
 @pytest.mark.parametrize(

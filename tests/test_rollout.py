@@ -217,7 +217,7 @@ def test_a_thread_that_never_ends_does_not_hold_up_the_end() -> None:
 
     started = time.monotonic()
     assert run_loop(main()) == "done"
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 40
     release.set()
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,8 +85,12 @@ def test_existing_run_needs_resume(path: Path) -> None:
 
 def test_start_that_failed_at_once_gives_its_folder_to_another_config(path: Path) -> None:
     opened(path).close()
+    for made in ("minishop/train", ".minishop-1"):
+        (path / made).mkdir(parents=True)
+        (path / made / "qa.jsonl").write_text("of the seed that it had")
     opened(path, OTHER).close()
     assert load_config(path / "config.yaml") == OTHER
+    assert not any(path.glob("*minishop*"))
 
 
 def test_foreign_folder_is_left_alone(path: Path) -> None:
@@ -207,13 +212,43 @@ def test_draft_of_a_killed_run_is_no_checkpoint(path: Path, engine: Engine) -> N
     run = opened(path)
     run.save(Place("sft", 1), engine)
     run.close()
-    draft = path / "checkpoints" / ".sft-000002"
+    draft = path / "checkpoints" / ".sft-000002.draft"
     draft.mkdir()
     state = (path / "checkpoints" / "sft-000001" / "state.json").read_text()
     (draft / "state.json").write_text(state.replace('"step": 1', '"step": 2'))
     resumed = opened(path, resume=True)
     assert resumed.place == Place("sft", 1) and not draft.exists()
     resumed.close()
+
+
+def test_what_others_put_beside_the_checkpoints_is_none(path: Path, engine: Engine) -> None:
+    run = opened(path)
+    run.save(Place("sft", 1), engine)
+    run.close()
+    saved = path / "checkpoints" / "sft-000001"
+    for copied in ("sft-000001-mine", "backup"):
+        shutil.copytree(saved, saved.with_name(copied))
+    saved.with_name(".left-by-a-file-system").touch()
+    resumed = opened(path, resume=True)
+    assert resumed.place == Place("sft", 1)
+    resumed.close()
+
+
+@pytest.mark.parametrize("text", ["", '{"place": {"sta', "[]", '{"place": {}}'])
+def test_a_checkpoint_whose_state_is_damaged(path: Path, engine: Engine, text: str) -> None:
+    run = opened(path)
+    for step in (1, 2):
+        run.log("sft", step, {})
+        run.save(Place("sft", step), engine)
+    run.close()
+    damaged = path / "checkpoints" / "sft-000002"
+    (damaged / "state.json").write_text(text)
+    with pytest.raises(AgileError, match=r"sft-000002 is damaged.* once you have removed .*sft-000002\.$"):
+        opened(path, resume=True)
+    assert steps(path) == [("sft", 1), ("sft", 2)]
+    shutil.rmtree(damaged)
+    opened(path, resume=True).close()
+    assert steps(path) == [("sft", 1)]
 
 
 def test_tensorboard_shows_every_step_once(path: Path, engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from agile.errors import AgileError
 from agile.sft_data import DATA, build_sft_data, read_rows, render_summary
 from agile.stages.sft import _rows
 from tests.hotpot import row, write
+from tests.machine import lives
 from tests.stub_endpoint import Reply, StubEndpoint, said, stub_endpoint
 
 WORDS = (
@@ -93,15 +95,29 @@ def test_several_processes_that_are_killed_write_the_same_file(tmp_path: Path) -
     written = tmp_path / "killed" / DATA
     command = [sys.executable, "-m", "agile.cli", "sft-data", str(tmp_path / "config.yaml"), "--workers", "2"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(many.model_dump(mode="json")))
-    process = subprocess.Popen([*command, f"out={written.parent}"], cwd=Path(__file__).parents[1])
-    while process.poll() is None and not (written.exists() and written.read_bytes().count(b"\n") > 1):
-        time.sleep(0.05)
-    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "it was over before it was killed"
-    build_sft_data(many, written.parent, QUIET, workers=2)
+    workers: list[str] = []
+    for number, code, end in ((signal.SIGINT, 130, os.killpg), (signal.SIGKILL, -signal.SIGKILL, os.kill)):
+        kept = written.read_bytes().count(b"\n") if written.exists() else 1
+        with (tmp_path / "printed").open("wb") as printed:
+            process = subprocess.Popen(
+                [*command, f"out={written.parent}"],
+                cwd=Path(__file__).parents[1],
+                stderr=printed,
+                start_new_session=True,
+            )
+        while process.poll() is None and not (written.exists() and written.read_bytes().count(b"\n") > kept):
+            time.sleep(0.02)
+        workers += Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        end(process.pid, number)  # Ctrl-C is for all that the terminal runs
+        assert process.wait() == code, "it was over before"
+        text = (tmp_path / "printed").read_text()
+        assert "Traceback" not in text and (code < 0 or "the same command goes on from there" in text), text
+    build_sft_data(many, written.parent, QUIET, workers=1)
     assert written.read_bytes() == (tmp_path / "one" / DATA).read_bytes()
-    assert len(workers) >= 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    deadline = time.monotonic() + 60
+    while any(map(lives, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) >= 4 and not any(map(lives, workers))
 
 
 def test_a_file_of_something_else_is_refused(built: Path, tmp_path: Path) -> None:

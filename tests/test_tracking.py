@@ -103,13 +103,13 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             part = b""
 
 
-def wandb_logs(folder: Path, records: Any) -> list[list[Any]]:
-    """The records of each run, once its service has written the last one: it may do so after the run has ended."""
-    until = time.monotonic() + 60
+def wandb_logs(folder: Path, num: int, records: Any) -> list[list[Any]]:
+    """The records of `num` runs, once their service has written the last ones: it may do so after they have ended."""
+    until = time.monotonic() + 300
     while True:
         paths = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
         logs = [[records.Record.FromString(data) for data in wandb_records(path)] for path in paths]
-        if all(log and log[-1].HasField("exit") for log in logs):
+        if len(logs) == num and all(log and log[-1].HasField("exit") for log in logs):
             return logs
         assert time.monotonic() < until, "a log of W&B does not end"
         time.sleep(0.05)
@@ -122,7 +122,7 @@ def test_wandb_has_every_step_once_in_one_run(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("WANDB_SILENT", "true")
     killed_twice(tmp_path, "wandb", between=next_second)
     sent, ids = [], set()
-    for log in wandb_logs(tmp_path, wandb):
+    for log in wandb_logs(tmp_path, 3, wandb):
         for record in log:
             ids |= {record.run.run_id} if record.HasField("run") else set()
             if record.HasField("history"):

@@ -194,6 +194,13 @@ def test_rewards_of_each_credit_mode(overrides: list[str], expected: list[list[f
         assert row == pytest.approx(expected_row)
 
 
+def test_copies_of_a_stream_have_the_similarities_of_its_questions() -> None:
+    played = [replace(PLAYED[0], stream_id=f"a#{i}") for i in range(2)]
+    config = run_config("ppo.credit=utility", "ppo.utility_beta=0.2", "ppo.rollouts_per_stream=2")
+    found = terminal_rewards(config, SIMILAR.__getitem__, played, np.random.default_rng(0))
+    assert found[0] == found[1] == pytest.approx([0.9, 1.0, 0.8, 0.0])
+
+
 def test_failed_sessions_may_have_a_reward_of_their_own() -> None:
     failed = replace(PLAYED[1].sessions[1], status=SessionStatus.INVALID_ACTION)
     played = [PLAYED[0], Trajectory("b", (PLAYED[1].sessions[0], failed))]

@@ -22,8 +22,9 @@ from agile.watchdog import StageTimeout, interrupted, within
 from tests.worlds import Echo, ListMemory, check_session, item, make_codec, make_executor, play, script
 
 pytestmark = pytest.mark.filterwarnings("error")
-LIMIT_S = 0.05
+LIMIT_S = 0.2  # what is not to be interrupted takes far less, on a busy machine too
 LIMITS = Limits(max_stage_s=LIMIT_S)
+SOON_S = 30.0  # who hangs does so for 60 s or for ever
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -100,7 +101,7 @@ ASK = (Action(Fn.SEEK_ADVICE), Action(Fn.REFLECTION, "steel is washable"), PREDI
 
 def check_timeout(session: Session, stage: str, started: float) -> None:
     assert (session.status, session.error) == (f"{stage}_timeout", f"{stage}: not done after {LIMIT_S} s")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < SOON_S
     assert session.reward is not None and session.reward.total == 0
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 or signal.getsignal(signal.SIGALRM) is not None
 
@@ -276,7 +277,7 @@ def test_outside_the_main_thread_calls_that_wait_are_limited_and_others_are_let_
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join(10)
+    thread.join(60)
     assert results == ["tool: not done after 0.01 s"]
 
 

@@ -148,7 +148,7 @@ def play(executor: Executor, policy: Policy, question: Item | None = None, memor
         progress=0.0,
         seed=7,
     )
-    return asyncio.run(asyncio.wait_for(run, 30))
+    return asyncio.run(asyncio.wait_for(run, 120))
 
 
 def render(codec: ActionCodec, session: Session) -> str:

@@ -311,7 +311,7 @@ class Gateway:
                 completion = await call.sample(max_tokens)
                 answer = self.format.answer(call.prompt, completion.token_ids, tools=bool(tools))
                 asked = next((c for c in answer.tool_calls if c[0] == SEEK_ADVICE), None) if self.desk else None
-                if asked is None or len(answer.tool_calls) > 1 or call.num_advice >= MAX_ADVICE:
+                if asked is None or len(answer.tool_calls) > 1 or len(call.advice) >= MAX_ADVICE:
                     break
                 await call.advise(asked, messages, tools)
             ended = completion.finish_reason == "stop"
@@ -370,6 +370,7 @@ class Gateway:
         if t is not None:
             t.num_calls += 1
             t.usage += call.usage
+            t.advice += call.advice
 
     async def sample(self, prompt: Sequence[int], max_tokens: int | None, seed: int) -> Completion:
         """Sample from the policy, not while its weights change."""
@@ -419,7 +420,7 @@ class _Call:
     window: Window
     opened: bool
     usage: Usage = field(default_factory=Usage)
-    num_advice: int = 0
+    advice: list[Advice] = field(default_factory=list)
     prompt: tuple[int, ...] = ()
 
     @property
@@ -439,14 +440,12 @@ class _Call:
         """Ask the expert, and show the LLM the answer."""
         desk, t = self.gateway.desk, self.trajectory
         assert desk is not None
-        self.num_advice += 1
         question = question_of(asked[1])
         name = "unrecorded" if t is None else t.id
         last = next((str(m["content"]) for m in reversed(messages) if m["role"] == "user"), "")
         item = Item(name, last, None, "gateway", group="" if t is None else t.group)
         advice = await desk.seek(f"{name}/0", item, question)
-        if t is not None:
-            t.advice.append(advice)
+        self.advice.append(advice)
         told = list(messages)
         told.append({"role": "assistant", "content": "", "tool_calls": [tool_call(*asked)]})
         told.append({"role": "tool", "name": SEEK_ADVICE, "content": advice_text(advice)})

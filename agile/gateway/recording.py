@@ -14,11 +14,13 @@ class Window:
 
     Attributes:
         token_ids: All that it holds.
+        answered: How many spans and tokens the calls left that were answered.
         busy: Whether a call is under way that extends it.
     """
 
     spans: list[Span] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    answered: tuple[int, int] = (0, 0)
     busy: bool = False
 
     def observe(self, source: Source, token_ids: Sequence[int]) -> None:
@@ -69,13 +71,15 @@ class Recording:
 
     def end(self, window: Window) -> None:
         """The call was answered."""
+        window.answered = len(window.spans), len(window.token_ids)
         window.busy = False
 
     def abandon(self, window: Window) -> None:
-        """The call was not answered; what it had sampled is no action of the agent's, and nothing joins it."""
+        """The call was not answered: what it was shown and had sampled is taken back, for nobody acts on it."""
+        num_spans, num_tokens = window.answered
+        del window.spans[num_spans:], window.token_ids[num_tokens:]
         window.busy = False
-        observed = [s for s in window.spans if s.source is not Source.LLM]
-        if len(observed) == len(window.spans):
+        if not num_spans:
             self._windows.remove(window)
 
     def segments(self) -> tuple[Segment, ...]:

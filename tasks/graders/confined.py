@@ -199,6 +199,8 @@ def main() -> None:
     _call("prctl", 157, 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     with open(0, "rb", closefd=False) as stdin:
         request = json.load(stdin)
+    if os.getppid() != request["parent"]:  # it died before it could be asked for
+        os._exit(SETUP_FAILED)
     out = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):

@@ -58,6 +58,7 @@ def run_python(
     if sys.platform != "linux" or os.uname().machine != "x86_64":
         return 0.0, error("python_grader_server_error", f"python graders are confined on Linux x86-64 only{_REMEDY}")
     request = {
+        "parent": os.getpid(),
         "source": source,
         "sample": sample,
         "item": item,

@@ -121,7 +121,7 @@ def test_sync_callback_does_not_block_the_loop() -> None:
     release = threading.Event()
 
     def function(asked: AdviceRequest) -> str:
-        return "yes" if release.wait(10) else "never released"
+        return "yes" if release.wait(60) else "never released"
 
     async def both() -> str:
         task = asyncio.create_task(CallbackAdvisor(function).advise(request()))

@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 
+from agile.advice import CallbackAdvisor
 from agile.batching import session_rows
 from agile.errors import AgileError
 from agile.gateway import Gateway, OpenTrajectory
@@ -332,6 +333,54 @@ def test_of_a_call_that_is_made_again_only_the_answer_that_arrived_is_learned_fr
     (session,) = g.ended
     assert len(session.segments) == 1 and sampled(session) == said(told) and len(told.calls) == 1
     assert g.counts == Counter(calls=2, unanswered=1)
+
+
+@pytest.mark.parametrize("earlier", [(), ("zero",)], ids=["first call", "later call"])
+@pytest.mark.parametrize("advised", [False, True], ids=["while the expert thinks", "once he has answered"])
+def test_of_a_call_that_ended_after_it_asked_an_expert_nothing_is_learned(
+    learner: Learner, earlier: tuple[str, ...], advised: bool
+) -> None:
+    """Nobody acted on what had been sampled by then, so it takes no price either; the call is made again."""
+    told = tell(learner, *earlier, call("seek_advice", question="steel ?"), "one")
+    started, gone, complete = asyncio.Event(), asyncio.Event(), told.complete
+
+    async def hang() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            gone.set()
+
+    async def expert(request: Any) -> str:
+        if not advised:
+            await hang()
+        return "yes"
+
+    async def held(prompt_ids: Any, **options: Any) -> Any:
+        if len(told.calls) == len(earlier) + 1 and not started.is_set():
+            await hang()
+        return await complete(prompt_ids, **options)
+
+    async def play(g: Gateway) -> None:
+        async with g, g.trajectory() as t:
+            messages = [user("a")]
+            for text in earlier:
+                assert await ask(t, *messages) == text
+                messages += [assistant(text), user("b")]
+            task = asyncio.ensure_future(ask(t, *messages))
+            await started.wait()
+            task.cancel()
+            await gone.wait()
+            assert await ask(t, *messages) == "one"
+            t.reward = 1
+
+    told.complete = held  # type: ignore[method-assign]
+    g = gateway(learner, advisor=CallbackAdvisor(expert))
+    asyncio.run(asyncio.wait_for(play(g), 60))
+    (session,) = g.ended
+    assert len(session.segments) == 1, "the call that is made again joins as the first would have"
+    assert sampled(session) == [said(told)[i] for i in (*range(len(earlier)), -1)]
+    assert session.reward is not None and session.reward.components == {"reward": 1.0} and not session.advised
 
 
 @pytest.mark.parametrize("reward", [None, float("nan"), float("inf"), "1", True])

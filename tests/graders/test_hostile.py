@@ -12,24 +12,26 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from agile.tasks.graders.sandbox import Limits, run_python
+from tests.machine import lives
 
 TIME_S = 1.0  # of those that go on until it is over
 LONG_S = 20.0  # of those that are stopped before, on a busy machine too
 MEMORY = 512 << 20
 AT_ONCE = 4
-SLACK_S = 6.0  # a busy machine starts Python late, and ends it late
+SLACK_S = 30.0  # a busy machine starts Python late, and ends it late
 
 # What each does, with eight variants; {0} and {1} are words of the variant, FOLDER the run's folder, PORT one that is
 # listened to, PARENT the process that grades. `time`: it goes on until its time is over; `error`: it is stopped at what
 # it tries; `any`: either, by how far it comes.
 WORDS = {
     "busy loop": ("time", "x = {0}\nwhile True: x = x * 3 % 1000003", range(8)),
-    "sleep": ("time", "import time\ntime.sleep({0})", [3, 9, 99, 999, 5, 7, 11, 13]),
+    "sleep": ("time", "import time\ntime.sleep({0})", [90, 95, 99, 999, 100, 105, 110, 130]),
     "regex": ("time", "import re\nre.match('(a+)+$', 'a' * {0} + 'b')", range(40, 48)),
     "big number": ("time", "x = 7 ** (10 ** {0})", [8, 8, 9, 9, 8, 9, 8, 9]),
     "swallow all": ("time", "while True:\n try:\n  while True: x = {0}\n except BaseException: pass", range(8)),
@@ -138,7 +140,8 @@ def test_hostile(name: str, folder: Path, port: int) -> None:
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(run, variants))
-    assert threads_and_children() == before
+    left = threads_and_children()
+    assert left[0] <= before[0] and left[1] <= before[1], "what others left may have ended meanwhile"
     assert leftovers(folder) == []
 
 
@@ -154,9 +157,12 @@ def source_of(body: str, variant: int | str, words: dict[str, object]) -> str:
     return source
 
 
-def threads_and_children() -> tuple[int, str]:
+def threads_and_children() -> tuple[int, set[str]]:
     """Of this process."""
-    children = "".join(path.read_text() for path in Path("/proc/self/task").glob("*/children"))
+    children = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # the thread has just ended
+            children |= {*path.read_text().split()}
     return threading.active_count(), children
 
 
@@ -178,13 +184,11 @@ def test_a_grader_dies_with_the_process_that_grades(tmp_path: Path) -> None:
     )
     parent = subprocess.Popen([sys.executable, "-c", script])
     path = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-    deadline = time.monotonic() + 60
-    while not (children := path.read_text().split()) and time.monotonic() < deadline:
+    while not (children := path.read_text().split()):
         time.sleep(0.05)
-    time.sleep(0.5)  # until it has asked for it
-    parent.send_signal(signal.SIGKILL)
+    parent.send_signal(signal.SIGKILL)  # at whatever the grader is by then, before it has asked to die too
     parent.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 40  # by itself it would end after 60
+    while any(map(lives, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert children
-    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert not any(map(lives, children))

@@ -16,6 +16,7 @@ import pytest
 from agile.policies.endpoint import Endpoint
 from agile.tasks.graders.http import MAX_BODY_BYTES, PATH, graders_app
 from tests.graders.serving import serving
+from tests.machine import free_port
 from tests.stub_endpoint import said, stub_endpoint
 from tests.tiny import agile
 
@@ -147,12 +148,13 @@ def test_the_command_serves_until_it_is_stopped() -> None:
         refused = agile("grade", "serve", "--port", str(port))
     assert refused.exit_code == 2
     assert re.search(rf"Cannot listen on 127.0.0.1:{port}: .*Choose another --port", refused.output)
+    port = free_port()
     command = [sys.executable, "-m", "agile.cli", "grade", "serve", "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ, text=True) as served:
         try:
             assert served.stdout is not None
             assert f"http://127.0.0.1:{port}/v1" in served.stdout.readline()
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
             assert client.fine_tuning.alpha.graders.run(grader=PYTHON, model_sample="blue").reward == 4.0
         finally:
             served.terminate()

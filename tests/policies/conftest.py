@@ -14,4 +14,5 @@ def model() -> LlamaForCausalLM:
     lm = small_llama(tokenizer, num_layers=2, hidden_size=16, num_heads=2, max_tokens=512, seed=0)
     with torch.no_grad():
         lm.lm_head.weight.mul_(20)  # logits of a deviation of about 1.5
+    lm.eval()
     return lm

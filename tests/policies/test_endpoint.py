@@ -39,7 +39,7 @@ def ask(end: Endpoint, *bodies: dict[str, Any]) -> list[Answer]:
         finally:
             await end.close()
 
-    return asyncio.run(asyncio.wait_for(together(), 60))
+    return asyncio.run(asyncio.wait_for(together(), 200))
 
 
 def numbered(n: int) -> list[dict[str, Any]]:
@@ -189,14 +189,15 @@ def test_headers_of_what_remains_are_heeded(stub: StubEndpoint, kind: str) -> No
 
 
 def test_most_requests_at_once(stub: StubEndpoint) -> None:
-    stub.script(Reply(200, said("fine").body, delay_s=0.1))
+    stub.script(Reply(200, said("fine").body, delay_s=0.3))
     ask(endpoint(stub, max_concurrent=3), *numbered(9))
     assert stub.most_busy == 3
 
 
 def test_requests_per_minute(stub: StubEndpoint) -> None:
+    began = time.monotonic()  # before the first is sent; the server may hear of that one late
     ask(endpoint(stub, requests_per_minute=600), *numbered(6))
-    assert stub.times[-1] - stub.times[0] >= 0.45
+    assert stub.times[-1] - began >= 0.5
 
 
 def test_the_first_request_goes_alone(stub: StubEndpoint) -> None:
@@ -267,7 +268,8 @@ def test_an_answer_under_way_is_kept_when_its_session_is_cancelled(stub: StubEnd
     async def interrupted(end: Endpoint) -> None:
         task = asyncio.ensure_future(end.ask(BODY))
         waiting = asyncio.ensure_future(end.ask(numbered(1)[0]))
-        await asyncio.sleep(0.15)
+        while not stub.requests:
+            await asyncio.sleep(0.01)
         task.cancel()
         waiting.cancel()
         await end.close()

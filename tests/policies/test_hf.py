@@ -56,6 +56,23 @@ def test_logprobs_are_those_of_a_plain_forward_pass(model: LlamaForCausalLM, tem
         assert len(completion.token_ids) == 10
 
 
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_what_is_forbidden_is_never_sampled_and_the_rest_share_its_probability(
+    model: LlamaForCausalLM, temperature: float
+) -> None:
+    policy = HFPolicy(model, temperature=temperature)
+    free = sample(policy, PROMPTS, SEEDS)
+    policy.forbidden = sorted({i for completion in free for i in completion.token_ids})
+    for prompt, completion in zip(PROMPTS, sample(policy, PROMPTS, SEEDS), strict=True):
+        assert not set(policy.forbidden) & set(completion.token_ids)
+        logits = logits_after(model, [*prompt, *completion.token_ids])[len(prompt) - 1 : -1] / (temperature or 1.0)
+        logits[:, policy.forbidden] = -torch.inf
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+    policy.forbidden = ()
+    assert_same(sample(policy, PROMPTS, SEEDS), free)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_samples_follow_the_softmax(model: LlamaForCausalLM, temperature: float) -> None:
     """Chi-square of 4,000 draws of one token."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,10 +21,11 @@ from agile.config import RunConfig, load_config
 from agile.errors import AgileError
 from agile.model import small_llama
 from agile.policies.endpoint import Endpoint
+from tests.machine import free_port
 from tests.worlds import make_codec
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-START_S = 400.0
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
+START_S = 900.0
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content or '' }}\n{% endfor %}assistant:"
 
 
@@ -39,9 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     small_llama(tokenizer, num_layers=1, hidden_size=64, num_heads=2, max_tokens=8192, seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "chat.jinja").write_text(TEMPLATE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = ["--model", folder, "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     words += ["--chat-template", folder / "chat.jinja", "--dtype", "float32", "--enforce-eager"]
     words += ["--max-model-len", "8192", "--max-num-seqs", "8"]

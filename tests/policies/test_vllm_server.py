@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -25,22 +24,21 @@ from agile.errors import AgileError
 from agile.policies.vllm_http import REMEDY, server_command
 from agile.policies.vllm_server import VLLMServerPolicy
 from agile.types import Completion
+from tests.machine import free_port
 from tests.policies.contract import PolicyContract
 from tests.policies.rollout_engines import PROMPTS, largest_error, make_model, perturb, sample, save, weights
 
 # several servers with threads on every core wait for each other
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
 
 class Server:
     """A vLLM server on a free port of this machine, in a process group of its own."""
 
     def __init__(self, folder: Path, log: Path, *, drop: tuple[str, ...] = (), extra: tuple[str, ...] = ()):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         command = server_command(
             folder, self.port, dtype="float32", max_num_seqs=32, kv_cache_gib=0.05, enforce_eager=True, block_size=32
@@ -61,7 +59,7 @@ class Server:
             )
         return self
 
-    def wait(self, timeout_s: float = 500.0) -> Server:
+    def wait(self, timeout_s: float = 800.0) -> Server:
         end = time.monotonic() + timeout_s
         with httpx2.Client(trust_env=False, verify=False) as client:
             while time.monotonic() < end:
@@ -247,15 +245,14 @@ def test_a_killed_server_loses_no_request_and_comes_back_with_the_current_weight
         return completion
 
     async def killed_midway() -> list[Completion]:
-        tasks = [asyncio.ensure_future(one(i)) for i in range(100)]
-        await asyncio.sleep(0.2)
         assert servers[1].process is not None
         os.killpg(servers[1].process.pid, signal.SIGSTOP)  # or it may be through before the kill
+        tasks = [asyncio.ensure_future(one(i)) for i in range(100)]
         while len(answered) < 10:
             await asyncio.sleep(0.01)
         assert policy._servers[1].active > 10
         os.killpg(servers[1].process.pid, signal.SIGKILL)
-        return await asyncio.wait_for(asyncio.gather(*tasks), 120)
+        return await asyncio.wait_for(asyncio.gather(*tasks), 600)
 
     found = asyncio.run(killed_midway())
     assert sorted(answered) == list(range(100))
@@ -270,7 +267,7 @@ def test_a_killed_server_loses_no_request_and_comes_back_with_the_current_weight
             await policy.complete([7], max_tokens=2, stop=(), seed=0)
             await asyncio.sleep(0.05)
 
-    asyncio.run(asyncio.wait_for(until_back(), 60))
+    asyncio.run(asyncio.wait_for(until_back(), 300))
     policy._servers[0].up = False  # ask the restarted one alone
     policy._servers[0].next_try = time.monotonic() + 1000
     assert largest_error(lm, policy) < 1e-4
@@ -284,15 +281,17 @@ def test_the_only_server_killed_ends_the_run_in_time_with_the_remedy(
     policy.update_weights(weights(lm), 50)
 
     async def killed() -> list[Completion | BaseException]:
-        tasks = [asyncio.ensure_future(policy.complete([7, i], max_tokens=100, stop=(), seed=i)) for i in range(20)]
-        await asyncio.sleep(0.3)
         assert servers[0].process is not None
+        os.killpg(servers[0].process.pid, signal.SIGSTOP)  # or it may be through with some before the kill
+        tasks = [asyncio.ensure_future(policy.complete([7, i], max_tokens=100, stop=(), seed=i)) for i in range(20)]
+        while policy._servers[0].active < 20:
+            await asyncio.sleep(0.005)
         os.killpg(servers[0].process.pid, signal.SIGKILL)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     started = time.monotonic()
     errors = asyncio.run(killed())
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert len(errors) == 20
     for error in errors:
         assert isinstance(error, AgileError)

@@ -21,6 +21,7 @@ from agile.policies.serving import ServedModel
 from agile.policies.vllm_http import server_command
 from agile.policies.vllm_server import VLLMServerPolicy
 from agile.types import Completion, Usage
+from tests.machine import free_port
 from tests.policies.contract import CODEC
 from tests.policies.rollout_engines import make_model, save, weights
 
@@ -110,7 +111,7 @@ class Stub(ThreadingHTTPServer):
 
 @pytest.fixture
 def stubs() -> Iterator[list[Stub]]:
-    two = [Stub(), Stub()]
+    two = [Stub(free_port()), Stub(free_port())]  # nobody takes one whose server has stopped
     yield two
     for stub in two:
         stub.stop()
@@ -127,7 +128,7 @@ def folder(lm: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def connect(folder: Path, *stubs: Stub, **arguments: Any) -> VLLMServerPolicy:
-    arguments = {"timeout_s": 20.0, "retry_s": 0.1, "request_timeout_s": 0.5, "verify": False, **arguments}
+    arguments = {"timeout_s": 20.0, "retry_s": 0.1, "verify": False, **arguments}
     return VLLMServerPolicy(folder, [s.url for s in stubs], **arguments)
 
 
@@ -161,20 +162,23 @@ def aborted(handler: Handler) -> None:
 
 
 def hanging(handler: Handler) -> None:
-    time.sleep(1.0)
+    time.sleep(2.0)
 
 
 def cut(handler: Handler) -> None:
     handler.close_connection = True
 
 
+SOON_S = 20.0  # far below the limits that a request without one of its own has
+HASTE_S = 0.5  # after which a request to a server that hangs is given up
 EXPECTED = Completion((0, 0, 0), (-0.5, -0.5, -0.5), "length", 0, Usage(2, 1, 3))
 
 
 @pytest.mark.parametrize("fault", [failing, garbage, incomplete, aborted, hanging, cut])
 def test_a_failed_request_is_repeated(folder: Path, stubs: list[Stub], fault: Reply) -> None:
     stubs[0].faults.extend([fault] * 2)
-    assert ask(connect(folder, stubs[0])) == [EXPECTED]
+    policy = connect(folder, stubs[0], request_timeout_s=HASTE_S if fault is hanging else None)
+    assert ask(policy) == [EXPECTED]
     assert not stubs[0].faults
 
 
@@ -183,7 +187,7 @@ def test_a_busy_server_is_given_the_time_it_asks_for(folder: Path, stubs: list[S
     policy = connect(folder, stubs[0])
     started = time.monotonic()
     assert ask(policy) == [EXPECTED]
-    assert 1.0 <= time.monotonic() - started < 3.0
+    assert time.monotonic() - started >= 1.0
 
 
 def test_a_request_names_everything_that_a_server_could_have_a_default_for(folder: Path, stubs: list[Stub]) -> None:
@@ -220,11 +224,11 @@ def test_a_server_that_keeps_failing_is_left_out_and_comes_back(
     assert len(ask(policy, range(12))) == 12
     assert f"{stubs[0].url} is left out (HTTP 500" in caplog.text
     stubs[0].faults.clear()
-    time.sleep(0.2)
-    for _ in range(20):
+    until = time.monotonic() + 60
+    while f"{stubs[0].url} is back." not in caplog.text:
+        assert time.monotonic() < until
         ask(policy)
         time.sleep(0.02)
-    assert f"{stubs[0].url} is back." in caplog.text
 
 
 def test_no_server_left_is_an_error_with_address_reason_and_remedy(folder: Path, stubs: list[Stub]) -> None:
@@ -234,7 +238,7 @@ def test_no_server_left_is_an_error_with_address_reason_and_remedy(folder: Path,
     started = time.monotonic()
     with pytest.raises(AgileError) as caught:
         ask(policy, range(5))
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < SOON_S
     for part in (stubs[0].url, stubs[1].url, "ConnectError", "agile vllm-server"):
         assert part in str(caught.value)
     with pytest.raises(AgileError, match=rf"No vLLM server answered .*{stubs[0].url}: ConnectError"):
@@ -242,22 +246,22 @@ def test_no_server_left_is_an_error_with_address_reason_and_remedy(folder: Path,
 
 
 def test_a_hanging_server_ends_the_run_in_time(folder: Path, stubs: list[Stub]) -> None:
-    policy = connect(folder, stubs[0], timeout_s=1.2, request_timeout_s=0.3)
+    policy = connect(folder, stubs[0], timeout_s=1.5, request_timeout_s=HASTE_S)
     stubs[0].faults.extend([hanging] * 100)
     started = time.monotonic()
     with pytest.raises(AgileError, match="ReadTimeout"):
         ask(policy)
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < SOON_S
 
 
 @pytest.mark.slow
 def test_a_busy_server_is_not_taken_for_dead(folder: Path, stubs: list[Stub], caplog: pytest.LogCaptureFixture) -> None:
-    policy = connect(folder, stubs[0])
+    policy = connect(folder, stubs[0], request_timeout_s=HASTE_S)
     stubs[0].faults.extend([hanging] * 12)
     assert len(ask(policy, range(12))) == 12
     assert "left out" not in caplog.text
     stubs[1].healthy = False
-    policy = connect(folder, *stubs)
+    policy = connect(folder, *stubs, request_timeout_s=HASTE_S)
     stubs[1].faults.extend([hanging] * 100)
     assert len(ask(policy, range(12))) == 12
     assert f"{stubs[1].url} is left out (ReadTimeout" in caplog.text
@@ -265,7 +269,7 @@ def test_a_busy_server_is_not_taken_for_dead(folder: Path, stubs: list[Stub], ca
 
 @pytest.mark.slow
 def test_requests_wait_for_room_without_being_given_up(folder: Path, stubs: list[Stub]) -> None:
-    policy = connect(folder, *stubs, max_active=2, timeout_s=1.0, request_timeout_s=None)
+    policy = connect(folder, *stubs, max_active=2, timeout_s=3.0)
     under_way = most = 0
     lock = threading.Lock()
 
@@ -281,15 +285,15 @@ def test_requests_wait_for_room_without_being_given_up(folder: Path, stubs: list
         handler.generate({"token_ids": [7, 8], "sampling_params": sampling}, faulty=False)
 
     for stub in stubs:
-        stub.faults.extend([slow] * 8)
+        stub.faults.extend([slow] * 16)
     started = time.monotonic()
-    assert len(ask(policy, range(16))) == 16
-    assert most == 4 and time.monotonic() - started > 1.5
+    assert len(ask(policy, range(32))) == 32
+    assert most == 4 and time.monotonic() - started > policy.timeout_s
     assert not any(s.active for s in policy._servers)
 
 
 def test_requests_that_wait_for_room_end_when_nothing_is_answered(folder: Path, stubs: list[Stub]) -> None:
-    policy = connect(folder, stubs[0], max_active=1, timeout_s=0.8, request_timeout_s=None)
+    policy = connect(folder, stubs[0], max_active=1, timeout_s=0.8)
     stubs[0].faults.extend([hanging] * 100)
 
     async def together() -> list[Completion | BaseException]:
@@ -298,7 +302,7 @@ def test_requests_that_wait_for_room_end_when_nothing_is_answered(folder: Path, 
 
     started = time.monotonic()
     assert all("raise vllm.timeout_s" in str(error) for error in asyncio.run(together()))
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < SOON_S
 
 
 def test_a_restarted_server_gets_the_current_weights_before_it_is_used(
@@ -374,7 +378,7 @@ def test_a_server_that_hangs_does_not_delay_the_end(folder: Path, stubs: list[St
     stubs[1].shutdown()  # it accepts connections, but answers none
     started = time.monotonic()
     ask(policy)
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < SOON_S
 
 
 def test_runs_may_share_the_folder_of_weights(

@@ -161,10 +161,10 @@ def running(app: FastAPI, port: int = 0) -> Iterator[Running]:
         yield Running(f"http://127.0.0.1:{port}", app.state.desk.database, app)
     finally:
         server.should_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=60)
 
 
-def until(look: Callable[[], Any], seconds: float = 60.0) -> Any:
+def until(look: Callable[[], Any], seconds: float = 200.0) -> Any:
     """What `look` finds, as soon as it is not None."""
     deadline = time.monotonic() + seconds
     while (seen := look()) is None:

@@ -145,7 +145,7 @@ class Model:
 
 
 def ask(advisor: DeskAdvisor) -> Advice:
-    return asyncio.run(asyncio.wait_for(advisor.advise(AdviceRequest("s/0", item(), "", 0.3)), 20))
+    return asyncio.run(asyncio.wait_for(advisor.advise(AdviceRequest("s/0", item(), "", 0.3)), 100))
 
 
 def test_out_of_hours_the_fallback_is_asked_or_nobody(database: Database) -> None:
@@ -172,7 +172,7 @@ def test_where_nobody_knows_the_fallback_is_asked(database: Database) -> None:
             await asyncio.sleep(0.02)
         return await asking
 
-    assert asyncio.run(asyncio.wait_for(run(), 20)).expert == "model"
+    assert asyncio.run(asyncio.wait_for(run(), 100)).expert == "model"
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-import socket
 import sqlite3
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ from sqlalchemy import text
 
 from agile.serve import database as database_module
 from agile.serve import questions
+from tests.machine import free_port
 from tests.serve.desk import Counted, Running, an_app, asks_once, found, open_desk, running, until
 
 Outage = Callable[[], AbstractContextManager[None]]
@@ -28,7 +28,7 @@ Outage = Callable[[], AbstractContextManager[None]]
 def locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Outage:
     """Another program writes to the file and does not end."""
     monkeypatch.delenv("AGILE_DESK_URL", raising=False)
-    monkeypatch.setattr(database_module, "BUSY_S", 1)
+    monkeypatch.setattr(database_module, "BUSY_S", 3)
 
     @contextmanager
     def outage() -> Iterator[None]:
@@ -50,9 +50,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Outage]:
     user = "postgres" if os.getuid() == 0 else None  # it does not run as root
     if user:
         shutil.chown(folder, user)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def run(program: str, *words: str) -> None:
         path = Path(programs[-1]).with_name(program)

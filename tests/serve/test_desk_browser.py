@@ -14,6 +14,7 @@ import pytest
 from agile.serve import questions, reviews
 from agile.types import Action
 from tests.browser import Browser, find_axe, find_browser
+from tests.machine import free_port
 from tests.serve.desk import PASSWORD, Counted, Running, an_app, asks_once, open_desk, running, until
 
 pytestmark = pytest.mark.slow
@@ -195,7 +196,7 @@ def test_memory_is_mended_and_taken_back_by_keyboard(server: Running, browsers: 
 
 def test_the_queue_is_live_again_after_a_restart(tmp_path: Path, browsers: list[Browser]) -> None:
     ann, database = browsers[0], open_desk(tmp_path)
-    with running(an_app(tmp_path, database, Counted(asks_once))) as server:
+    with running(an_app(tmp_path, database, Counted(asks_once)), free_port()) as server:
         log_in(ann, server.url, "ann")
         until(lambda: shows(ann, "Live"))
         port = int(server.url.rpartition(":")[2])

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import threading
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from sqlalchemy import text
 
 from agile.serve import accounts
 from agile.serve.database import Database
+from tests.machine import free_port
 from tests.serve.desk import ENCODER, PASSWORD, Counted, Person, an_app, asks_once, empty_database, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -96,9 +96,7 @@ class Crowd:
 
 def test_nothing_acknowledged_is_lost_or_asked_twice(tmp_path: Path) -> None:
     url = empty_database(tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ENCODER.encode(["once"])
     orders, theirs = multiprocessing.Pipe()
     fork = multiprocessing.get_context("fork")
@@ -113,7 +111,7 @@ def test_nothing_acknowledged_is_lost_or_asked_twice(tmp_path: Path) -> None:
     def start() -> int:
         orders.send(True)
         child = orders.recv()
-        until(lambda: up(crowd.base), 60)
+        until(lambda: up(crowd.base), 300)
         crowd.up.set()
         return int(child)
 
@@ -127,7 +125,7 @@ def test_nothing_acknowledged_is_lost_or_asked_twice(tmp_path: Path) -> None:
         thread.start()
     for killed in range(NUM_KILLS):
         asked_by_then = NUM_QUESTIONS * killed // (NUM_KILLS + 1)
-        until(lambda: len(crowd.acknowledged) >= asked_by_then or not users_left() or None, 120)  # noqa: B023
+        until(lambda: len(crowd.acknowledged) >= asked_by_then or not users_left() or None, 300)  # noqa: B023
         time.sleep(2 * random.random())
         crowd.up.clear()
         os.kill(server, signal.SIGKILL)

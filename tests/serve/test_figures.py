@@ -88,7 +88,7 @@ def test_figures_of_each_day(database: Database) -> None:
                 update(Request).where(Request.id == waiting.id).values(created_at=noon - wait, answered_at=noon)
             )
     (day,) = figures.days(database)
-    assert day.date == datetime.date.today() - datetime.timedelta(days=1)
+    assert day.date == datetime.date.fromtimestamp(noon)
     assert (day.finished, day.failed, day.advice_rate, day.wait_s) == (4, 1, 0.25, 20.0)
     assert day.spent == pytest.approx(0.9) and day.accuracy == reviews.Accuracy(2, 1)
     assert day.sampled_accuracy == reviews.Accuracy(1, 1)

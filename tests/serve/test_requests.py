@@ -180,7 +180,7 @@ def advise(advisor: DeskAdvisor, database: Database, answer: str | None) -> Advi
             await asyncio.sleep(0.02)
         return await asking
 
-    return asyncio.run(asyncio.wait_for(run(), 20))
+    return asyncio.run(asyncio.wait_for(run(), 100))
 
 
 def test_a_run_asks_the_desk_once_for_the_same_question(database: Database) -> None:

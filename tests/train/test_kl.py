@@ -136,6 +136,7 @@ def test_epochs_end_once_the_policy_has_moved_too_far(played: list[Trajectory]) 
     assert stopped["approx_kl"] > 0 and stopped["first_ratio"] == pytest.approx(1, abs=1e-6)
     assert largest_difference(after, learn(1e-2, 1e-4)[1]) == 0, "the same data stop at the same place"
     assert learn(1e-9, 1e-4)[0]["epochs"] == 3, "nothing moves, nothing stops"
+    assert learn(1e-2, 10 * whole["approx_kl"])[0]["epochs"] == 3, "the limit is of the mean, not of the sum"
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25])])
