@@ -42,7 +42,7 @@ class MedMCQA:
 
     Attributes:
         skipped: What is wrong with each row that was left out.
-        medqa: Whether a row in MedQA's layout was read: what is published about MedMCQA is not about such questions.
+        medqa: Whether a test row was in MedQA's layout: what is published about MedMCQA is not about such questions.
 
     Raises:
         AgileError: A folder, file, line or field is missing or malformed. Splits are read when first asked for.
@@ -127,7 +127,7 @@ class MedMCQA:
         def parse(row: Any, where: str) -> Item:
             is_medqa = isinstance(row, dict) and "options" in row
             item = _medqa(row, where) if is_medqa else _medmcqa(row, where)
-            self.medqa |= is_medqa
+            self.medqa |= is_medqa and split == "test"
             if predicted is not None:
                 item = _with_prediction(item, predicted)
             return item
