@@ -183,7 +183,7 @@ def _report(config: RunConfig, found: Measured, started: float, num_runs: int = 
         }
     report["groups"] = _groups(found, price, seed, cut)
     whole = config.task.max_items is None and not found.skipped_rows
-    set_beside(report, found.groups, whole=whole, num_runs=num_runs)
+    set_beside(report, found.groups, whole, num_runs, published=found.published)
     report["seconds"] = {**found.seconds, "total": time.monotonic() - started}
     return report
 

@@ -19,6 +19,7 @@ from agile.memory_use import SIMILAR, Use, bearing, exact_uses, uses_by_similari
 from agile.own_answers import beliefs
 from agile.play import Played, play_agent, play_prompted
 from agile.show import describe
+from agile.tasks.medmcqa import MedMCQA
 from agile.tasks.scoring import unreadable
 from agile.types import Item, Usage, to_json
 
@@ -34,6 +35,7 @@ class Measured:
     Attributes:
         macro: Whether every stream counts alike, see `agile.protocols.Task`.
         groups: Ids of the test streams.
+        published: Whether the paper's figures are about such questions.
         results: Outcomes of every agent and baseline at the config's price.
         ablations: Outcomes of the learned agent without something, by what is missing.
         prices: Both at other prices: `(results, ablations)` by price.
@@ -49,6 +51,7 @@ class Measured:
 
     macro: bool = False
     groups: tuple[str, ...] = ()
+    published: bool = True
     results: By = field(default_factory=dict)
     ablations: By = field(default_factory=dict)
     prices: dict[float, tuple[By, By]] = field(default_factory=dict)
@@ -98,7 +101,8 @@ def measure(setup: Setup, out: Path, folders: Mapping[str, Path]) -> Measured:
     config = setup.config.evaluate
     began = time.monotonic()
     streams = setup.task.streams("test")
-    found = Measured(setup.task.macro, tuple(stream.id for stream in streams))
+    published = not (isinstance(setup.task, MedMCQA) and setup.task.medqa)
+    found = Measured(setup.task.macro, tuple(stream.id for stream in streams), published)
     prompted = "prompted" in config.agents
     if folders or prompted:
         setup.embed(streams)
@@ -248,7 +252,7 @@ def joined(parts: Mapping[str, Measured], *, same_questions: bool) -> Measured:
             )
 
     first = next(iter(parts.values()))
-    whole = Measured(first.macro, first.groups)
+    whole = Measured(first.macro, first.groups, first.published)
     for run, part in parts.items():
         extend(whole.results, part.results, run)
         extend(whole.ablations, part.ablations, run)

@@ -217,7 +217,9 @@ def published_ablation(name: str) -> dict[str, Any] | None:
     }
 
 
-def set_beside(report: dict[str, Any], groups: Sequence[str], whole: bool, num_runs: int = 1) -> None:
+def set_beside(
+    report: dict[str, Any], groups: Sequence[str], whole: bool, num_runs: int = 1, *, published: bool = True
+) -> None:
     """Add `published`, `envelope`, `references_missing` and each agent's `clears_envelope` to a report.
 
     Agents are what is neither a reference line nor the oracle. Of none is told that it clears an envelope from which
@@ -227,12 +229,13 @@ def set_beside(report: dict[str, Any], groups: Sequence[str], whole: bool, num_r
         groups: Of the test questions.
         whole: Whether none of their questions were left out; read where their number is not known (ProductQA).
         num_runs: How often each question was played.
+        published: Whether the paper's figures are about such questions; else there are none.
     """
     now, expected = f"{report['advice_price']:g}", NUM_QUESTIONS.get(report["task"])
     if expected is not None:
         whole = all(agent["n"] == expected * num_runs for agent in report["agents"].values())
     summaries = {**(report.get("prices") or {}), now: report["agents"]}
-    report["published"] = published_rows(report["task"], groups, whole)
+    report["published"] = published_rows(report["task"], groups, whole) if published else []
     report["envelope"] = envelope(report["task"], summaries, report["published"])
     report["references_missing"] = [name for name in REFERENCES if name not in report["agents"]]
     if report["references_missing"]:

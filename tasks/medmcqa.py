@@ -42,6 +42,7 @@ class MedMCQA:
 
     Attributes:
         skipped: What is wrong with each row that was left out.
+        medqa: Whether a test row was in MedQA's layout: what is published about MedMCQA is not about such questions.
 
     Raises:
         AgileError: A folder, file, line or field is missing or malformed. Splits are read when first asked for.
@@ -72,6 +73,7 @@ class MedMCQA:
         self.advice_counts = advice_counts
         self.skipped: list[str] = []
         self._skipped = self.skipped if skip_bad_rows else None
+        self.medqa = False
         self._files = {
             "train": data if data.is_file() else data / "train.json",
             "test": data / "dev.json" if test_data is None else test_data,
@@ -123,7 +125,9 @@ class MedMCQA:
         predicted = self.predicted if split == "train" else None
 
         def parse(row: Any, where: str) -> Item:
-            item = _medqa(row, where) if isinstance(row, dict) and "options" in row else _medmcqa(row, where)
+            is_medqa = isinstance(row, dict) and "options" in row
+            item = _medqa(row, where) if is_medqa else _medmcqa(row, where)
+            self.medqa |= is_medqa and split == "test"
             if predicted is not None:
                 item = _with_prediction(item, predicted)
             return item

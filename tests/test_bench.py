@@ -58,7 +58,7 @@ def files(path: Path) -> set[str]:
 def test_published_figures_are_about_other_questions_where_rows_were_left_out(skipped: list[str], same: bool) -> None:
     config = load_config(None, ["task.name=productqa", "task.data=x"])
     played = {"router": [Outcome(f"{g}/0", g, 0, 1, "fact", True, False) for g in GROUPS]}
-    report = _report(config, Measured(True, GROUPS, played, skipped_rows=skipped), 0.0)
+    report = _report(config, Measured(True, GROUPS, results=played, skipped_rows=skipped), 0.0)
     means = [row for row in report["published"] if row["groups"] == list(GROUPS)]
     assert means and {row["same_questions"] for row in means} == {same}
 

@@ -30,7 +30,7 @@ def report_of(measured: Measured, *overrides: str, num_runs: int = 1) -> dict[st
 def test_agents_by_group_price_and_both_means() -> None:
     """Two groups of 2 and 4 questions; every group counts alike."""
     whole, alone = played(one="aw", two="rrrw"), played(one="ww", two="rrww")
-    found = Measured(True, ("one", "two"), {"ppo": whole, "sft": alone}, prices={0.5: ({"ppo": whole}, {})})
+    found = Measured(True, ("one", "two"), results={"ppo": whole, "sft": alone}, prices={0.5: ({"ppo": whole}, {})})
     report = report_of(found)
     agent = report["agents"]["ppo"]
     assert (agent["accuracy"], agent["advice_rate"], agent["score"]) == (0.625, 0.25, 0.5625)
@@ -56,7 +56,7 @@ def test_agents_by_group_price_and_both_means() -> None:
 
 def test_ablations_are_differences_to_the_whole_agent() -> None:
     whole, without = played(one="rrra" * 10), played(one="rwwx" * 10)
-    found = Measured(True, ("one",), {"ppo": whole}, {"memory": without, "poisoned_memory": whole})
+    found = Measured(True, ("one",), results={"ppo": whole}, ablations={"memory": without, "poisoned_memory": whole})
     found.prices = {0.5: ({"ppo": without}, {"memory": whole, "poisoned_memory": whole})}
     rows = report_of(found)["ablations"]["rows"]
     assert rows["memory"]["difference"] == pytest.approx(0.25 - (1 - 0.25 / 4))
@@ -79,7 +79,7 @@ def test_verdicts(difference: float, ci: list[float], verdict: str) -> None:
 
 
 def test_questions_that_were_left_out_make_other_questions() -> None:
-    found = Measured(True, ("leggings",), {"router": played(leggings="ra")})
+    found = Measured(True, ("leggings",), results={"router": played(leggings="ra")})
     same = [
         any(row["same_questions"] for row in report_of(found, *more)["published"])
         for more in ([], ["task.max_items=2"])
@@ -89,9 +89,9 @@ def test_questions_that_were_left_out_make_other_questions() -> None:
 
 def test_several_runs_are_one_report() -> None:
     parts = {
-        "a": Measured(False, ("s",), {"ppo": played(s="rw")}, usages={"ppo": Usage(10, 0, 1, 0.5)}),
-        "b": Measured(False, ("s",), {"ppo": played(s="rr")}, usages={"ppo": Usage(30, 0, 2, 0.25)}),
-        "c": Measured(False, ("s",), {"ppo": played(s="ar")}, usages={"ppo": Usage(0, 0, 0, 0.0)}),
+        "a": Measured(False, ("s",), results={"ppo": played(s="rw")}, usages={"ppo": Usage(10, 0, 1, 0.5)}),
+        "b": Measured(False, ("s",), results={"ppo": played(s="rr")}, usages={"ppo": Usage(30, 0, 2, 0.25)}),
+        "c": Measured(False, ("s",), results={"ppo": played(s="ar")}, usages={"ppo": Usage(0, 0, 0, 0.0)}),
     }
     for part in parts.values():
         part.costs, part.seconds_of = {"ppo": {"expert": 1.5, "judge": 0.25}}, {"ppo": 2.0}
@@ -124,5 +124,9 @@ def test_a_dev_set_is_whole_however_many_runs_played_it() -> None:
     once = played(dev="r" * NUM_QUESTIONS["medmcqa"])
     twice = [replace(o, stream_id=f"{run}/dev", questions="dev") for run in "ab" for o in once]
     for results, num_runs, same in ((once, 1, True), (twice, 2, True), (twice, 1, False), (once[:-1], 1, False)):
-        report = report_of(Measured(False, ("dev",), {"router": results}), "task.name=medmcqa", num_runs=num_runs)
+        report = report_of(
+            Measured(False, ("dev",), results={"router": results}), "task.name=medmcqa", num_runs=num_runs
+        )
         assert {row["same_questions"] for row in report["published"]} == {same}
+    others = report_of(Measured(False, ("dev",), published=False, results={"router": once}), "task.name=medmcqa")
+    assert others["published"] == [] and others["envelope"]["0.25"]["by"] == "router"

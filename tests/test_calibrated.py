@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from agile.baselines import calibrated_recall, run_baselines
-from agile.calibrated import CalibratedRecall, train
+from agile.calibrated import CalibratedRecall, _read, train
 from agile.evaluate import rates
 from agile.memory.encoders import make_encoder
 from agile.tasks.productqa import ProductQA
@@ -54,6 +54,18 @@ def test_a_seed_fixes_every_decision(trained: CalibratedRecall) -> None:
     again = train(streams(8, seed=1), Angles(), Sums())
     for a, b in zip(*(t.decide(streams(2, seed=2), PRICES) for t in (trained, again)), strict=True):
         assert (a.asks == b.asks).all() and (a.right == b.right).all()
+
+
+def test_with_options_only_one_of_them_is_repeated() -> None:
+    """The same words of a question, with other options: what was right there is not even a candidate here."""
+
+    def asked(number: int, options: dict[str, str], answer: str) -> Item:
+        return Item(str(number), "0", answer, "fact", "g", "p", {"options": options})
+
+    steel, wood = {"A": "steel", "B": "tin"}, {"A": "oak", "B": "elm"}
+    stream = Stream("s", (asked(0, steel, "A"), asked(1, wood, "B"), asked(2, steel, "A")))
+    similarity = _read(stream, None, Angles(), Sums(), {}, {"fact": 0}).similarity
+    assert (similarity > 0).tolist() == [[True, False, True], [False, True, False], [True, False, True]]
 
 
 def test_what_comes_later_changes_nothing(trained: CalibratedRecall) -> None:

@@ -102,6 +102,9 @@ def test_a_plan_counts_models_that_judge_and_advise(tmp_path: Path) -> None:
     assert judge.money == pytest.approx((2 * judge.prompt_tokens + 8 * 10) / 1e6, rel=1e-3)
     assert judge.most == pytest.approx((2 * judge.prompt_tokens + 8 * 10 * 10) / 1e6, rel=1e-3)
     assert asked.most == pytest.approx((asked.prompt_tokens + 4 * 10 * 200) / 1e6, rel=1e-3)
+    words += ["evaluate.agents=[sft,prompted]", "agent.show_price=true", "evaluate.prices=[0.1]"]
+    plans = {plan.agent: plan for plan in plan_bench(load_config(None, words))[0]}
+    assert (plans["sft"].sessions, plans["judge"].calls) == (20, 20)  # what is played at another price is not judged
 
 
 def test_a_plan_is_whole_on_a_narrow_screen_and_lists_bad_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

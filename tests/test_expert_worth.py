@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from agile.evaluate import Outcome
@@ -77,6 +79,15 @@ def test_own_answers_tell_what_asking_sometimes_gains() -> None:
 def test_an_expert_who_never_answers_is_worth_nothing_that_is_known() -> None:
     (row,) = gains({"alone": results("x---")}, {"nobody": expert("????")})
     assert (row["gain"], row["worth_below"]) == (0.0, None)
+
+
+def test_every_stream_may_weigh_alike() -> None:
+    """A stream of one question that the expert knows, one of four that it does not."""
+    played = [*results("----"), replace(results("-", "-")[0], item_id="p0", stream_id="t")]
+    knows = Asked(5, frozenset((o.stream_id, o.item_id) for o in played), frozenset({("t", "p0")}), 0, 0.2, None)
+    (micro,), (macro,) = (gains({"alone": played}, {"one": knows}, macro=macro) for macro in (False, True))
+    assert (micro["accuracy"], micro["gain"]) == (0.2, pytest.approx(0.0))
+    assert (macro["accuracy"], macro["gain"]) == (0.5, pytest.approx(0.3))
 
 
 def test_best_score_first() -> None:

@@ -53,6 +53,13 @@ def test_shares_are_even_and_what_is_left_goes_to_first_sessions() -> None:
     assert [(c.heading, c.session.id) for c in few] == [(FIRST, "s/0"), (FIRST, "s/1")]
 
 
+def test_who_taught_most_comes_first() -> None:
+    sessions = [session(0, [], asked=True, written=(1,)), session(1, [], asked=True, written=(2,))]
+    sessions += [session(k, []) for k in (2, 3, 4)]
+    chosen = instructive(sessions, {}, {"s/2": [1], "s/3": [2], "s/4": [2]})
+    assert [c.session.id for c in chosen if c.heading == LEARNT] == ["s/1", "s/3", "s/0", "s/2"]
+
+
 def test_readers_of_another_stream_learnt_nothing() -> None:
     writer = session(0, [], asked=True, written=(1,))
     reader = replace(session(1, []), id="t/1", stream_id="t")

@@ -10,7 +10,7 @@ from agile.measure import _examples
 from agile.own_answers import beliefs, own_answers
 from agile.play import Played
 from agile.tokens import ActionCodec
-from agile.types import Action, Completion, Fn, Item, Session, Trajectory
+from agile.types import Action, Completion, Fn, Item, Observation, Session, Source, Trajectory
 from tests.worlds import item, make_codec, make_executor, play
 
 
@@ -67,6 +67,18 @@ def test_answered_and_asked(kind: str) -> None:
     assert not told.asked and told.right
     assert (told.readiness, told.confidence) == pytest.approx((0.8, 0.5))
     assert beliefs([asked], items, codec, {}, Key()) == []  # it was not made to answer
+
+
+def test_a_search_before_asking_counts_against_the_own_answer_one_after_does_not() -> None:
+    codec = make_codec("bpe")
+    executor, policy = make_executor(codec=codec), Unsure(codec, asks=True)
+    asked = play(executor, policy)
+    items = {("s", asked.item_id): item(answer="no")}
+    found = own_answers(policy, executor, [Trajectory("s", (asked,))])
+    search = Observation(Action("Search", "x"), Source.TOOL, "")
+    for steps, right in (((search, *asked.steps), False), ((*asked.steps, search), True)):
+        (told,) = beliefs([replace(asked, steps=steps)], items, codec, found, Key())
+        assert told.right is right
 
 
 def test_streams_may_share_ids() -> None:

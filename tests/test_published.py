@@ -87,6 +87,8 @@ def test_figures_about_the_same_questions_stand_for_those_about_more() -> None:
     rows = [row for row in published_rows("productqa", FOUR) if row["agent"] == "agile-vic13b-ppo"]
     assert envelope("productqa", {"0.3": {}}, rows)["0.3"]["score"] == pytest.approx(0.78625)
     assert envelope("productqa", {"0.3": {}}, published_rows("productqa", ["all_pans"])[-1:])["0.3"]["score"] == 0.8
+    some = published_rows("productqa", GROUPS, whole=False)  # questions of every group: no group's own figure stands
+    assert envelope("productqa", {"0.3": {}}, some)["0.3"]["score"] == 0.798
 
 
 def test_an_agent_clears_the_envelope_with_the_whole_of_its_interval() -> None:

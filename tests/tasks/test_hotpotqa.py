@@ -15,7 +15,7 @@ from agile.memory.encoders import make_encoder
 from agile.tasks.hotpotqa import HotPotQA, exact_match, f1, normalise
 from agile.tokens import ActionCodec, build_tokenizer
 from agile.tools.passages import MAX_SEARCHES, PassageSearch, Rank, bm25, dense
-from agile.types import Action, Advice, AdviceStatus, Fn, Item, Observation, Session, SessionStatus, Source
+from agile.types import Action, Advice, AdviceStatus, Fn, Item, Observation, Reward, Session, SessionStatus, Source
 from tests.hotpot import row, write
 from tests.worlds import ListMemory, make_executor, play, script
 
@@ -285,6 +285,33 @@ def done(answer: str | None, advised: AdviceStatus | None = None, **fields: Any)
 def test_reward_components(tmp_path: Path, session: Session, components: Mapping[str, float]) -> None:
     task = make(tmp_path / "f.json", [row(), row(1)])
     assert task.score(task.streams("train")[0].items[0], session).components == components
+
+
+def test_figures_of_sessions() -> None:
+    """Right, half right, advised and so right, without an answer, and broken off with one."""
+
+    def played(
+        answer: str | None,
+        *,
+        right: float = 0.0,
+        advised: bool = False,
+        status: SessionStatus = SessionStatus.COMPLETED,
+    ) -> tuple[Item, Session]:
+        advice = Advice("x", price=0.3) if advised else None
+        reward = Reward({"correct": right})
+        session = Session("s/0", "s", 0, "i", "bridge", 0, (), (), (), (), advice, answer, status, reward=reward)
+        return Item("i", "Which?", "Eiffel Tower", "bridge"), session
+
+    found = HotPotQA.figures(
+        [
+            played("the Eiffel Tower", right=1.0),
+            played("Tower of Eiffel, Paris"),
+            played("no idea", right=1.0, advised=True),
+            played(None),
+            played("Eiffel Tower", status=SessionStatus.TRUNCATED),
+        ]
+    )
+    assert found == {"exact match": 0.4, "f1": pytest.approx((1 + 2 / 3 + 1) / 5)}
 
 
 def executor_of(task: HotPotQA) -> Executor:

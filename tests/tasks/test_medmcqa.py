@@ -56,6 +56,9 @@ def test_official_rows(tmp_path: Path) -> None:
     assert first.context["options"] == {"A": "Vitamin A", "B": "Vitamin C", "C": "Vitamin D", "D": "Vitamin K"}
     assert (first.context["long_answer"], second.context["long_answer"]) == (ROW["exp"], "")
     assert second.answer == "D"
+    task = MedMCQA(tmp_path)
+    task.streams("test")
+    assert not task.medqa
 
 
 def test_rows_may_hold_what_they_teach(tmp_path: Path) -> None:
@@ -74,7 +77,7 @@ def test_medqa_rows_have_five_options_and_reflections(tmp_path: Path) -> None:
     assert (first.id, second.id) == ("medqa-1", "own")
     assert (first.answer, second.answer, third.answer) == ("E", "C", "D")
     assert (first.context["reflection"], first.kind) == ("First, do no harm.", "medqa")
-    assert task.is_correct(first, "(e) Nothing", False)
+    assert task.is_correct(first, "(e) Nothing", False) and task.medqa
 
 
 def test_streams_by_file_by_subject_and_cut(tmp_path: Path) -> None:

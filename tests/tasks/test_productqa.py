@@ -179,6 +179,14 @@ def test_reward_components(shop: Path, done: Session, components: Mapping[str, f
     assert reward.total == pytest.approx(sum(components.values()))
 
 
+def test_advice_after_a_search_is_judged_as_advice(shop: Path) -> None:
+    """An answer to a fact that was searched for is wrong; what an expert said of it is not."""
+    task = ProductQA(shop, advice_counts="if_right")
+    done = session("no", advised=AdviceStatus.ANSWERED, search=True)
+    assert task.score(question("yes"), done).components == {"correct": 1.0, "advice": -0.3}
+    assert task.score(question("no"), done).components == {"correct": 0.0, "advice": -0.3}
+
+
 def test_items_hold_what_the_files_say(shop: Path) -> None:
     search, fact, rule = ProductQA(shop, test_groups=["pans"]).streams("test")[0].items
     assert (search.id, search.question, search.answer) == ("pans/search_qa_0", "Which are red?", ["B1", "B2"])
