@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -23,6 +24,8 @@ from agile.errors import AgileError
 from agile.session_log import JsonLines, append_sessions, read_lines, session_from_json
 from agile.tracking import Tracking, check_installed
 from agile.types import Session, Trajectory
+
+logger = logging.getLogger(__name__)
 
 # What may change while a run is interrupted: where engines are, how patient it is, what it keeps and what stops it; no
 # token depends on it.
@@ -63,7 +66,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise AgileError(
             f"Cannot write to {path}: {error.strerror or error}. Free space or choose another folder with out=DIR; "
-            "what was saved before stays valid, and --resume goes on from there."
+            "what was saved before stays valid, and training goes on from there by --resume."
         ) from error
 
 
@@ -160,6 +163,8 @@ class RunFolder:
             metrics = JsonLines(path / "metrics.jsonl")
             num_sent = len(self._logged())
             self._rewind()
+            if resume and self.place is None:
+                logger.warning("%s holds no checkpoint to go on from: this run starts anew.", path)
             logged = self._logged()
             tracking = Tracking(
                 config.tracking.trackers,

@@ -159,12 +159,16 @@ def test_resume_cuts_the_logs_back_to_the_checkpoint(path: Path, engine: Engine)
     resumed.close()
 
 
-def test_resume_without_a_checkpoint_starts_anew(path: Path, engine: Engine) -> None:
+def test_resume_without_a_checkpoint_starts_anew_and_says_so(
+    path: Path, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
     run = opened(path)
     run.log("sft", 1, {})
     run.close()
+    assert not caplog.messages
     resumed = opened(path, resume=True)
     assert resumed.place is None and steps(path) == []
+    assert caplog.messages == [f"{path} holds no checkpoint to go on from: this run starts anew."]
     resumed.load(engine)
     assert cast(FakeEngine, engine).loaded is None
     resumed.close()
