@@ -88,12 +88,28 @@ def test_killed_and_started_again_it_gives_the_same_file(built: Path, tmp_path: 
     assert (out / DATA).read_bytes() == whole, "a finished one is left as it is"
 
 
+# `agile`, which stops for good once it has written a chunk of sessions
+ONE_CHUNK = """
+import time
+from agile import cli, sft_data
+
+class Log(sft_data.JsonLines):
+    def append(self, records):
+        super().append(records)
+        if "questions" not in records[0]:  # it is not the header
+            time.sleep(1000)
+
+sft_data.JsonLines = Log
+cli.main()
+"""
+
+
 @pytest.mark.slow
 def test_several_processes_that_are_killed_write_the_same_file(tmp_path: Path) -> None:
     many = config("sft.sessions_per_item=8")
     build_sft_data(many, tmp_path / "one", QUIET, workers=1)
     written = tmp_path / "killed" / DATA
-    command = [sys.executable, "-m", "agile.cli", "sft-data", str(tmp_path / "config.yaml"), "--workers", "2"]
+    command = [sys.executable, "-c", ONE_CHUNK, "sft-data", str(tmp_path / "config.yaml"), "--workers", "2"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(many.model_dump(mode="json")))
     workers: list[str] = []
     for number, code, end in ((signal.SIGINT, 130, os.killpg), (signal.SIGKILL, -signal.SIGKILL, os.kill)):
