@@ -122,7 +122,7 @@ def test_wandb_has_every_step_once_in_one_run(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("WANDB_SILENT", "true")
     killed_twice(tmp_path, "wandb", between=next_second)
     sent, ids = [], set()
-    for log in wandb_logs(tmp_path, 3, wandb):
+    for log in wandb_logs(tmp_path, 2, wandb):  # the second run has nothing new to send
         for record in log:
             ids |= {record.run.run_id} if record.HasField("run") else set()
             if record.HasField("history"):
