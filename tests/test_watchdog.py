@@ -7,6 +7,7 @@ import gc
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
@@ -29,8 +30,10 @@ SOON_S = 30.0  # who hangs does so for 60 s or for ever
 
 @pytest.fixture(autouse=True, scope="module")
 def little_to_collect() -> Iterator[None]:
-    """All that torch and transformers made would be walked through after each test."""
-    gc.collect()
+    """All that torch and transformers made would be walked through after each test; what other tests left is theirs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()

@@ -93,11 +93,11 @@ def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_may_pass_is_tried_again_and_then_given_up(stub: StubEndpoint, bad: Reply) -> None:
     stub.script(bad, bad, said("fine"))
-    assert ask(endpoint(stub))[0].message["content"] == "fine"
+    assert ask(endpoint(stub, backoff_s=0.001))[0].message["content"] == "fine"
     assert len(stub.requests) == 3
     stub.script(bad)
     with pytest.raises(RuntimeError, match=f"no usable answer in {ATTEMPTS} attempts"):
-        ask(endpoint(stub))
+        ask(endpoint(stub, backoff_s=0.001))
     assert len(stub.requests) == 3 + ATTEMPTS
 
 
