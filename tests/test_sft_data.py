@@ -120,6 +120,7 @@ def test_several_processes_that_are_killed_write_the_same_file(tmp_path: Path) -
                 cwd=Path(__file__).parents[1],
                 stderr=printed,
                 start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
             )
         while process.poll() is None and not (written.exists() and written.read_bytes().count(b"\n") > kept):
             time.sleep(0.02)
